@@ -1,0 +1,25 @@
+"""The errors that bnrewrite raises about models and graphs.
+
+Wrong arguments raise the built-in ``TypeError`` and ``ValueError``; everything here is about what a
+model contains or does, and its message names the site, the value and the way out.
+"""
+
+
+class BnRewriteError(Exception):
+    """Base of every error that bnrewrite raises about a model."""
+
+
+class UnsupportedBatchNorm(BnRewriteError, ValueError):
+    """A BatchNorm site cannot be evaluated: wrong channels, wrong type, too few values."""
+
+
+class CaptureError(BnRewriteError):
+    """``strict=True`` was asked for and a module could not be rewritten."""
+
+
+class GroupError(BnRewriteError, RuntimeError):
+    """The process group of a site does not exist, or this rank is not a member of it."""
+
+
+class ExportError(BnRewriteError, ValueError):
+    """The model cannot be exported to ONNX, or the exported graph failed a check."""

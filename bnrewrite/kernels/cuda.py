@@ -1,0 +1,81 @@
+"""CUDA kernels: the ATen kernels that ``nn.SyncBatchNorm`` is made of, without its host reads.
+
+Bytes per element of x: moments reads x; normalize reads x and writes y; normalize_backward_reduce
+reads g and x; normalize_backward reads g and x and writes dx.
+"""
+
+import torch
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.kernels.running import update_running_statistics
+
+
+def moments(x: Tensor) -> Tensor:
+    """See :func:`bnrewrite.reference.moments`."""
+    if x.numel() == 0:
+        return torch.zeros(2 * x.size(1) + 1, dtype=torch.float64, device=x.device)
+    # With eps 0 the inverse standard deviation gives the variance back to rounding.
+    mean, invstd = torch.batch_norm_stats(x, 0.0)
+    mean = mean.double()
+    square = torch.addcmul(invstd.double().pow_(-2), mean, mean)
+    return torch.cat([mean.new_ones(1), mean, square]).mul_(x.numel() // x.size(1))
+
+
+def normalize(
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
+    acc = reference.accumulate_dtype(x.dtype)
+    statistics = reference.finalize(totals)
+    _, mean64, var64 = statistics
+    update_running_statistics(
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        statistics=statistics,
+        momentum=momentum,
+        known_nonempty=x.numel() > 0,
+    )
+    stats = torch.stack((mean64, (var64 + eps).rsqrt_())).to(acc)
+    if x.numel() == 0:
+        return torch.empty_like(x), stats
+    mean, rstd = stats.unbind()
+    weight = None if weight is None else weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    return torch.batch_norm_elemt(x, weight, bias, mean, rstd, eps), stats
+
+
+def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    """See :func:`bnrewrite.reference.normalize_backward_reduce`."""
+    if x.numel() == 0:
+        return torch.zeros(2 * x.size(1), dtype=torch.float64, device=x.device)
+    mean, rstd = stats.unbind()
+    sum_grad, sum_grad_centred, _, _ = torch.batch_norm_backward_reduce(
+        grad, x, mean, rstd, None, True, False, False
+    )
+    return torch.cat((sum_grad, sum_grad_centred * rstd)).double()
+
+
+def normalize_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, totals: Tensor, weight: Tensor | None, sums: Tensor
+) -> Tensor:
+    """See :func:`bnrewrite.reference.normalize_backward`."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    mean, rstd = stats.unbind()
+    # The kernel divides by the sum of int32 counts, which overflows; the division is done here.
+    mean_grad, mean_grad_xhat = (sums / totals[:1]).to(stats.dtype).chunk(2)
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
+    weight = None if weight is None else weight.to(stats.dtype)
+    return torch.batch_norm_backward_elemt(
+        grad, x, mean, rstd, weight, mean_grad, mean_grad_xhat / rstd, one
+    )

@@ -1,0 +1,90 @@
+"""Registration of ops: one library, one way to define a phase."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("bnrewrite", "DEF")
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Context in which ops run without their autograd kernels, as inside ``autograd.Function``."""
+
+
+def define_phase(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    definition: Callable[..., Any],
+    fallback: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Registers a phase: a local op with one kernel per device.
+
+    Args:
+        schema: name, arguments and results, as ``torch.library`` wants them.
+        cpu: kernel for CPU tensors.
+        cuda: kernel for CUDA tensors.
+        fake: shapes, dtypes and strides of the results.
+        definition: the op in differentiable torch, with the same arguments and without side
+            effects. Its derivatives, of any order, are those of the op.
+        fallback: kernel for every other device; the definition, unless the op has side effects.
+
+    Returns:
+        The op.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, fallback or definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bnrewrite::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.bnrewrite, name).default
+    LIBRARY.impl(name, _autograd_kernel(op, definition), "Autograd")
+    return op
+
+
+def _autograd_kernel(op: torch._ops.OpOverload, definition: Callable[..., Any]) -> Callable:
+    class Phase(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
+            ctx.constants = [None if isinstance(arg, Tensor) else arg for arg in args]
+            ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
+            with below_autograd():
+                return op(*args)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            create_graph = torch.is_grad_enabled()
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            saved = iter(ctx.saved_tensors)
+            with torch.enable_grad():
+                # Views, because one argument may depend on another: the derivatives are partial.
+                args = [
+                    next(saved)[...] if is_tensor else constant
+                    for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+                ]
+                results = definition(*args)
+                results = results if isinstance(results, tuple) else (results,)
+                found = torch.autograd.grad(
+                    results,
+                    [args[i] for i in wanted],
+                    grads,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            by_index = dict(zip(wanted, found, strict=True))
+            return tuple(by_index.get(i) for i in range(len(args)))
+
+    def kernel(*args):
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return Phase.apply(*args)
+        with below_autograd():
+            return op(*args)
+
+    return kernel

@@ -1,0 +1,55 @@
+"""The op ``normalize``: finalises the statistics, updates the running ones and normalises."""
+
+import torch
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels.running import update_running_statistics
+from bnrewrite.ops.library import define_phase
+
+
+def _fallback(
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    update_running_statistics(
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        statistics=reference.finalize(totals),
+        momentum=momentum,
+        known_nonempty=x.numel() > 0,
+    )
+    return reference.normalize(x, totals, weight, bias, eps)
+
+
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    acc = reference.accumulate_dtype(x.dtype)
+    return torch.empty_like(x), x.new_empty((2, x.size(1)), dtype=acc)
+
+
+def _definition(
+    x: Tensor, totals: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
+) -> tuple[Tensor, Tensor]:
+    return reference.normalize(x, totals, weight, bias, eps)
+
+
+NORMALIZE = define_phase(
+    "normalize(Tensor x, Tensor totals, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "float? momentum) -> (Tensor, Tensor)",
+    cpu=cpu.normalize,
+    cuda=cuda.normalize,
+    fake=_fake,
+    definition=_definition,
+    fallback=_fallback,
+)
+"""See :func:`bnrewrite.reference.normalize`. It also moves the running statistics, in place."""
