@@ -7,36 +7,39 @@ Bytes per element of x, in units of its item size: moments reads x once; normali
 writes y; normalize_backward_reduce reads g and x; normalize_backward reads g and x and writes dx.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.running import update_running_statistics
+from bnrewrite.kernels.statistics import finalize
 
 _aten = torch.ops.aten
-_apply = _aten.native_batch_norm.default
-_apply_out = _aten.native_batch_norm.out
 
 _PIECE = 1 << 20
 """Values per piece: with its temporaries a piece stays in the last-level cache; smaller pieces
 measured slower by the overhead of the calls, larger ones by page faults and cache misses."""
 
+_SMALL = 1 << 15
+"""Values below which one slow call costs less than several fast ones."""
+
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`bnrewrite.reference.moments`. Two passes over each piece, both in cache."""
+    num_channels = x.size(1)
     if x.numel() == 0:
-        return torch.zeros(2 * x.size(1) + 1, dtype=torch.float64)
-    num_values = x.numel() // x.size(1)
+        return torch.zeros(2 * num_channels + 1, dtype=torch.float64)
     if _has_long_rows(x):
         mean, var = _moments_by_rows(x.flatten(2))
     else:
-        one = torch.ones(x.size(1), dtype=reference.accumulate_dtype(x.dtype))
-        # With momentum 1 the running statistics are only written: ATen insists on having them.
-        mean, var = _aten.batch_norm_update_stats(x, torch.zeros_like(one), one, 1.0)
-        mean, var = mean.double(), var.double()
-    square = torch.addcmul(var, mean, mean)
-    packed = torch.cat([mean.new_ones(1), mean, square])
-    return packed.mul_(num_values)
+        # ATen insists on running statistics; with momentum 1 it only writes them.
+        unused = torch.empty(num_channels, dtype=reference.accumulate_dtype(x.dtype))
+        mean, var = torch.batch_norm_update_stats(x, unused, unused, 1.0)
+    packed = torch.cat((_ones(1, mean.dtype), mean, var)).double()
+    _, mean, square = packed.split((1, num_channels, num_channels))
+    square.addcmul_(mean, mean)
+    return packed.mul_(x.numel() // num_channels)
 
 
 def normalize(
@@ -52,24 +55,14 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    statistics = reference.finalize(totals)
-    _, mean64, var64 = statistics
-    update_running_statistics(
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        statistics=statistics,
-        momentum=momentum,
-        known_nonempty=x.numel() > 0,
-    )
-    stats = torch.stack((mean64, (var64 + eps).rsqrt_())).to(acc)
-    if x.numel() == 0:
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    known_nonempty = x.numel() > 0
+    stats, var = finalize(totals, eps, acc, running, known_nonempty=known_nonempty)
+    if not known_nonempty:
         return torch.empty_like(x), stats
-    mean, rstd = stats.unbind()
-    scale = rstd if weight is None else rstd * weight
-    one = torch.ones_like(mean)
-    shift = None if bias is None else bias.to(acc)
-    return _apply(x, scale, shift, mean, one, False, 0.0, 0.0)[0], stats
+    weight = None if weight is None else weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    return _affine(x, weight, bias, stats[0], var, eps), stats
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -80,8 +73,9 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     if _has_long_rows(x):
         sum_grad, sum_grad_centred = _reduce_by_rows(grad.flatten(2), x.flatten(2), mean)
         return torch.cat((sum_grad, sum_grad_centred * rstd))
+    # The weight argument matters to the input gradient only, which is not asked for.
     _, sum_grad_xhat, sum_grad = _aten.native_batch_norm_backward(
-        grad, x, torch.ones_like(mean), None, None, mean, rstd, True, 0.0, [False, True, True]
+        grad, x, rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
     )
     return torch.cat((sum_grad, sum_grad_xhat)).double()
 
@@ -91,45 +85,70 @@ def normalize_backward(
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`.
 
-    With ``scale = weight * rstd`` the gradient is the difference of two affine maps, of g and of x,
-    each of which is one call; bfloat16 and float16 round each of them and the difference.
+    With ``scale = weight * rstd`` the gradient is the difference of two affine maps,
+
+        dx = scale * (g - mean_g) - scale * rstd * mean_g_xhat * (x - mean),
+
+    each of which is one call. bfloat16 and float16 round both and the difference. In the
+    accumulation dtype the constants are merged and the second map is a multiply-add.
     """
-    dx = torch.empty_like(x)
     if x.numel() == 0:
-        return dx
+        return torch.empty_like(x)
+    acc = stats.dtype
     mean, rstd = stats.unbind()
-    mean_grad, mean_grad_xhat = (sums / totals[:1]).to(stats.dtype).chunk(2)
+    mean_grad, mean_grad_xhat = (sums / totals[:1]).to(acc).chunk(2)
     scale = rstd if weight is None else rstd * weight
-    slope = scale * rstd * mean_grad_xhat
-    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-    rows_per_piece = max(1, _PIECE * x.size(0) // x.numel())
-    unused = torch.empty(0, dtype=stats.dtype)
-    low_precision = x.dtype != stats.dtype
-    if low_precision:
-        piece = torch.empty_like(x[:rows_per_piece])
-        slope_x = slope
+    slope = rstd * mean_grad_xhat
+    if x.dtype == acc:
+        offset = torch.addcmul(mean_grad, slope, mean, value=-1)
+        slope_x = reference.per_channel(scale * slope, x)
     else:
-        # In the accumulation dtype the second map can be folded into the first one's offset.
-        mean_grad = mean_grad - rstd * mean_grad_xhat * mean
-        piece = dx
-        slope_x = reference.per_channel(slope, x)
+        offset = mean_grad
+        slope_x = scale * slope
+    rows_per_piece = max(1, _PIECE * x.size(0) // x.numel())
+    if rows_per_piece >= x.size(0) and x.dtype == acc:
+        return _affine(grad, scale, None, offset).addcmul_(x, slope_x, value=-1)
+    dx = torch.empty_like(x)
+    piece = torch.empty_like(x[:rows_per_piece]) if x.dtype != acc else dx
     for start in range(0, x.size(0), rows_per_piece):
         rows = slice(start, start + rows_per_piece)
         out, x_rows = dx[rows], x[rows]
-        _apply_out(
-            grad[rows], scale, None, mean_grad, one, False, 0.0, 0.0,
-            out=out, save_mean=unused, save_invstd=unused,
-        )  # fmt: skip
-        if low_precision:
-            other = piece[: out.size(0)]
-            _apply_out(
-                x_rows, slope_x, zero, mean, one, False, 0.0, 0.0,
-                out=other, save_mean=unused, save_invstd=unused,
-            )  # fmt: skip
-            out.sub_(other)
-        else:
+        _affine_out(grad[rows], scale, offset, out)
+        if x.dtype == acc:
             out.addcmul_(x_rows, slope_x, value=-1)
+        else:
+            centred = piece[: out.size(0)]
+            _affine_out(x_rows, slope_x, mean, centred)
+            out.sub_(centred)
     return dx
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(size: int, dtype: torch.dtype) -> Tensor:
+    """Constant ones; they are only read."""
+    return torch.ones(size, dtype=dtype)
+
+
+def _affine(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """``weight * (x - mean) / sqrt(var + eps) + bias`` in one pass, in the dtype of ``x``."""
+    if var is None:
+        var = _ones(x.size(1), mean.dtype)
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
+def _affine_out(x: Tensor, weight: Tensor, mean: Tensor, out: Tensor) -> None:
+    """``out = weight * (x - mean)`` in one pass."""
+    var, unused = _ones(x.size(1), mean.dtype), _ones(0, mean.dtype)
+    torch.native_batch_norm(
+        x, weight, None, mean, var, False, 0.0, 0.0, out=(out, unused, unused)
+    )
 
 
 def _has_long_rows(x: Tensor) -> bool:
@@ -139,6 +158,7 @@ def _has_long_rows(x: Tensor) -> bool:
         and x.is_contiguous()
         and x.dtype in (torch.float32, torch.float64)
         and x.numel() >= 16 * x.size(0) * x.size(1)
+        and x.numel() >= _SMALL
     )
 
 

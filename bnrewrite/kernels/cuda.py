@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.running import update_running_statistics
+from bnrewrite.kernels.statistics import finalize
 
 
 def moments(x: Tensor) -> Tensor:
@@ -35,23 +35,14 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    statistics = reference.finalize(totals)
-    _, mean64, var64 = statistics
-    update_running_statistics(
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        statistics=statistics,
-        momentum=momentum,
-        known_nonempty=x.numel() > 0,
-    )
-    stats = torch.stack((mean64, (var64 + eps).rsqrt_())).to(acc)
-    if x.numel() == 0:
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    known_nonempty = x.numel() > 0
+    stats, _ = finalize(totals, eps, acc, running, known_nonempty=known_nonempty)
+    if not known_nonempty:
         return torch.empty_like(x), stats
-    mean, rstd = stats.unbind()
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
-    return torch.batch_norm_elemt(x, weight, bias, mean, rstd, eps), stats
+    return torch.batch_norm_elemt(x, weight, bias, stats[0], stats[1], eps), stats
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:

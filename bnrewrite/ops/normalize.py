@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cpu, cuda
-from bnrewrite.kernels.running import update_running_statistics
+from bnrewrite.kernels.statistics import finalize
 from bnrewrite.ops.library import define_phase
 
 
@@ -20,14 +20,8 @@ def _fallback(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
-    update_running_statistics(
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        statistics=reference.finalize(totals),
-        momentum=momentum,
-        known_nonempty=x.numel() > 0,
-    )
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    finalize(totals, eps, torch.float64, running, known_nonempty=x.numel() > 0)
     return reference.normalize(x, totals, weight, bias, eps)
 
 
