@@ -1,1 +1,34 @@
-"""Distributed BatchNorm for PyTorch by rewriting graphs."""
+"""Distributed BatchNorm for PyTorch by rewriting graphs.
+
+``convert`` makes the BatchNorm of a model distributed, ``report`` says what was rewritten,
+``revert`` undoes it, ``graphs`` shows the rewritten graphs, ``export_onnx`` writes the eval graph.
+"""
+
+from bnrewrite.convert import convert, graphs, revert
+from bnrewrite.errors import (
+    BnRewriteError,
+    CaptureError,
+    ExportError,
+    GroupError,
+    UnsupportedBatchNorm,
+)
+from bnrewrite.modes import Frozen, Local, Sync
+from bnrewrite.report import Report, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BnRewriteError",
+    "CaptureError",
+    "ExportError",
+    "Frozen",
+    "GroupError",
+    "Local",
+    "Report",
+    "Sync",
+    "UnsupportedBatchNorm",
+    "convert",
+    "graphs",
+    "report",
+    "revert",
+]

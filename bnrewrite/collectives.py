@@ -56,18 +56,12 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
     return process_group.group_name
 
 
-def find_group(name: str) -> dist.ProcessGroup | None:
-    """The process group called ``name``; None where a single process needs none.
+def find_group(name: str) -> dist.ProcessGroup:
+    """The process group called ``name``.
 
     Raises:
-        GroupError: an explicit group that does not exist in this process.
+        GroupError: there is none in this process.
     """
-    if name == NO_GROUP:
-        return None
-    if name == DEFAULT_GROUP:
-        if dist.is_available() and dist.is_initialized():
-            return dist.group.WORLD
-        return None
     try:
         return dist.distributed_c10d._resolve_process_group(name)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -78,18 +72,31 @@ def find_group(name: str) -> dist.ProcessGroup | None:
         ) from error
 
 
-@torch.compiler.assume_constant_result
 def active_group(name: str, training: bool) -> str:
     """Name of the group to communicate with now, or ``NO_GROUP`` if there is nothing to do.
 
     Nothing is communicated outside training, without a process group, and in groups of one rank.
+    A compiler specialises on the answer and asks again when the default group changes.
     """
     if not training or name == NO_GROUP:
         return NO_GROUP
-    group = find_group(name)
+    if name != DEFAULT_GROUP:
+        return _active_explicit_group(name)
+    # Dynamo guards on this attribute; dist.is_initialized() it would take for a constant.
+    group = dist.distributed_c10d._world._default_pg
     if group is None or group.size() == 1:
         return NO_GROUP
     return group.group_name
+
+
+@torch.compiler.assume_constant_result
+def _active_explicit_group(name: str) -> str:
+    return name if find_group(name).size() > 1 else NO_GROUP
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce_sum(packed: Tensor, group: str) -> Tensor:

@@ -10,7 +10,16 @@ class BnRewriteError(Exception):
 
 
 class UnsupportedBatchNorm(BnRewriteError, ValueError):
-    """A BatchNorm site cannot be evaluated: wrong channels, wrong type, too few values."""
+    """A BatchNorm site cannot be evaluated: wrong channels, wrong type, too few values.
+
+    Attributes:
+        tensors: parameters and buffers of the site, as far as the raiser had them. Whoever knows
+            the model finds the name of the site by them.
+    """
+
+    def __init__(self, message: str, tensors: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
 
 
 class CaptureError(BnRewriteError):

@@ -75,7 +75,8 @@ def _batch_norm(
     if group == NO_GROUP and input.numel() == input.size(1):
         raise UnsupportedBatchNorm(
             f"expected more than 1 value per channel when training, got input size "
-            f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer."
+            f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
+            (weight, bias, running_mean, running_var),
         )
     return _BatchNorm.apply(
         input.contiguous(memory_format=_memory_format(input)),
@@ -148,11 +149,13 @@ def _check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
     if input.dim() < 2:
         raise UnsupportedBatchNorm(
             f"expected an input of shape (N, C, *), got {input.dim()} dimension(s): "
-            f"{tuple(input.shape)}. Add the missing dimension with unsqueeze()."
+            f"{tuple(input.shape)}. Add the missing dimension with unsqueeze().",
+            per_channel,
         )
     if input.dtype not in _FLOATS:
         raise UnsupportedBatchNorm(
-            f"expected a floating-point input, got {input.dtype}. Convert it with .float()."
+            f"expected a floating-point input, got {input.dtype}. Convert it with .float().",
+            per_channel,
         )
     num_channels = input.size(1)
     for name, tensor in zip(
@@ -161,9 +164,11 @@ def _check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
         if tensor is not None and (tensor.dim() != 1 or tensor.size(0) != num_channels):
             raise UnsupportedBatchNorm(
                 f"{name} has shape {tuple(tensor.shape)} but the input has {num_channels} "
-                f"channels: {tuple(input.shape)}. Check the layer that feeds it."
+                f"channels: {tuple(input.shape)}. Check the layer that feeds it.",
+                per_channel,
             )
     if (per_channel[2] is None) != (per_channel[3] is None):
         raise UnsupportedBatchNorm(
-            "running_mean and running_var must be given together, or neither of them."
+            "running_mean and running_var must be given together, or neither of them.",
+            per_channel,
         )

@@ -1,0 +1,318 @@
+"""Tracing one module's own forward, children as calls, without leaving a trace behind.
+
+``torch.fx`` records what happens to proxies and bakes in everything else. This tracer notes what it
+bakes in, so that a captured graph is used only while that still holds, and refuses a forward whose
+graph would do something else than the forward: one that enters ``no_grad`` or ``autocast``, calls
+an ``autograd.Function`` or a checkpoint, draws random numbers in Python, sets attributes, computes
+on tensors of its own, or branches on data.
+"""
+
+import contextlib
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnrewrite.errors import BnRewriteError
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_INTERNAL = frozenset(
+    "_parameters _buffers _non_persistent_buffers_set _backward_pre_hooks _backward_hooks "
+    "_is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs "
+    "_forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs "
+    "_state_dict_hooks _load_state_dict_pre_hooks".split()
+)
+
+
+class Refused(BnRewriteError):
+    """A forward that a captured graph would change; the message says why and where."""
+
+
+class Read:
+    """An attribute whose value is baked into a graph: ``path`` to a module, ``name``, value."""
+
+    __slots__ = ("name", "path", "value")
+
+    def __init__(self, path: str, name: str, value: Any) -> None:
+        self.path = path
+        self.name = name
+        self.value = value
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that passes for a tensor where the traced code asks, and notes the question."""
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore
+        frame = sys._getframe(1)
+        if frame.f_globals.get("__name__", "").startswith(("torch.", "bnrewrite.sites")):
+            return _Proxy
+        tracer: Any = self.tracer
+        if self.node.op == "placeholder":
+            tracer.tensor_arguments.add(self.node.name)
+        else:
+            tracer.refuse("branches on the type of a value that it computes")
+        return Tensor
+
+
+class OwnerTracer(fx.Tracer):
+    """Traces the forward of one module; every child is a leaf.
+
+    After :meth:`trace`: ``reads`` are the baked-in attributes, ``lengths`` the containers that were
+    iterated with their sizes, ``tensor_arguments`` the arguments that were asked whether they are
+    tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=False)
+        self.proxy_buffer_attributes = True
+        self.reads: dict[tuple[str, str], Read] = {}
+        self.lengths: dict[str, int] = {}
+        self.tensor_arguments: set[str] = set()
+        self.refusal: Refused | None = None
+        self._recording = False
+        self._containers: list[tuple[Any, Any]] = []
+
+    def refuse(self, reason: str) -> None:
+        """Ends the trace with ``reason`` and the line of the traced code it is about."""
+        if self.refusal is None:
+            self.refusal = Refused(f"{reason}{_where()}")
+        raise self.refusal
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of ``root``'s forward with its optional arguments at their defaults.
+
+        Raises:
+            Refused: the forward cannot be traced, or its graph would not do the same.
+        """
+        forward = type(root).forward
+        paths = {id(module): name for name, module in root.named_modules(remove_duplicate=True)}
+        try:
+            with self._watch(paths):
+                graph = super().trace(root, concrete_args)
+        except Exception as error:
+            if self.refusal is None:
+                where = _where_of(error, forward)
+                text = str(error).strip().split("\n", 1)[0] or type(error).__name__
+                self.refusal = Refused(f"cannot be traced: {text}{where}")
+            raise self.refusal from error
+        if self.refusal is not None:
+            raise self.refusal
+        for live, copy in self._containers:
+            if list(live) != list(copy):
+                live.clear()
+                (live.extend if isinstance(live, list) else live.update)(copy)
+                raise Refused("changes a list, set or dict that it keeps")
+        return graph
+
+    # What fx.Tracer asks of its subclasses
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child stays a call."""
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that takes notes."""
+        return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        """Placeholders for the required arguments; the others keep their defaults."""
+        names = required_arguments(root_fn)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            self._recording = True
+            try:
+                return root_fn(root, *values)
+            finally:
+                self._recording = False
+
+        return call, [self.root, *proxies]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuses operations in a context that a graph does not keep."""
+        if self._recording:
+            context = _context()
+            for (name, now), (_, before) in zip(context, self._context, strict=True):
+                if now != before:
+                    self.refuse(f"enters {name}")
+        node = super().create_node(*args, **kwargs)
+        # fx can record whole stacks, which costs more than the trace; one line is what is read.
+        frame = _user_frame()
+        if self._recording and frame is not None:
+            code = frame.f_code
+            node.stack_trace = (
+                f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+            )
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Proxies first: they pass for tensors."""
+        if type(a) is _Proxy:
+            return a.node
+        if type(a) is Tensor:
+            self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A leaf call; what fx reads of the module on the way is not the forward's doing."""
+        with self._paused():
+            return super().call_module(m, forward, args, kwargs)
+
+    # Watching the traced code
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        recording, self._recording = self._recording, False
+        try:
+            yield
+        finally:
+            self._recording = recording
+
+    @contextlib.contextmanager
+    def _watch(self, paths: dict[int, str]) -> Iterator[None]:
+        self._context = _context()
+        read = nn.Module.__getattribute__
+        write = nn.Module.__setattr__
+        tracer = self
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            value = read(module, name)
+            if tracer._recording and not name.startswith("__"):
+                tracer._note(paths, module, name, value)
+            return value
+
+        def setattribute(module: nn.Module, name: str, value: Any) -> None:
+            if tracer._recording:
+                tracer.refuse(f"sets the attribute {name!r}")
+            write(module, name, value)
+
+        def call_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+            tracer.refuse(f"calls the autograd.Function {cls.__name__}")
+
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        with (
+            mock.patch.object(nn.Module, "__getattribute__", getattribute, create=True),
+            mock.patch.object(nn.Module, "__setattr__", setattribute),
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(call_function)),
+            _RefuseEffects(self),
+        ):
+            try:
+                yield
+            finally:
+                drawn = (
+                    states[0] != random.getstate()
+                    or not torch.equal(states[2], torch.get_rng_state())
+                    or any(
+                        not np.array_equal(a, b)
+                        for a, b in zip(states[1], np.random.get_state(), strict=True)
+                    )
+                )
+                if drawn:
+                    random.setstate(states[0])
+                    np.random.set_state(states[1])
+                    torch.set_rng_state(states[2])
+                    self.refusal = self.refusal or Refused("draws random numbers in Python")
+
+    def _note(self, paths: dict[int, str], module: nn.Module, name: str, value: Any) -> None:
+        if name in _INTERNAL:
+            return
+        path = paths.get(id(module))
+        if path is None:
+            return
+        if name == "_modules":
+            self.lengths[path] = len(value)
+        elif name in module.__dict__ and not (path == "" and name == "training"):
+            if isinstance(value, (list, dict, set)):
+                self._containers.append((value, value.copy()))
+            if isinstance(value, _CONSTANTS) or inspect.isroutine(value):
+                self.reads.setdefault((path, name), Read(path, name, value))
+
+
+class _RefuseEffects(TorchDispatchMode):
+    """Real operations at trace time: results would be constants, effects would happen once."""
+
+    def __init__(self, tracer: OwnerTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._tracer._recording:
+            self._tracer.refuse(f"computes {func} on tensors of its own")
+        return func(*args, **(kwargs or {}))
+
+
+def required_arguments(forward: Callable) -> list[str]:
+    """Names of the positional arguments that ``forward`` cannot do without.
+
+    Raises:
+        Refused: it requires a keyword-only argument.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            raise Refused(f"requires the keyword argument {parameter.name!r}")
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+    ]
+
+
+def _context() -> tuple[tuple[str, Any], ...]:
+    """What surrounds an operation and is lost in a graph."""
+    return (
+        ("no_grad or enable_grad", torch.is_grad_enabled()),
+        ("inference_mode", torch.is_inference_mode_enabled()),
+        ("autocast", tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))),
+        (
+            "a checkpoint or saved-tensor hooks",
+            torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
+        ),
+    )
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith((_TORCH, _HERE)) or filename.endswith("mock.py")
+
+
+_TORCH = torch.__path__[0]
+_HERE = __file__.rsplit("capture", 1)[0]
+
+
+def _user_frame() -> FrameType | None:
+    """The innermost frame of the traced code."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _where() -> str:
+    frame = _user_frame()
+    return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+def _where_of(error: BaseException, forward: Callable) -> str:
+    where = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if not _is_ours(filename) and not filename.startswith("<"):
+            where = f" ({filename}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    if not where:
+        code = getattr(forward, "__code__", None)
+        where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    return where

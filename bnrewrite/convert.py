@@ -1,0 +1,284 @@
+"""``convert`` and its exact inverse ``revert``."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
+
+from bnrewrite.capture.candidates import mentions_batch_norm, owner_candidates
+from bnrewrite.capture.owner import (
+    Recipe,
+    attach_owner,
+    capture_owner,
+    detach_owner,
+    is_owner,
+    owner_state,
+)
+from bnrewrite.collectives import DEFAULT_GROUP, group_name
+from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
+from bnrewrite.modes import Frozen, Mode, ModeTable
+from bnrewrite.passes import optimising_names
+from bnrewrite.passes.base import PassReport, Skip
+from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site, site_state
+
+_CONVERSION = "_bnrewrite_conversion"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` was asked for and what it found, in plain values.
+
+    Attributes:
+        modes: which mode each site gets.
+        group: name of the process group of communicating sites.
+        keep: patterns of modules that stay callable units.
+        passes: names of the optimising passes that ran.
+        reports: what each pass did, over all owners, by pass name.
+        skipped: what was left as it was, with the reasons.
+    """
+
+    modes: ModeTable
+    group: str
+    keep: tuple[str, ...]
+    passes: tuple[str, ...]
+    reports: dict[str, PassReport] = dataclasses.field(default_factory=dict, compare=False)
+    skipped: list[Skip] = dataclasses.field(default_factory=list, compare=False)
+
+
+def convert(
+    model: M,
+    mode: object = "sync",
+    *,
+    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    keep: tuple[str, ...] | list[str] = (),
+    passes: tuple[str, ...] | list[str] | None = None,
+    strict: bool = False,
+) -> M:
+    """Makes the BatchNorm of ``model`` distributed, in place, and returns the same object.
+
+    Module objects, parameters, buffers, ``state_dict`` keys, hooks, attributes and ``isinstance``
+    results stay. Call it before ``DistributedDataParallel``, ``fully_shard`` and ``torch.compile``;
+    a process group is needed only when training starts. Converting twice changes nothing more;
+    another mode replaces the first.
+
+    Args:
+        model: any module.
+        mode: ``"sync"`` (statistics over the group), ``"local"`` (over the rank's batch) or
+            ``"frozen"`` (running statistics, never updated), or a mode object, or a mapping from
+            ``fnmatch`` patterns of qualified site names to them, of which the first match wins.
+            Sites that no pattern matches are left alone.
+        process_group: the group over which ``sync`` shares statistics: None for the default group,
+            or the group that a ``torch.nn.SyncBatchNorm`` was made with; a process group; or a
+            one-dimensional ``DeviceMesh``. Modules remember its name only.
+        keep: qualified names or patterns of modules that must stay callable units.
+        passes: names of the optimising passes to run; None for all of them. Results are the same.
+        strict: raise where something cannot be rewritten, instead of listing it in the report.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an unknown mode or pass, a pattern that matches nothing, or a process group that
+            does not contain this rank.
+        UnsupportedBatchNorm: a site cannot have the mode it was given.
+        CaptureError: ``strict`` and something was left.
+
+    A failed call leaves the model as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, but it is {type(model).__name__}. "
+            "Pass the module itself, before wrapping or compiling it."
+        )
+    wanted = Conversion(
+        modes=ModeTable.parse(mode),
+        group=group_name(process_group),
+        keep=_patterns(keep, model),
+        passes=optimising_names(passes),
+    )
+    if model.__dict__.get(_CONVERSION) == wanted and not strict:
+        return model
+    found = list(_batch_norms(model))
+    _check_sites(found, wanted.modes)
+    previous = _take_off(model)
+    try:
+        conversion = _put_on(model, found, wanted)
+        functional = [
+            rewrite.name
+            for report in conversion.reports.values()
+            for rewrite in report.rewritten
+        ]
+        wanted.modes.check_patterns([name for name, _ in found] + functional)
+        if strict and conversion.skipped:
+            lines = "\n  ".join(
+                f"{skip.name}: {skip.reason}" for skip in conversion.skipped
+            )
+            raise CaptureError(
+                f"{len(conversion.skipped)} place(s) cannot be rewritten:\n  {lines}\n"
+                "Convert with strict=False to leave them as they are."
+            )
+    except BaseException:
+        _take_off(model)
+        if previous is not None:
+            _put_on(model, found, previous)
+        raise
+    if not found and not functional:
+        warnings.warn(
+            f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
+            "(subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for calls of "
+            "torch.nn.functional.batch_norm on activations.",
+            stacklevel=2,
+        )
+    return model
+
+
+def revert(model: M) -> M:
+    """The exact inverse of :func:`convert`: original classes and forwards, same parameters.
+
+    Args:
+        model: a converted module; one that is not converted is returned as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
+    _take_off(model)
+    return model
+
+
+def conversion_of(model: nn.Module) -> Conversion | None:
+    """What ``model`` was converted with, or None."""
+    return model.__dict__.get(_CONVERSION)
+
+
+def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The rewritten training graph of every owner of a converted model.
+
+    They are copies to read (``print_readable()``) and to run further passes on; the BatchNorm
+    nodes are calls of ``torch.ops.bnrewrite``.
+
+    Args:
+        model: a converted module.
+
+    Returns:
+        Graphs by the qualified name of their owner; ``""`` is the model itself.
+    """
+    return {
+        name: fx.GraphModule(module, fx.Graph.__deepcopy__(state.train.graph, {}))
+        for name, module in model.named_modules()
+        if is_owner(module) and (state := owner_state(module)) is not None
+    }
+
+
+def _patterns(keep: object, model: nn.Module) -> tuple[str, ...]:
+    if isinstance(keep, str) or not isinstance(keep, (tuple, list, set, frozenset)):
+        raise TypeError(
+            f"keep must be a sequence of qualified names or patterns, but it is "
+            f"{type(keep).__name__} ({keep!r})."
+        )
+    names = [name for name, _ in model.named_modules()]
+    for pattern in keep:
+        if not isinstance(pattern, str):
+            raise TypeError(f"keep must hold strings, but one is {type(pattern).__name__}.")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"the pattern {pattern!r} in keep matches no module of the model.")
+    return tuple(keep)
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            yield name, module
+
+
+def _is_uninitialised(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and any(
+        isinstance(tensor, UninitializedTensorMixin)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
+
+
+def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
+    for name, module in found:
+        if isinstance(modes.find(name), Frozen) and module.running_mean is None:
+            raise UnsupportedBatchNorm(
+                f"{name}: mode 'frozen' needs running statistics, but the layer has none "
+                "(track_running_stats=False). Give it another mode."
+            )
+
+
+def _put_on(
+    model: nn.Module, found: list[tuple[str, _BatchNorm]], wanted: Conversion
+) -> Conversion:
+    conversion = dataclasses.replace(wanted, reports={}, skipped=[])
+    for name, module in found:
+        mode = wanted.modes.find(name)
+        if mode is None:
+            conversion.skipped.append(Skip(name, "no pattern of mode matches it"))
+        elif _is_uninitialised(module):
+            conversion.skipped.append(
+                Skip(name, "it is lazy and not initialised: convert after the first forward")
+            )
+        else:
+            convert_site(module, name, mode, _group_of(module, wanted.group))
+    for name, module in model.named_modules():
+        scripted = getattr(module, "original_name", "")
+        if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
+            conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
+    for name, module in owner_candidates(model):
+        _capture(name, module, conversion)
+    model.__dict__[_CONVERSION] = conversion
+    return conversion
+
+
+def _group_of(module: _BatchNorm, group: str) -> str:
+    """The group asked for, else the one that a ``torch.nn.SyncBatchNorm`` was made with."""
+    own = getattr(module, "process_group", None) if isinstance(module, nn.SyncBatchNorm) else None
+    return own.group_name if own is not None and group == DEFAULT_GROUP else group
+
+
+def _capture(name: str, module: nn.Module, conversion: Conversion) -> None:
+    recipe = Recipe(name, conversion.modes, conversion.group, conversion.passes)
+    capture = capture_owner(module, recipe)
+    for pass_name, report in capture.reports.items():
+        total = conversion.reports.setdefault(pass_name, PassReport())
+        total.rewritten.extend(report.rewritten)
+        total.skipped.extend(report.skipped)
+        conversion.skipped.extend(report.skipped)
+    if capture.refused is not None:
+        conversion.skipped.append(Skip(name or "the model itself", capture.refused))
+        if not is_site(module) and mentions_batch_norm(original_class(module)):
+            warnings.warn(
+                f"{name or 'the model itself'} ({type(module).__name__}) {capture.refused}, and "
+                "its class mentions batch_norm: if its forward calls "
+                "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
+                "Use a BatchNorm module there, or make the forward traceable.",
+                stacklevel=4,
+            )
+    if capture.state is not None or (is_site(module) and has_own_forward(module)):
+        attach_owner(module, capture.state)
+
+
+def _take_off(model: nn.Module) -> Conversion | None:
+    for module in list(model.modules()):
+        if is_owner(module):
+            detach_owner(module)
+        if is_site(module):
+            revert_site(module)
+    return model.__dict__.pop(_CONVERSION, None)

@@ -1,0 +1,100 @@
+"""Modes: over which values a site takes its statistics."""
+
+import dataclasses
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """Statistics over all ranks of the process group, as ``torch.nn.SyncBatchNorm``."""
+
+    name = "sync"
+    communicates = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Statistics over the batch of each rank, as ``torch.nn.BatchNorm2d``."""
+
+    name = "local"
+    communicates = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Running statistics in training and evaluation, never updated, as FrozenBatchNorm2d."""
+
+    name = "frozen"
+    communicates = False
+
+
+Mode = Sync | Local | Frozen
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Sync(), Local(), Frozen())}
+
+
+def _parse(mode: object) -> Mode:
+    if isinstance(mode, Mode):
+        return mode
+    if isinstance(mode, str):
+        if mode in MODES:
+            return MODES[mode]
+        raise ValueError(f"unknown mode {mode!r}. Known modes: {', '.join(map(repr, MODES))}.")
+    raise TypeError(
+        f"mode must be a name, a mode object, or a mapping from patterns of site names to them, "
+        f"but it is {type(mode).__name__} ({mode!r})."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeTable:
+    """Which mode each site gets: patterns of qualified names, the first match wins."""
+
+    entries: tuple[tuple[str, Mode], ...]
+
+    @classmethod
+    def parse(cls, mode: object) -> "ModeTable":
+        """Reads what the user gave as ``mode``.
+
+        Raises:
+            TypeError: it is neither a mode nor a mapping of them.
+            ValueError: an unknown name or an empty mapping.
+        """
+        if not isinstance(mode, Mapping):
+            return cls((("*", _parse(mode)),))
+        if not mode:
+            raise ValueError(
+                "mode is an empty mapping, so no site would be converted. "
+                "Give at least one pattern, e.g. {'*': 'sync'}."
+            )
+        for pattern in mode:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    "patterns of site names must be strings, but one is "
+                    f"{type(pattern).__name__} ({pattern!r})."
+                )
+        return cls(tuple((pattern, _parse(value)) for pattern, value in mode.items()))
+
+    def find(self, site: str) -> Mode | None:
+        """The mode of the first pattern that matches the qualified name ``site``, or None."""
+        for pattern, mode in self.entries:
+            if fnmatchcase(site, pattern):
+                return mode
+        return None
+
+    def check_patterns(self, sites: list[str]) -> None:
+        """Refuses patterns that match no site at all.
+
+        A lone mode (pattern ``*``) may match nothing: there may be nothing to convert.
+
+        Raises:
+            ValueError: names the pattern and some sites that exist.
+        """
+        for pattern, _ in self.entries:
+            if pattern != "*" and not any(fnmatchcase(site, pattern) for site in sites):
+                known = ", ".join(sites[:5]) + (", ..." if len(sites) > 5 else "")
+                raise ValueError(
+                    f"the pattern {pattern!r} in mode matches none of the {len(sites)} BatchNorm "
+                    f"sites ({known or 'the model has none'}). Correct it or leave it out."
+                )

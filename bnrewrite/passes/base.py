@@ -1,0 +1,80 @@
+"""What a pass works on and what it reports."""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from bnrewrite.modes import Mode, ModeTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Something a pass left as it was: which, why, and where in the user's code."""
+
+    name: str
+    reason: str
+    where: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A site that a pass rewrote.
+
+    Attributes:
+        name: qualified name of the site.
+        owner: qualified name of the module whose graph contains it; "" is the root.
+        path: attribute path of the BatchNorm module below the owner; None for a functional call.
+        mode: the mode of the site.
+        where: file and line of the call, where known.
+    """
+
+    name: str
+    owner: str
+    path: str | None
+    mode: Mode
+    where: str | None
+
+
+@dataclasses.dataclass
+class PassReport:
+    """What a pass did in one graph, and what it left with a reason."""
+
+    rewritten: list[Rewrite] = dataclasses.field(default_factory=list)
+    skipped: list[Skip] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class OwnerGraph:
+    """A graph to rewrite, with what a pass may need to know of where it comes from.
+
+    Attributes:
+        name: qualified name of the owner; "" is the root.
+        owner: the module whose forward was captured. A pass reads it and leaves it alone.
+        graph: the captured graph, rewritten in place.
+        training: the mode in which the owner was traced.
+        modes: which mode each site gets.
+        group: name of the process group of communicating sites.
+    """
+
+    name: str
+    owner: nn.Module
+    graph: fx.Graph
+    training: bool
+    modes: ModeTable
+    group: str
+
+
+Pass = Callable[[OwnerGraph, PassReport], None]
+
+
+def where(node: fx.Node) -> str | None:
+    """File and line of the user's code that ``node`` comes from."""
+    if not node.stack_trace:
+        return None
+    lines = [line.strip() for line in node.stack_trace.splitlines()]
+    for line in reversed(lines):
+        if line.startswith('File "'):
+            file, number = line[6:].split('", line ', 1)
+            return f"{file}:{number.split(',', 1)[0]}"
+    return None

@@ -1,0 +1,139 @@
+"""The pass ``replace_batch_norm``: every BatchNorm call becomes ``torch.ops.bnrewrite.batch_norm``.
+
+    self.bn(x)                                       ->  batch_norm(x, self.bn.weight, ...)
+    F.batch_norm(x, self.running_mean, ...)          ->  batch_norm(x, self.weight, ...)
+
+Flags and numbers of a BatchNorm module (``training``, ``momentum``, ``eps``) become attribute reads
+of the graph, so that changing them on the module keeps working. ``F.batch_norm`` on values that
+depend on no argument of the forward standardises weights; it is no site and stays.
+"""
+
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from bnrewrite.collectives import NO_GROUP, active_group
+from bnrewrite.modes import Frozen, Mode
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.sites.floor import (
+    SITE_TENSORS,
+    functional_arguments,
+    has_hooks,
+    has_own_forward,
+    is_site,
+    own_batch_norm,
+    site_state,
+)
+
+
+def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
+    """Replaces the BatchNorm calls of one owner's graph."""
+    num_functional = 0
+    for node in _candidates(target):
+        if node.op == "call_module":
+            match = _match_module(target, node)
+        elif is_site(target.owner):
+            path = "" if node.target is own_batch_norm else None
+            match = _Site(target.name, path, site_state(target.owner).mode)
+        else:
+            match = _match_functional(target, node, functional_name(target.name, num_functional))
+            num_functional += 1
+        if isinstance(match, Skip):
+            report.skipped.append(match)
+            continue
+        with target.graph.inserting_before(node):
+            arguments = _arguments(target, node, match)
+            new = target.graph.call_function(BATCH_NORM, arguments)
+        new.meta.update(node.meta)
+        new.stack_trace = node.stack_trace
+        node.replace_all_uses_with(new)
+        target.graph.erase_node(node)
+        report.rewritten.append(
+            Rewrite(match.name, target.name, match.path, match.mode, where(new))
+        )
+
+
+class _Site:
+    """A call to rewrite: ``path`` leads to its BatchNorm module, None for a functional call."""
+
+    def __init__(self, name: str, path: str | None, mode: Mode) -> None:
+        self.name = name
+        self.path = path
+        self.mode = mode
+
+
+def _candidates(target: OwnerGraph) -> list[fx.Node]:
+    activations = _depends_on_arguments(target.graph)
+    functional = (F.batch_norm, own_batch_norm)
+    return [
+        node
+        for node in target.graph.nodes
+        if (node.op == "call_module" and is_site(target.owner.get_submodule(str(node.target))))
+        or (node.op == "call_function" and node.target in functional and node in activations)
+    ]
+
+
+def _depends_on_arguments(graph: fx.Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
+    path = str(node.target)
+    module = target.owner.get_submodule(path)
+    state = site_state(module)
+    if has_own_forward(module):
+        return Skip(state.name, "its class has its own forward, which stays a call", where(node))
+    if has_hooks(module):
+        return Skip(state.name, "it has hooks, which only a call runs", where(node))
+    if len(node.args) + len(node.kwargs) != 1:
+        return Skip(state.name, "it is called with more than one argument", where(node))
+    return _Site(state.name, path, state.mode)
+
+
+def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | Skip:
+    mode = target.modes.find(name)
+    if mode is None:
+        return Skip(name, "no pattern of mode matches it", where(node))
+    if isinstance(mode, Frozen) and functional_arguments(node.args, node.kwargs)[1] is None:
+        return Skip(name, "it has no running statistics that could be frozen", where(node))
+    return _Site(name, None, mode)
+
+
+def functional_name(owner: str, index: int) -> str:
+    """Qualified name of the ``index``-th activation ``F.batch_norm`` in the forward of ``owner``."""
+    name = "batch_norm" if index == 0 else f"batch_norm_{index}"
+    return f"{owner}.{name}" if owner else name
+
+
+def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...]:
+    """Arguments of the op in the order of its schema, as nodes and constants."""
+    graph = target.graph
+    frozen = isinstance(site.mode, Frozen)
+    if site.path is None:
+        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
+            node.args, node.kwargs
+        )
+        communicates = site.mode.communicates and target.training
+        parameters = (weight, bias, mean, var, None)
+        training, track = False if frozen else training, True
+    else:
+        input = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        prefix = f"{site.path}." if site.path else ""
+
+        def attribute(name: str) -> fx.Node:
+            return graph.get_attr(prefix + name)
+
+        communicates = site.mode.communicates
+        parameters = tuple(map(attribute, SITE_TENSORS))
+        training = False if frozen else attribute("training")
+        track, momentum, eps = map(attribute, ("track_running_stats", "momentum", "eps"))
+    group = NO_GROUP
+    if communicates:
+        group = graph.call_function(active_group, (target.group, training))
+    return (input, *parameters, training, track, momentum, eps, group)

@@ -1,0 +1,1 @@
+"""Sites: BatchNorm modules that distribute themselves, whatever code calls them."""

@@ -1,0 +1,59 @@
+"""Changing the class of a module in place, reversibly, with copies and pickles that work."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+class Converted:
+    """First base of every class that conversion puts on a module."""
+
+    _bnrewrite_original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so copies and pickles name the original and the mixins.
+        function, args, *rest = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if args and args[0] is cls:
+            bases = cls.__bases__
+            original = cls._bnrewrite_original
+            recipe = tuple(None if base is original else base for base in bases)
+            return (_rebuild, (original, recipe, function, args[1:]), *rest)
+        return (function, args, *rest)
+
+
+def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
+    return function(converted_class(original, recipe), *args)
+
+
+@functools.cache
+def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
+    """A class named like ``original`` with the bases of ``recipe``; None stands for ``original``."""
+    bases = tuple(original if base is None else base for base in recipe)
+    return type(
+        original.__name__,
+        bases,
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "_bnrewrite_original": original,
+        },
+    )
+
+
+def change_class(module: nn.Module, recipe: tuple[type | None, ...]) -> None:
+    """Puts the class of ``recipe`` on ``module``, in place of its own."""
+    module.__class__ = converted_class(original_class(module), recipe)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before conversion, or has if it is not converted."""
+    cls = type(module)
+    return cls._bnrewrite_original if issubclass(cls, Converted) else cls
+
+
+def restore_class(module: nn.Module) -> None:
+    """Gives ``module`` the class back that it had before conversion."""
+    module.__class__ = original_class(module)

@@ -1,0 +1,206 @@
+"""The floor: a BatchNorm module whose own forward calls the op.
+
+Whatever path of whatever code reaches the module, the evaluation is distributed.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
+from bnrewrite.collectives import NO_GROUP, active_group, find_group
+from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.modes import Frozen, Mode
+from bnrewrite.ops.batch_norm import BATCH_NORM
+
+_STATE = "_bnrewrite_site"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteState:
+    """What a converted BatchNorm module knows: plain values only, so it copies and pickles.
+
+    Attributes:
+        name: qualified name in the converted model.
+        mode: the mode of the site.
+        group: name of its process group, or "" if its mode does not communicate.
+        sync_group: name of the group that a ``torch.nn.SyncBatchNorm`` held before conversion.
+    """
+
+    name: str
+    mode: Mode
+    group: str
+    sync_group: str | None = None
+
+    def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
+        """The error with the name of this site in front."""
+        return UnsupportedBatchNorm(f"{self.name}: {error}")
+
+
+SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+"""Tensor arguments of the op, by their names in a BatchNorm module."""
+
+
+def own_batch_norm(x: Tensor) -> Tensor:
+    """Marks, in a fresh graph, the call of torch's BatchNorm forward by a subclass of BatchNorm."""
+    raise AssertionError("a marker is replaced before its graph runs")
+
+
+class SiteForward(Converted):
+    """``forward`` of a converted BatchNorm module."""
+
+    _bnrewrite_site: SiteState
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input`` (N, C, *) with the mode and group of the site."""
+        if type(input).__mro__[-2] is fx.Proxy:
+            # A subclass that calls super().forward() is being traced.
+            return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+        module: Any = self
+        state = self._bnrewrite_site
+        module._check_input_dim(input)
+        training = module.training and not isinstance(state.mode, Frozen)
+        try:
+            return BATCH_NORM(
+                input,
+                module.weight,
+                module.bias,
+                module.running_mean,
+                module.running_var,
+                module.num_batches_tracked,
+                training,
+                module.track_running_stats,
+                module.momentum,
+                module.eps,
+                active_group(state.group, training),
+            )
+        except UnsupportedBatchNorm as error:
+            raise state.named(error) from error
+
+
+def functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of a call of ``F.batch_norm`` with the defaults filled in.
+
+    Order: input, running_mean, running_var, weight, bias, training, momentum, eps.
+    """
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
+    values = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+    values.update(zip((*names, "eps"), args, strict=False))
+    values.update(kwargs)
+    return tuple(values[name] for name in (*names, "eps"))
+
+
+class Intercept(TorchFunctionMode):
+    """Sends ``F.batch_norm`` to the op while the own forward of a BatchNorm subclass runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._state = site_state(module)
+        self._training = module.training
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.batch_norm:
+            return func(*args, **kwargs)
+        state = self._state
+        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(args, kwargs)
+        group = active_group(state.group, self._training and training)
+        tensors = (input, weight, bias, mean, var, None)
+        try:
+            return BATCH_NORM(*tensors, training, True, momentum, eps, group)
+        except UnsupportedBatchNorm as error:
+            raise state.named(error) from error
+
+
+class BatchNormSite(SiteForward, _BatchNorm):
+    """Stands between a direct subclass of ``_BatchNorm`` and its base."""
+
+
+class BatchNorm1dSite(SiteForward, nn.BatchNorm1d):
+    """Stands between a subclass of ``BatchNorm1d`` and its base."""
+
+
+class BatchNorm2dSite(SiteForward, nn.BatchNorm2d):
+    """Stands between a subclass of ``BatchNorm2d`` and its base."""
+
+
+class BatchNorm3dSite(SiteForward, nn.BatchNorm3d):
+    """Stands between a subclass of ``BatchNorm3d`` and its base."""
+
+
+class SyncBatchNormSite(SiteForward, nn.SyncBatchNorm):
+    """Stands between a subclass of ``SyncBatchNorm`` and its base."""
+
+
+_SITES: dict[type[nn.Module], type[SiteForward]] = {
+    nn.BatchNorm1d: BatchNorm1dSite,
+    nn.BatchNorm2d: BatchNorm2dSite,
+    nn.BatchNorm3d: BatchNorm3dSite,
+    nn.SyncBatchNorm: SyncBatchNormSite,
+    _BatchNorm: BatchNormSite,
+}
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the class of a BatchNorm module overrides torch's forward."""
+    return original_class(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def floor_recipe(module: nn.Module) -> tuple[type | None, ...]:
+    """Bases of the converted class: the op's forward takes the place of torch's own."""
+    if not has_own_forward(module):
+        return (SiteForward, None)
+    for base in original_class(module).__mro__:
+        if base in _SITES:
+            return (None, _SITES[base])
+    raise TypeError(f"{type(module).__name__} is not a BatchNorm module")
+
+
+def is_site(module: nn.Module) -> bool:
+    """Whether ``module`` is a converted BatchNorm module."""
+    return _STATE in module.__dict__
+
+
+def site_state(module: nn.Module) -> SiteState:
+    """The state of a converted BatchNorm module."""
+    return module.__dict__[_STATE]
+
+
+def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
+    """Turns a BatchNorm module into a site, in place."""
+    sync_group = None
+    if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
+        sync_group = module.process_group.group_name
+        # A process group cannot be copied or pickled; the name can.
+        module.process_group = None
+    module.__dict__[_STATE] = SiteState(
+        name=name,
+        mode=mode,
+        group=group if mode.communicates else NO_GROUP,
+        sync_group=sync_group,
+    )
+    change_class(module, floor_recipe(module))
+
+
+def revert_site(module: nn.Module) -> None:
+    """Exact inverse of :func:`convert_site`."""
+    state = module.__dict__.pop(_STATE)
+    restore_class(module)
+    if state.sync_group is not None:
+        module.process_group = find_group(state.sync_group)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch.nn.modules.module._has_any_global_hook()
+    )
