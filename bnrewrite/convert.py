@@ -116,15 +116,11 @@ def convert(
     try:
         conversion = _put_on(model, found, wanted)
         functional = [
-            rewrite.name
-            for report in conversion.reports.values()
-            for rewrite in report.rewritten
+            rewrite.name for report in conversion.reports.values() for rewrite in report.rewritten
         ]
         wanted.modes.check_patterns([name for name, _ in found] + functional)
         if strict and conversion.skipped:
-            lines = "\n  ".join(
-                f"{skip.name}: {skip.reason}" for skip in conversion.skipped
-            )
+            lines = "\n  ".join(f"{skip.name}: {skip.reason}" for skip in conversion.skipped)
             raise CaptureError(
                 f"{len(conversion.skipped)} place(s) cannot be rewritten:\n  {lines}\n"
                 "Convert with strict=False to leave them as they are."

@@ -221,9 +221,7 @@ def capture_owner(module: nn.Module, recipe: Recipe) -> Capture:
         return Capture(None, {}, "its forward was replaced on the instance")
     captured: list[Captured] = []
     reports: list[dict[str, PassReport]] = []
-    flags = {
-        child: child.training for child in module.modules() if "training" in child.__dict__
-    }
+    flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
     converted = type(module)
     module.__class__ = _without_owner(module)
     try:

@@ -9,6 +9,7 @@ on tensors of its own, or branches on data.
 
 import contextlib
 import inspect
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -287,7 +288,7 @@ def _is_ours(filename: str) -> bool:
     return filename.startswith((_TORCH, _HERE)) or filename.endswith("mock.py")
 
 
-_TORCH = torch.__path__[0]
+_TORCH = torch.__path__[0] + os.sep
 _HERE = __file__.rsplit("capture", 1)[0]
 
 

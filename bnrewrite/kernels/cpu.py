@@ -146,9 +146,7 @@ def _affine(
 def _affine_out(x: Tensor, weight: Tensor, mean: Tensor, out: Tensor) -> None:
     """``out = weight * (x - mean)`` in one pass."""
     var, unused = _ones(x.size(1), mean.dtype), _ones(0, mean.dtype)
-    torch.native_batch_norm(
-        x, weight, None, mean, var, False, 0.0, 0.0, out=(out, unused, unused)
-    )
+    torch.native_batch_norm(x, weight, None, mean, var, False, 0.0, 0.0, out=(out, unused, unused))
 
 
 def _has_long_rows(x: Tensor) -> bool:
