@@ -63,7 +63,7 @@ def find_group(name: str) -> dist.ProcessGroup:
         GroupError: there is none in this process.
     """
     try:
-        return dist.distributed_c10d._resolve_process_group(name)
+        return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError, KeyError) as error:
         raise GroupError(
             f"the process group {name!r} that convert() was given does not exist in this process: "

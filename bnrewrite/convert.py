@@ -24,11 +24,11 @@ from bnrewrite.capture.owner import (
 )
 from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
-from bnrewrite.modes import Frozen, Mode, ModeTable
+from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import PassReport, Skip
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site, site_state
+from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
 
 _CONVERSION = "_bnrewrite_conversion"
 

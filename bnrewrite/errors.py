@@ -9,7 +9,7 @@ class BnRewriteError(Exception):
     """Base of every error that bnrewrite raises about a model."""
 
 
-class UnsupportedBatchNorm(BnRewriteError, ValueError):
+class UnsupportedBatchNorm(BnRewriteError, ValueError):  # noqa: N818
     """A BatchNorm site cannot be evaluated: wrong channels, wrong type, too few values.
 
     Attributes:

@@ -26,14 +26,11 @@ from bnrewrite.errors import BnRewriteError
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _INTERNAL = frozenset(
-    "_parameters _buffers _non_persistent_buffers_set _backward_pre_hooks _backward_hooks "
-    "_is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs "
-    "_forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs "
-    "_state_dict_hooks _load_state_dict_pre_hooks".split()
+    name for name in vars(nn.Module()) if name.startswith("_") and name != "_modules"
 )
 
 
-class Refused(BnRewriteError):
+class Refused(BnRewriteError):  # noqa: N818
     """A forward that a captured graph would change; the message says why and where."""
 
 
@@ -142,15 +139,13 @@ class OwnerTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuses operations in a context that a graph does not keep."""
-        if self._recording:
-            context = _context()
-            for (name, now), (_, before) in zip(context, self._context, strict=True):
-                if now != before:
-                    self.refuse(f"enters {name}")
+        for (name, now), (_, before) in zip(_context(), self._context, strict=True):
+            if now != before:
+                self.refuse(f"enters {name}")
         node = super().create_node(*args, **kwargs)
         # fx can record whole stacks, which costs more than the trace; one line is what is read.
-        frame = _user_frame()
-        if self._recording and frame is not None:
+        frame = _user_frame() if node.op in ("call_module", "call_function") else None
+        if frame is not None:
             code = frame.f_code
             node.stack_trace = (
                 f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'

@@ -6,8 +6,6 @@ They run once per site and step on C values, so their cost is the number of call
 import torch
 from torch import Tensor
 
-from bnrewrite import reference
-
 Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
 """running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum."""
 

@@ -10,7 +10,7 @@ depend on no argument of the forward standardises weights; it is no site and sta
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional as F
 
 from bnrewrite.collectives import NO_GROUP, active_group
@@ -106,7 +106,7 @@ def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | S
 
 
 def functional_name(owner: str, index: int) -> str:
-    """Qualified name of the ``index``-th activation ``F.batch_norm`` in the forward of ``owner``."""
+    """Qualified name of the ``index``-th ``F.batch_norm`` on activations in ``owner``'s forward."""
     name = "batch_norm" if index == 0 else f"batch_norm_{index}"
     return f"{owner}.{name}" if owner else name
 

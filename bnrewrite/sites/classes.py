@@ -29,7 +29,7 @@ def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
 
 @functools.cache
 def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
-    """A class named like ``original`` with the bases of ``recipe``; None stands for ``original``."""
+    """A class named like ``original`` with the bases of ``recipe``; None stands for it."""
     bases = tuple(original if base is None else base for base in recipe)
     return type(
         original.__name__,

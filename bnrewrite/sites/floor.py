@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
 
 _STATE = "_bnrewrite_site"
 
@@ -191,7 +191,7 @@ def revert_site(module: nn.Module) -> None:
     state = module.__dict__.pop(_STATE)
     restore_class(module)
     if state.sync_group is not None:
-        module.process_group = find_group(state.sync_group)
+        module.__dict__["process_group"] = find_group(state.sync_group)
 
 
 def has_hooks(module: nn.Module) -> bool:
