@@ -71,9 +71,9 @@ def run_step(
 def to_double(value: Any) -> Any:
     """float64 copies of the floating-point tensors in nested containers."""
     return tree_map(
-        lambda leaf: leaf.double()
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf,
+        lambda leaf: (
+            leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
         value,
     )
 
@@ -113,9 +113,7 @@ def assert_same_training(
         (outs, grads, counts), (our_outs, our_grads, our_counts) = results
         _assert_close(our_outs, outs, rtol, f"output, step {step}")
         _assert_close(our_grads, grads, rtol, f"gradient, step {step}")
-        _assert_close(
-            [*converted.buffers()], [*plain.buffers()], rtol, f"buffer after step {step}"
-        )
+        _assert_close([*converted.buffers()], [*plain.buffers()], rtol, f"buffer after step {step}")
         assert counts.num_ours == 0
         assert our_counts.num_torch == num_other, "a BatchNorm evaluation escaped"
         assert our_counts.num_ours + num_other == counts.num_torch
