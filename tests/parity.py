@@ -89,9 +89,10 @@ def assert_same_training(
 ) -> nn.Module:
     """Three training steps and an evaluation agree with the unconverted model.
 
-    Unless told otherwise in float64, where the two sum in different orders, which costs some rounding errors (1e-16) per layer, amplified
-    by rstd on the way; ``rtol`` is relative to the largest entry of all tensors of a kind, since
-    a bias in front of a BatchNorm has a gradient of nothing but rounding errors.
+    Unless told otherwise in float64, where the two sum in different orders, which costs some
+    rounding errors (1e-16) per layer, amplified by rstd on the way. ``rtol`` is relative to the
+    largest entry of all tensors of a kind, since a bias in front of a BatchNorm has a gradient of
+    nothing but rounding errors.
     """
     cast = to_double if double else lambda value: value
     seed(0)

@@ -22,8 +22,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TIMEOUT_S = 90.0
+
+
+class CountCollectives(TorchDispatchMode):
+    """Notes every collective, functional or not, that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._opname
+        if func.namespace in ("_c10d_functional", "c10d") and name != "wait_tensor":
+            tensor = next(arg for arg in tree_leaves(args) if isinstance(arg, Tensor))
+            self.seen.append((name, tensor.dtype, tensor.numel()))
+        return func(*args, **(kwargs or {}))
 
 
 class RankPool:
