@@ -182,6 +182,9 @@ class OwnNoGrad(Simple):
 
 @case()
 class FunctionalOwnBuffers(nn.Module):
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
@@ -200,6 +203,9 @@ def _normalize(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
 
 @case()
 class FunctionalInHelper(nn.Module):
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
@@ -236,7 +242,13 @@ class GhostBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         x = x.view(n // 2, 2, c, h, w).transpose(0, 1).reshape(2 * (n // 2), c, h, w)
         y = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            self.momentum or 0.0,
         )
         return y.view(2, n // 2, c, h, w).transpose(0, 1).reshape(n, c, h, w)
 
@@ -391,11 +403,15 @@ class _Scripted(nn.Module):
         return self.bn(self.conv(x))
 
 
+def _scaled(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out * 1.5
+
+
 @case()
 class HookOnBatchNorm(Simple):
     def __init__(self) -> None:
         super().__init__()
-        self.bn.register_forward_hook(lambda module, args, out: out * 1.5)
+        self.bn.register_forward_hook(_scaled)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
@@ -406,7 +422,7 @@ class HookOnBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = block()
-        self.block.register_forward_hook(lambda module, args, out: out * 1.5)
+        self.block.register_forward_hook(_scaled)
         self.head = block(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def run_step(
 def to_double(value: Any) -> Any:
     """float64 copies of the floating-point tensors in nested containers."""
     return tree_map(
-        lambda leaf: leaf.double()
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf,
+        lambda leaf: (
+            leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
         value,
     )
 
@@ -89,9 +89,10 @@ def assert_same_training(
 ) -> nn.Module:
     """Three training steps and an evaluation agree with the unconverted model.
 
-    Unless told otherwise in float64, where the two sum in different orders, which costs some rounding errors (1e-16) per layer, amplified
-    by rstd on the way; ``rtol`` is relative to the largest entry of all tensors of a kind, since
-    a bias in front of a BatchNorm has a gradient of nothing but rounding errors.
+    Unless told otherwise in float64, where the two sum in different orders, which costs some
+    rounding errors (1e-16) per layer, amplified by rstd on the way. ``rtol`` is relative to the
+    largest entry of all tensors of a kind, since a bias in front of a BatchNorm has a gradient of
+    nothing but rounding errors.
     """
     cast = to_double if double else lambda value: value
     seed(0)
@@ -113,9 +114,7 @@ def assert_same_training(
         (outs, grads, counts), (our_outs, our_grads, our_counts) = results
         _assert_close(our_outs, outs, rtol, f"output, step {step}")
         _assert_close(our_grads, grads, rtol, f"gradient, step {step}")
-        _assert_close(
-            [*converted.buffers()], [*plain.buffers()], rtol, f"buffer after step {step}"
-        )
+        _assert_close([*converted.buffers()], [*plain.buffers()], rtol, f"buffer after step {step}")
         assert counts.num_ours == 0
         assert our_counts.num_torch == num_other, "a BatchNorm evaluation escaped"
         assert our_counts.num_ours + num_other == counts.num_torch

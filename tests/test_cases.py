@@ -8,7 +8,6 @@ from tests.cases import CASES, Case
 from tests.parity import assert_same_training
 
 
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_trains_and_evaluates_like_the_unconverted_model(case: Case) -> None:
     with warnings.catch_warnings():
