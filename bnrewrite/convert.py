@@ -243,7 +243,7 @@ def _put_on(
         _capture(name, module, conversion, cache)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(model, tried, _settled(conversion)):
-        _capture(name, module, conversion, cache)
+        _capture(name, module, conversion, cache, found_by_holding=False)
     model.__dict__[_CONVERSION] = conversion
     return conversion
 
@@ -263,7 +263,18 @@ def _group_of(module: _BatchNorm, group: str) -> str:
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
 
 
-def _capture(name: str, module: nn.Module, conversion: Conversion, cache: Cache) -> None:
+def _capture(
+    name: str,
+    module: nn.Module,
+    conversion: Conversion,
+    cache: Cache,
+    *,
+    found_by_holding: bool = True,
+) -> None:
+    """Captures one module and makes it an owner if it owns a site.
+
+    A module further up that cannot be traced is no news: it may have nothing to do with the site.
+    """
     recipe = Recipe(name, conversion.modes, conversion.group, conversion.passes)
     captured = capture(module, recipe, cache)
     for pass_name, report in captured.reports.items():
@@ -271,7 +282,7 @@ def _capture(name: str, module: nn.Module, conversion: Conversion, cache: Cache)
         total.rewritten.extend(report.rewritten)
         total.skipped.extend(report.skipped)
         conversion.skipped.extend(report.skipped)
-    if captured.refused is not None:
+    if captured.refused is not None and found_by_holding:
         conversion.skipped.append(Skip(name or "the model itself", captured.refused))
         if not is_site(module) and mentions_batch_norm(original_class(module)):
             warnings.warn(

@@ -8,8 +8,6 @@ from torch import nn
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_own_forward, is_site, site_state
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-
 
 def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of ``model`` by qualified name whose own forward may contain a site.
@@ -60,9 +58,9 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def _holder(modules: dict[str, nn.Module], name: str) -> str:
-    """Name of the module that holds ``name``, past lists and dictionaries of modules."""
+    """Name of the module that holds ``name``, past lists and dictionaries without a forward."""
     name = name.rpartition(".")[0]
-    while name and isinstance(modules.get(name), _CONTAINERS):
+    while name and not has_forward(modules[name]):
         name = name.rpartition(".")[0]
     return name
 
