@@ -53,7 +53,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "bnrewrite"])
+        self._context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "bnrewrite"])
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         self._workers: list[tuple[Any, Connection, Path]] = []
         self._num_runs = 0

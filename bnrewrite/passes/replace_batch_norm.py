@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bnrewrite.collectives import NO_GROUP, active_group
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
 from bnrewrite.sites.floor import (
     SITE_TENSORS,
     functional_arguments,
@@ -108,7 +108,7 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
 def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | Skip:
     mode = target.modes.find(name)
     if mode is None:
-        return Skip(name, "no pattern of mode matches it", where(node))
+        return Skip(name, UNMATCHED, where(node))
     if isinstance(mode, Frozen) and functional_arguments(node.args, node.kwargs)[1] is None:
         return Skip(name, "it has no running statistics that could be frozen", where(node))
     return _Site(name, None, mode, target.group)

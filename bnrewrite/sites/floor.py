@@ -4,6 +4,7 @@ Whatever path of whatever code reaches the module, the evaluation is distributed
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
-from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
@@ -38,7 +39,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -50,14 +51,24 @@ def own_batch_norm(x: Tensor) -> Tensor:
     raise AssertionError("a marker is replaced before its graph runs")
 
 
+def _is_proxy(value: object) -> bool:
+    """Whether ``value`` stands for a tensor in a trace; such values pass for tensors."""
+    return any(base is fx.Proxy for base in type(value).__mro__)
+
+
 class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
     _bnrewrite_site: SiteState
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        # While a subclass that checks its input is traced, there are no dimensions to check.
+        if not _is_proxy(input):
+            super()._check_input_dim(input)  # pyright: ignore
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if type(input).__mro__[-2] is fx.Proxy:
+        if _is_proxy(input):
             # A subclass that calls super().forward() is being traced.
             return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
@@ -187,11 +198,21 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
 
 
 def revert_site(module: nn.Module) -> None:
-    """Exact inverse of :func:`convert_site`."""
-    state = module.__dict__.pop(_STATE)
+    """Exact inverse of :func:`convert_site`, as long as the group of a SyncBatchNorm lives."""
+    state = site_state(module)
     restore_class(module)
-    if state.sync_group is not None:
+    del module.__dict__[_STATE]
+    if state.sync_group is None:
+        return
+    try:
         module.__dict__["process_group"] = find_group(state.sync_group)
+    except GroupError:
+        warnings.warn(
+            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            "process_group is now None, the default group.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:
