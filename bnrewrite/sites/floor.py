@@ -57,9 +57,10 @@ class SiteForward(Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if type(input).__mro__[-2] is fx.Proxy:
+        if isinstance(input, fx.Proxy):
             # A subclass that calls super().forward() is being traced.
-            return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         state = self._bnrewrite_site
         module._check_input_dim(input)
