@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -32,6 +33,8 @@ from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
 
 _CONVERSION = "_bnrewrite_conversion"
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -246,6 +249,13 @@ def _put_on(
     for name, module in more_candidates(model, tried, _settled(conversion)):
         _capture(name, module, conversion, cache, found_by_holding=False)
     model.__dict__[_CONVERSION] = conversion
+    log.info(
+        "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
+        type(model).__name__,
+        len(found),
+        len(_settled(conversion)),
+        len(conversion.skipped),
+    )
     return conversion
 
 

@@ -51,11 +51,6 @@ def own_batch_norm(x: Tensor) -> Tensor:
     raise AssertionError("a marker is replaced before its graph runs")
 
 
-def _is_proxy(value: object) -> bool:
-    """Whether ``value`` stands for a tensor in a trace; such values pass for tensors."""
-    return any(base is fx.Proxy for base in type(value).__mro__)
-
-
 class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
@@ -63,14 +58,15 @@ class SiteForward(Converted):
 
     def _check_input_dim(self, input: Tensor) -> None:
         # While a subclass that checks its input is traced, there are no dimensions to check.
-        if not _is_proxy(input):
+        if not isinstance(input, fx.Proxy):
             super()._check_input_dim(input)  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if _is_proxy(input):
+        if isinstance(input, fx.Proxy):
             # A subclass that calls super().forward() is being traced.
-            return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         state = self._bnrewrite_site
         module._check_input_dim(input)
