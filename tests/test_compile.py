@@ -121,8 +121,8 @@ def test_every_kind_of_site_compiles_without_a_break() -> None:
 
 def test_a_site_on_the_floor_compiles_without_a_break() -> None:
     """A hook keeps the original forward in use."""
-    model = bnrewrite.convert(_model())
-    model.get_submodule("bn1").register_forward_hook(lambda m, a, out: out * 2)
+    model: Any = bnrewrite.convert(_model())
+    model.bn1.register_forward_hook(lambda m, a, out: out * 2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     eager = copy.deepcopy(model)
     _assert_close(_train(compiled, [_x(4)]), _train(eager, [_x(4)]))

@@ -143,7 +143,8 @@ class TestTheObjectStays:
         assert called == expected
 
     def test_a_hook_before_conversion_and_its_removal(self) -> None:
-        model, plain = ResidualNet().double(), ResidualNet().double()
+        model: Any = ResidualNet().double()
+        plain: Any = ResidualNet().double()
         plain.load_state_dict(model.state_dict())
         called = []
         handle = model.bn.register_forward_hook(lambda m, a, out: called.append(1) or out + 1)
@@ -572,7 +573,7 @@ class TestErrors:
             def forward(self, x: Tensor) -> Tensor:
                 return self.bn(x) if x.sum() > 0 else x
 
-        model = nn.Sequential(Branches())
+        model: Any = nn.Sequential(Branches())
         before = _snapshot(model)
         with pytest.raises(bnrewrite.CaptureError, match=r"0: .*test_convert\.py:\d+(.|\n)*strict"):
             bnrewrite.convert(model, strict=True)

@@ -314,7 +314,7 @@ def test_sub_groups_share_their_own_statistics(ranks: RankPool, kind: str) -> No
 
 
 def _group_is_gone(rank: int, world_size: int) -> None:
-    group = dist.new_group([0, 1])
+    group: Any = dist.new_group([0, 1])
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_residual_net(), group)
     bnrewrite.convert(model)
     dist.barrier()
@@ -377,7 +377,8 @@ def _wrong_groups(rank: int, world_size: int) -> list[str]:
             messages.append(f"{type(error).__name__}: {error}")
         assert type(model[0]) is nn.BatchNorm1d
     # A group that is gone when training needs it.
-    bnrewrite.convert(model, process_group=(doomed := dist.new_group([0, 1])))
+    doomed: Any = dist.new_group([0, 1])
+    bnrewrite.convert(model, process_group=doomed)
     dist.destroy_process_group(doomed)
     model.eval()(torch.ones(1, 2))
     try:
