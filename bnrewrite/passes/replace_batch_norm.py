@@ -23,6 +23,7 @@ from bnrewrite.sites.floor import (
     has_hooks,
     has_own_forward,
     is_site,
+    is_uninitialised,
     own_batch_norm,
     site_state,
 )
@@ -93,6 +94,9 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
     module = target.owner.get_submodule(path)
     state = site_state(module)
+    if is_uninitialised(module):
+        reason = "it is lazy: a call until the model is converted after its first batch"
+        return Skip(state.name, reason, where(node), path)
     if has_hooks(module):
         return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
     if len(node.args) + len(node.kwargs) != 1:

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
+from bnrewrite.sites.classes import (
+    Converted,
+    change_class,
+    converted_class,
+    original_class,
+    restore_class,
+)
 
 _STATE = "_bnrewrite_site"
 
@@ -184,12 +191,22 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
         group=group if mode.communicates else NO_GROUP,
         sync_group=sync_group,
     )
+    if is_uninitialised(module):
+        # The class changes again when the first batch shows the number of channels, to this one.
+        become = module.cls_to_become
+        module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
+
+
+def is_uninitialised(module: nn.Module) -> bool:
+    """Whether ``module`` is a lazy BatchNorm that has not seen its first batch."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def revert_site(module: nn.Module) -> None:
     """Exact inverse of :func:`convert_site`."""
     state = module.__dict__.pop(_STATE)
+    module.__dict__.pop("cls_to_become", None)
     restore_class(module)
     if state.sync_group is not None:
         module.__dict__["process_group"] = find_group(state.sync_group)
