@@ -4,6 +4,7 @@ Whatever path of whatever code reaches the module, the evaluation is distributed
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
-from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.sites.classes import (
@@ -45,7 +46,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -61,6 +62,11 @@ class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
     _bnrewrite_site: SiteState
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        # While a subclass that checks its input is traced, there are no dimensions to check.
+        if not isinstance(input, fx.Proxy):
+            super()._check_input_dim(input)  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
@@ -204,12 +210,22 @@ def is_uninitialised(module: nn.Module) -> bool:
 
 
 def revert_site(module: nn.Module) -> None:
-    """Exact inverse of :func:`convert_site`."""
-    state = module.__dict__.pop(_STATE)
-    module.__dict__.pop("cls_to_become", None)
+    """Exact inverse of :func:`convert_site`, as long as the group of a SyncBatchNorm lives."""
+    state = site_state(module)
     restore_class(module)
-    if state.sync_group is not None:
+    del module.__dict__[_STATE]
+    module.__dict__.pop("cls_to_become", None)
+    if state.sync_group is None:
+        return
+    try:
         module.__dict__["process_group"] = find_group(state.sync_group)
+    except GroupError:
+        warnings.warn(
+            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            "process_group is now None, the default group.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:
