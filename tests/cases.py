@@ -219,6 +219,15 @@ class FunctionalInHelper(nn.Module):
         return _normalize(self.conv(x), self.mean, self.var, self.training)
 
 
+@case()
+class TorchBatchNorm(Simple):
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        assert isinstance(bn, nn.BatchNorm2d)
+        x, y = self.conv(x), (bn.running_mean, bn.running_var, self.training, 0.1, 1e-5, False)
+        return torch.batch_norm(x, bn.weight, bn.bias, *y)
+
+
 class WeightStandardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = F.batch_norm(

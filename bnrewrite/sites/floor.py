@@ -96,16 +96,26 @@ class SiteForward(Converted):
             raise state.named(error) from error
 
 
-def functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments of a call of ``F.batch_norm`` with the defaults filled in.
+_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.batch_norm: _ORDER,
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:]),
+}
+"""torch's functions that evaluate a BatchNorm, with the names of their arguments in order."""
+
+
+def functional_arguments(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Arguments of a call of one of :data:`FUNCTIONS` with the defaults filled in.
 
     Order: input, running_mean, running_var, weight, bias, training, momentum, eps.
     """
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
     values = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-    values.update(zip((*names, "eps"), args, strict=False))
+    values.update(zip(FUNCTIONS[function], args, strict=False))
     values.update(kwargs)
-    return tuple(values[name] for name in (*names, "eps"))
+    return tuple(values[name] for name in _ORDER)
 
 
 class Intercept(TorchFunctionMode):
@@ -118,10 +128,12 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.batch_norm:
+        if func not in FUNCTIONS:
             return func(*args, **kwargs)
         state = self._state
-        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(args, kwargs)
+        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
+            func, args, kwargs
+        )
         group = active_group(state.group, self._training and training)
         tensors = (input, weight, bias, mean, var, None)
         try:
