@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin
 
 from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
 from bnrewrite.capture.capture import Cache, Recipe, capture
@@ -207,13 +205,6 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
-def _is_uninitialised(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and any(
-        isinstance(tensor, UninitializedTensorMixin)
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-    )
-
-
 def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
     for name, module in found:
         if isinstance(modes.find(name), Frozen) and module.running_mean is None:
@@ -231,10 +222,6 @@ def _put_on(
         mode = wanted.modes.find(name)
         if mode is None:
             conversion.skipped.append(Skip(name, UNMATCHED))
-        elif _is_uninitialised(module):
-            conversion.skipped.append(
-                Skip(name, "it is lazy and not initialised: convert after the first forward")
-            )
         else:
             convert_site(module, name, mode, _group_of(module, wanted.group))
     for name, module in model.named_modules():

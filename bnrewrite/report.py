@@ -77,9 +77,10 @@ class Report:
 
     def __str__(self) -> str:
         modes = ", ".join(sorted({site.mode for site in self.sites})) or "none"
+        num_sites = f"{len(self.sites)} BatchNorm site{'' if len(self.sites) == 1 else 's'}"
         in_graph = sum(site.owner is not None for site in self.sites)
         lines = [
-            f"{self.model}: {len(self.sites)} BatchNorm sites, {in_graph} in captured graphs, "
+            f"{self.model}: {num_sites}, {in_graph} in captured graphs, "
             f"{len(self.sites) - in_graph} on their own    mode {modes}, "
             f"world size {self.world_size}",
             f"{'pass':24}{'rewritten':>10}{'left':>6}  why left",

@@ -11,18 +11,19 @@ depend on no argument of the forward standardises weights; it is no site and sta
 from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
 from bnrewrite.collectives import NO_GROUP, active_group
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
 from bnrewrite.sites.floor import (
+    FUNCTIONS,
     SITE_TENSORS,
     functional_arguments,
     has_hooks,
     has_own_forward,
     is_site,
+    is_uninitialised,
     own_batch_norm,
     site_state,
 )
@@ -72,7 +73,7 @@ class _Site:
 def _candidates(target: OwnerGraph) -> list[fx.Node]:
     """BatchNorm calls; a subclass with its own forward is an owner itself and stays a call."""
     activations = _depends_on_arguments(target.graph)
-    functional = (F.batch_norm, own_batch_norm)
+    functional = (*FUNCTIONS, own_batch_norm)
     return [
         node
         for node in target.graph.nodes
@@ -98,6 +99,9 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
     module = target.owner.get_submodule(path)
     state = site_state(module)
+    if is_uninitialised(module):
+        reason = "it is lazy: a call until the model is converted after its first batch"
+        return Skip(state.name, reason, where(node), path)
     if has_hooks(module):
         return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
     if len(node.args) + len(node.kwargs) != 1:
@@ -109,7 +113,10 @@ def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | S
     mode = target.modes.find(name)
     if mode is None:
         return Skip(name, UNMATCHED, where(node))
-    if isinstance(mode, Frozen) and functional_arguments(node.args, node.kwargs)[1] is None:
+    if (
+        isinstance(mode, Frozen)
+        and functional_arguments(node.target, node.args, node.kwargs)[1] is None
+    ):
         return Skip(name, "it has no running statistics that could be frozen", where(node))
     return _Site(name, None, mode, target.group)
 
@@ -126,7 +133,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
     frozen = isinstance(site.mode, Frozen)
     if site.path is None:
         input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
-            node.args, node.kwargs
+            node.target, node.args, node.kwargs
         )
         communicates = site.mode.communicates and target.training
         parameters = (weight, bias, mean, var, None)
