@@ -46,7 +46,7 @@ def moments(x: Tensor) -> Tensor:
         # ATen insists on running statistics; with momentum 1 it only writes them.
         unused = torch.empty(num_channels, dtype=reference.accumulate_dtype(x.dtype))
         mean, var = torch.batch_norm_update_stats(x, unused, unused, 1.0)
-    packed = torch.cat((_ones(1, mean.dtype), mean, var)).double()
+    packed = torch.cat((_ones(1, torch.float64), mean, var))
     _, mean, square = packed.split((1, num_channels, num_channels))
     square.addcmul_(mean, mean)
     return packed.mul_(x.numel() // num_channels)
@@ -89,18 +89,23 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
         return torch.zeros(2 * x.size(1), dtype=torch.float64)
     mean, rstd = stats.unbind()
     batch, values = x.size(0), x.numel()
-    step = batch
-    if values > _REDUCE_PIECE and x.is_contiguous() and values >= 256 * batch * x.size(1):
-        step = max(1, _REDUCE_PIECE * batch // values)
-    parts = []
-    for start in range(0, batch, step):
-        rows = slice(start, start + step)
-        # The weight argument matters to the input gradient only, which is not asked for.
-        _, sum_grad_xhat, sum_grad = _aten.native_batch_norm_backward(
-            grad[rows], x[rows], rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
-        )
-        parts.append(torch.cat((sum_grad, sum_grad_xhat)))
-    return parts[0].double() if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float64)
+    if values <= _REDUCE_PIECE or not x.is_contiguous() or values < 256 * batch * x.size(1):
+        return _reduce(grad, x, mean, rstd).double()
+    step = max(1, _REDUCE_PIECE * batch // values)
+    parts = [
+        _reduce(grad[start : start + step], x[start : start + step], mean, rstd)
+        for start in range(0, batch, step)
+    ]
+    return torch.stack(parts).sum(0, dtype=torch.float64)
+
+
+def _reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Sums (2C,) of g and of g * xhat in the dtype of the statistics."""
+    # The weight argument matters to the input gradient only, which is not asked for.
+    _, sum_grad_xhat, sum_grad = _aten.native_batch_norm_backward(
+        grad, x, rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return torch.cat((sum_grad, sum_grad_xhat))
 
 
 def normalize_backward(
@@ -122,6 +127,11 @@ def normalize_backward(
     mean_grad, mean_grad_xhat = (sums / totals[:1]).to(stats.dtype).chunk(2)
     scale = rstd if weight is None else rstd * weight
     slope = (rstd * mean_grad_xhat).mul_(scale)
+    if x.numel() <= _SMALL and x.dtype == stats.dtype:
+        one = _ones(x.size(1), scale.dtype)
+        dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
+        centred = x - reference.per_channel(mean, x)
+        return dx.addcmul_(centred, reference.per_channel(slope, x), value=-1)
     dx = torch.empty_like(x)
     grad_NCS, x_NCS, dx_NCS = _images(grad), _images(x), _images(dx)
     if x.dtype == stats.dtype and not _channels_vectorise(x):
