@@ -55,8 +55,8 @@ class PeerBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(var, self.momentum or 0.0)
         return input * scale.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1)
 
 

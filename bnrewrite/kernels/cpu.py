@@ -32,7 +32,15 @@ few images at a time keep what it jumps between in cache."""
 _SMALL = 1 << 15
 """Values below which one slow call costs less than several fast ones."""
 
-_scratch = threading.local()
+
+class _Scratch(threading.local):
+    """Temporaries that each thread keeps."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def moments(x: Tensor) -> Tensor:
@@ -230,11 +238,11 @@ def _pieces(x_NCS: Tensor, count: int, dtype: torch.dtype) -> Iterator[tuple[Any
 
 def _scratch_buffers(dtype: torch.dtype) -> Tensor:
     """Room for two temporaries of one piece, kept by each thread."""
-    buffers = _scratch.__dict__.get(dtype)
+    buffers = _scratch.buffers.get(dtype)
     if buffers is None:
         # A tensor made in inference mode could not be written to outside.
         with torch.inference_mode(False):
-            buffers = _scratch.__dict__[dtype] = torch.empty(2, _PIECE, dtype=dtype)
+            buffers = _scratch.buffers[dtype] = torch.empty(2, _PIECE, dtype=dtype)
     return buffers
 
 
