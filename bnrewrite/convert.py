@@ -13,14 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedTensorMixin
 
-from bnrewrite.capture.candidates import mentions_batch_norm, owner_candidates
+from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
+from bnrewrite.capture.capture import Cache, Recipe, capture
 from bnrewrite.capture.owner import (
-    Recipe,
     attach_owner,
-    capture_owner,
     detach_owner,
     is_owner,
     owner_state,
+    owner_state_of,
 )
 from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
@@ -237,10 +237,24 @@ def _put_on(
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
-    for name, module in owner_candidates(model):
-        _capture(name, module, conversion)
+    cache: Cache = {}
+    tried = owner_candidates(model)
+    for name, module in tried.items():
+        _capture(name, module, conversion, cache)
+    # A site that its holder does not call may be called from further up: self.encoder.bn(x).
+    for name, module in more_candidates(model, tried, _settled(conversion)):
+        _capture(name, module, conversion, cache, found_by_holding=False)
     model.__dict__[_CONVERSION] = conversion
     return conversion
+
+
+def _settled(conversion: Conversion) -> set[str]:
+    """Names of sites that are in a graph, or that a pass has left with a reason."""
+    return {
+        one.name
+        for report in conversion.reports.values()
+        for one in (*report.rewritten, *report.skipped)
+    }
 
 
 def _group_of(module: _BatchNorm, group: str) -> str:
@@ -249,26 +263,38 @@ def _group_of(module: _BatchNorm, group: str) -> str:
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
 
 
-def _capture(name: str, module: nn.Module, conversion: Conversion) -> None:
+def _capture(
+    name: str,
+    module: nn.Module,
+    conversion: Conversion,
+    cache: Cache,
+    *,
+    found_by_holding: bool = True,
+) -> None:
+    """Captures one module and makes it an owner if it owns a site.
+
+    A module further up that cannot be traced is no news: it may have nothing to do with the site.
+    """
     recipe = Recipe(name, conversion.modes, conversion.group, conversion.passes)
-    capture = capture_owner(module, recipe)
-    for pass_name, report in capture.reports.items():
+    captured = capture(module, recipe, cache)
+    for pass_name, report in captured.reports.items():
         total = conversion.reports.setdefault(pass_name, PassReport())
         total.rewritten.extend(report.rewritten)
         total.skipped.extend(report.skipped)
         conversion.skipped.extend(report.skipped)
-    if capture.refused is not None:
-        conversion.skipped.append(Skip(name or "the model itself", capture.refused))
+    if captured.refused is not None and found_by_holding:
+        conversion.skipped.append(Skip(name or "the model itself", captured.refused))
         if not is_site(module) and mentions_batch_norm(original_class(module)):
             warnings.warn(
-                f"{name or 'the model itself'} ({type(module).__name__}) {capture.refused}, and "
+                f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
                 "its class mentions batch_norm: if its forward calls "
                 "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
                 "Use a BatchNorm module there, or make the forward traceable.",
                 stacklevel=4,
             )
-    if capture.state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, capture.state)
+    state = owner_state_of(recipe, captured)
+    if state is not None or (is_site(module) and has_own_forward(module)):
+        attach_owner(module, state)
 
 
 def _take_off(model: nn.Module) -> Conversion | None:

@@ -1,35 +1,68 @@
 """Which modules may own a site: found without running any of them."""
 
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 
 from torch import nn
 
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import has_own_forward, is_site
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+from bnrewrite.sites.floor import has_own_forward, is_site, site_state
 
 
-def owner_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules of ``model``, with their qualified names, whose own forward may contain a site.
+def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of ``model`` by qualified name whose own forward may contain a site.
 
     These are the modules that hold a site directly or in a container, the BatchNorm modules with a
     forward of their own, and the modules whose class mentions ``batch_norm``.
     """
     modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
+    found: set[str] = set()
     for name, module in modules.items():
         if is_site(module):
             if has_own_forward(module):
-                found[name] = module
-            parent = name.rpartition(".")[0]
-            while name and parent and isinstance(modules.get(parent), _CONTAINERS):
-                parent = parent.rpartition(".")[0]
-            if name and parent in modules:
-                found[parent] = modules[parent]
+                found.add(name)
+            if name:
+                found.add(_holder(modules, name))
         elif mentions_batch_norm(original_class(module)):
-            found[name] = module
-    return [(name, module) for name, module in modules.items() if name in found]
+            found.add(name)
+    return {
+        name: module for name, module in modules.items() if name in found and has_forward(module)
+    }
+
+
+def more_candidates(
+    model: nn.Module, tried: dict[str, nn.Module], settled: set[str]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Holders of holders of the sites that are not in ``settled``, each one once, from below.
+
+    Args:
+        model: the model.
+        tried: candidates that were captured already.
+        settled: names of sites that need no further search.
+    """
+    modules = dict(model.named_modules())
+    seen = set(tried)
+    for name, module in modules.items():
+        if not is_site(module) or has_own_forward(module) or site_state(module).name in settled:
+            continue
+        while name:
+            name = _holder(modules, name)
+            if name not in seen and has_forward(modules[name]):
+                seen.add(name)
+                yield name, modules[name]
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the class of ``module`` defines a forward at all."""
+    return original_class(module).forward is not nn.Module.forward
+
+
+def _holder(modules: dict[str, nn.Module], name: str) -> str:
+    """Name of the module that holds ``name``, past lists and dictionaries without a forward."""
+    name = name.rpartition(".")[0]
+    while name and not has_forward(modules[name]):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def mentions_batch_norm(cls: type[nn.Module]) -> bool:

@@ -22,27 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.errors import BnRewriteError
-
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_INTERNAL = frozenset(
-    name for name in vars(nn.Module()) if name.startswith("_") and name != "_modules"
-)
 
 
 class Refused(BnRewriteError):  # noqa: N818
     """A forward that a captured graph would change; the message says why and where."""
-
-
-class Read:
-    """An attribute whose value is baked into a graph: ``path`` to a module, ``name``, value."""
-
-    __slots__ = ("name", "path", "value")
-
-    def __init__(self, path: str, name: str, value: Any) -> None:
-        self.path = path
-        self.name = name
-        self.value = value
 
 
 class _Proxy(fx.Proxy):
@@ -64,20 +49,17 @@ class _Proxy(fx.Proxy):
 class OwnerTracer(fx.Tracer):
     """Traces the forward of one module; every child is a leaf.
 
-    After :meth:`trace`: ``reads`` are the baked-in attributes, ``lengths`` the containers that were
-    iterated with their sizes, ``tensor_arguments`` the arguments that were asked whether they are
-    tensors.
+    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``tensor_arguments`` are
+    the arguments that were asked whether they are tensors.
     """
 
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=False)
         self.proxy_buffer_attributes = True
-        self.reads: dict[tuple[str, str], Read] = {}
-        self.lengths: dict[str, int] = {}
+        self.assumptions = Assumptions()
         self.tensor_arguments: set[str] = set()
         self.refusal: Refused | None = None
         self._recording = False
-        self._containers: list[tuple[Any, Any]] = []
 
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
@@ -99,16 +81,14 @@ class OwnerTracer(fx.Tracer):
         except Exception as error:
             if self.refusal is None:
                 where = _where_of(error, forward)
-                text = str(error).strip().split("\n", 1)[0] or type(error).__name__
-                self.refusal = Refused(f"cannot be traced: {text}{where}")
+                text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
+                self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{where}")
+            self.assumptions.restore_containers()
             raise self.refusal from error
         if self.refusal is not None:
             raise self.refusal
-        for live, copy in self._containers:
-            if list(live) != list(copy):
-                live.clear()
-                (live.extend if isinstance(live, list) else live.update)(copy)
-                raise Refused("changes a list, set or dict that it keeps")
+        if self.assumptions.restore_containers():
+            raise Refused("changes a list, set or dict that it keeps")
         return graph
 
     # What fx.Tracer asks of its subclasses
@@ -183,9 +163,17 @@ class OwnerTracer(fx.Tracer):
         tracer = self
 
         def getattribute(module: nn.Module, name: str) -> Any:
-            value = read(module, name)
-            if tracer._recording and not name.startswith("__"):
-                tracer._note(paths, module, name, value)
+            if not tracer._recording or name.startswith("__"):
+                return read(module, name)
+            path = paths.get(id(module))
+            try:
+                value = read(module, name)
+            except AttributeError:
+                if path is not None:
+                    tracer.assumptions.note_missing(path, module, name)
+                raise
+            if path is not None:
+                tracer.assumptions.note(path, module, name, value)
             return value
 
         def setattribute(module: nn.Module, name: str, value: Any) -> None:
@@ -219,20 +207,6 @@ class OwnerTracer(fx.Tracer):
                     np.random.set_state(states[1])
                     torch.set_rng_state(states[2])
                     self.refusal = self.refusal or Refused("draws random numbers in Python")
-
-    def _note(self, paths: dict[int, str], module: nn.Module, name: str, value: Any) -> None:
-        if name in _INTERNAL:
-            return
-        path = paths.get(id(module))
-        if path is None:
-            return
-        if name == "_modules":
-            self.lengths[path] = len(value)
-        elif name in module.__dict__ and not (path == "" and name == "training"):
-            if isinstance(value, (list, dict, set)):
-                self._containers.append((value, value.copy()))
-            if isinstance(value, _CONSTANTS) or inspect.isroutine(value):
-                self.reads.setdefault((path, name), Read(path, name, value))
 
 
 class _RefuseEffects(TorchDispatchMode):

@@ -10,11 +10,15 @@ from bnrewrite.modes import Mode, ModeTable
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """Something a pass left as it was: which, why, and where in the user's code."""
+    """Something a pass left as it was: which, why, and where in the user's code.
+
+    ``path`` leads from the owner to the BatchNorm module that ``name`` names, where there is one.
+    """
 
     name: str
     reason: str
     where: str | None = None
+    path: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,21 @@ class PassReport:
 
     rewritten: list[Rewrite] = dataclasses.field(default_factory=list)
     skipped: list[Skip] = dataclasses.field(default_factory=list)
+
+    def renamed(self, owner: str, name_of: Callable[[str, str | None], str]) -> "PassReport":
+        """The same report about another owner with the same graph.
+
+        Args:
+            owner: qualified name of the other owner.
+            name_of: the name of a site there, from its name and path here.
+        """
+        return PassReport(
+            [
+                dataclasses.replace(one, name=name_of(one.name, one.path), owner=owner)
+                for one in self.rewritten
+            ],
+            [dataclasses.replace(one, name=name_of(one.name, one.path)) for one in self.skipped],
+        )
 
 
 @dataclasses.dataclass

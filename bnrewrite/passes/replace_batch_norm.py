@@ -65,14 +65,20 @@ class _Site:
 
 
 def _candidates(target: OwnerGraph) -> list[fx.Node]:
+    """BatchNorm calls; a subclass with its own forward is an owner itself and stays a call."""
     activations = _depends_on_arguments(target.graph)
     functional = (F.batch_norm, own_batch_norm)
     return [
         node
         for node in target.graph.nodes
-        if (node.op == "call_module" and is_site(target.owner.get_submodule(str(node.target))))
+        if (node.op == "call_module" and _is_plain_site(target, str(node.target)))
         or (node.op == "call_function" and node.target in functional and node in activations)
     ]
+
+
+def _is_plain_site(target: OwnerGraph, path: str) -> bool:
+    module = target.owner.get_submodule(path)
+    return is_site(module) and not has_own_forward(module)
 
 
 def _depends_on_arguments(graph: fx.Graph) -> set[fx.Node]:
@@ -87,12 +93,10 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
     module = target.owner.get_submodule(path)
     state = site_state(module)
-    if has_own_forward(module):
-        return Skip(state.name, "its class has its own forward, which stays a call", where(node))
     if has_hooks(module):
-        return Skip(state.name, "it has hooks, which only a call runs", where(node))
+        return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
     if len(node.args) + len(node.kwargs) != 1:
-        return Skip(state.name, "it is called with more than one argument", where(node))
+        return Skip(state.name, "it is called with more than one argument", where(node), path)
     return _Site(state.name, path, state.mode)
 
 

@@ -1,0 +1,109 @@
+"""What a trace took for granted: a captured graph stands for the forward while it still holds."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+Place = tuple[str, str]
+"""Path of a module below the owner ("" is the owner) and the name of one of its attributes."""
+
+
+@dataclasses.dataclass
+class Assumptions:
+    """What the trace of one owner baked into its graph.
+
+    Attributes:
+        constants: plain attributes that were read, with their values.
+        objects: other attributes that were read; the same object stands for the same behaviour.
+        absent: parameters, buffers and children that were read and are None.
+        present: those that were read and are not None.
+        lengths: modules whose children were enumerated, with how many there were.
+        containers: lists, sets and dicts that were read, with copies from before the trace.
+        reads_training: whether any ``training`` flag was read.
+    """
+
+    constants: dict[Place, Any] = dataclasses.field(default_factory=dict)
+    objects: dict[Place, Any] = dataclasses.field(default_factory=dict)
+    absent: set[Place] = dataclasses.field(default_factory=set)
+    present: set[Place] = dataclasses.field(default_factory=set)
+    lengths: dict[str, int] = dataclasses.field(default_factory=dict)
+    containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    reads_training: bool = False
+
+    def note(self, path: str, module: nn.Module, name: str, value: Any) -> None:
+        """Notes that the traced code read the attribute ``name`` of ``module``."""
+        if name in _INTERNAL:
+            return
+        if name == "_modules":
+            self.lengths[path] = len(value)
+        elif name == "training":
+            self.reads_training = True
+            if path:
+                self.constants[path, name] = value
+        elif name in module.__dict__:
+            if isinstance(value, (list, dict, set)):
+                self.containers.append((value, value.copy()))
+            constant = isinstance(value, _CONSTANTS) or inspect.isroutine(value)
+            (self.constants if constant else self.objects)[path, name] = value
+
+    def note_missing(self, path: str, module: nn.Module, name: str) -> None:
+        """Notes that the traced code read a parameter, buffer or child, which may be None."""
+        for table in _TABLES:
+            members = module.__dict__.get(table, {})
+            if name in members:
+                (self.absent if members[name] is None else self.present).add((path, name))
+
+    def hold(self, owner: nn.Module) -> bool:
+        """Whether the graph still does what the forward of the owner would do."""
+        for (path, name), before in self.constants.items():
+            values = below(owner, path).__dict__
+            if name not in values or not _same(values[name], before):
+                return False
+        for path, name in self.absent:
+            if getattr(below(owner, path), name) is not None:
+                return False
+        return all(len(below(owner, path)._modules) == n for path, n in self.lengths.items())
+
+    def hold_for_another(self, module: nn.Module) -> bool:
+        """Whether a trace of ``module``, of the same class and structure, would be the same."""
+        try:
+            return (
+                self.hold(module)
+                and all(
+                    getattr(below(module, path), name) is not None for path, name in self.present
+                )
+                and all(
+                    below(module, path).__dict__.get(name) is value
+                    for (path, name), value in self.objects.items()
+                )
+            )
+        except AttributeError:
+            return False
+
+    def restore_containers(self) -> bool:
+        """Undoes what the traced code did to lists, sets and dicts; whether it did anything."""
+        changed = False
+        for live, copy in self.containers:
+            if list(live) != list(copy):
+                changed = True
+                live.clear()
+                (live.extend if isinstance(live, list) else live.update)(copy)
+        return changed
+
+
+def below(module: Any, path: str) -> Any:
+    """The submodule at ``path``; "" is the module itself."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def _same(value: Any, before: Any) -> bool:
+    return value is before or (type(value) is type(before) and value == before)

@@ -1,0 +1,82 @@
+"""A captured graph: how it is called, when it stands for the forward, and the code it became."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bnrewrite.capture.assumptions import Assumptions, below
+from bnrewrite.sites.floor import has_hooks, is_site
+
+
+@dataclasses.dataclass
+class Captured:
+    """A captured graph, how it is called, and what must hold for it to stand for the forward.
+
+    Attributes:
+        graph: the graph; its attributes are those of the owner.
+        arguments: names of the required arguments, in order.
+        defaults: optional arguments and the values they must keep.
+        tensor_arguments: positions of the arguments that must be tensors.
+        assumptions: what else was baked in.
+        sites: paths of the BatchNorm modules whose calls became ops.
+        function: the compiled graph; its first argument is the owner.
+    """
+
+    graph: fx.Graph
+    arguments: list[str]
+    defaults: dict[str, Any]
+    tensor_arguments: list[int]
+    assumptions: Assumptions
+    sites: list[str] = dataclasses.field(default_factory=list)
+    code: str = ""
+    function: Callable[..., Any] | None = None
+
+    def finish(self, owner: nn.Module) -> None:
+        """Makes the function from the rewritten graph, as ``fx.GraphModule`` does."""
+        self.graph.lint()
+        python = self.graph.python_code("self")
+        self.code = python.src
+        self.function = fx.graph_module._forward_from_src(python.src, python.globals.copy())
+        calls = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
+        prefixes = {
+            str(node.target).rpartition(".")[0] for node in self.graph.find_nodes(op="get_attr")
+        }
+        self.sites = sorted(
+            path for path in prefixes - calls if path and is_site(owner.get_submodule(path))
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The required arguments in order, or None if the call has another form."""
+        if kwargs or len(args) != len(self.arguments):
+            names = [*self.arguments, *self.defaults]
+            if len(args) > len(names):
+                return None
+            values = dict(zip(names, args, strict=False))
+            for name, value in kwargs.items():
+                if name not in names or name in values:
+                    return None
+                values[name] = value
+            if any(values.pop(name, value) is not value for name, value in self.defaults.items()):
+                return None
+            if len(values) != len(self.arguments):
+                return None
+            args = tuple(values[name] for name in self.arguments)
+        for position in self.tensor_arguments:
+            if not isinstance(args[position], Tensor):
+                return None
+        return args
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether all that was baked in is still as it was, and no site has grown a hook."""
+        if torch.nn.modules.module._has_any_global_hook():
+            return False
+        if not self.assumptions.hold(owner):
+            return False
+        for path in self.sites:
+            site = below(owner, path)
+            if not is_site(site) or has_hooks(site):
+                return False
+        return True
