@@ -6,11 +6,10 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,6 +72,8 @@ def make_run(
         # Ranks hold equal parts, so the loss of the batch is the mean of theirs.
         dist.all_reduce(outcome.batch_losses)
         outcome.batch_losses /= world_size
+    outcome.batch_losses = outcome.batch_losses.cpu()
+    outcome.state = {name: value.cpu() for name, value in outcome.state.items()}
     return outcome, network
 
 
