@@ -1,7 +1,9 @@
 """From an ``ExportedProgram`` to an ONNX model of the opset that was asked for."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
@@ -19,12 +21,8 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
     Raises:
         ExportError: an operation has no ONNX form.
     """
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    # It warns that opsets above its own need conversion; the result is checked below.
-    exporter.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), _quiet(), torch.no_grad():
             warnings.simplefilter("ignore")
             converted = torch.onnx.export(
                 program, opset_version=max(opset, _NATIVE[0]), optimize=False, verbose=False
@@ -36,10 +34,22 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
             f"{str(cause).splitlines()[0] if str(cause) else cause!r}. Replace the operation "
             "by others, or ask for a higher opset_version."
         ) from error
-    finally:
-        exporter.setLevel(level)
     assert converted is not None
     return converted.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back warnings that an opset needs conversion: what comes out is checked."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _innermost(error: BaseException) -> BaseException:
