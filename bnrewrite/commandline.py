@@ -41,6 +41,8 @@ def load_model(spec: str) -> nn.Module:
         if not hasattr(found, name):
             raise CommandError(f"{spec}: there is no {name!r} in {module_name}")
         found = getattr(found, name)
+    if isinstance(found, nn.Module):
+        return found
     if not callable(found):
         raise CommandError(f"{spec} is no function or class, but {type(found).__name__}")
     try:

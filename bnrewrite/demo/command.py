@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(settings: Settings, folder: str) -> None:
     from bnrewrite.demo import text
     from bnrewrite.demo.data import load_digits
-    from bnrewrite.demo.launcher import RankFailed, launch
+    from bnrewrite.demo.launcher import RankFailedError, launch
     from bnrewrite.demo.onnx_check import export_and_run
     from bnrewrite.demo.picture import draw
     from bnrewrite.demo.worker import compile_backend, make_run, uses_gpu
@@ -105,7 +105,7 @@ def _run(settings: Settings, folder: str) -> None:
     outcomes = {one.key: make_run(one, settings, device)[0] for one in runs if not one.distributed}
     try:
         found = launch(settings)
-    except RankFailed as failed:
+    except RankFailedError as failed:
         raise CommandError(str(failed), code=1) from failed
     outcomes.update(found["outcomes"])
 

@@ -24,7 +24,7 @@ from bnrewrite.demo.runs import Settings
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank ended with an error, which it has printed itself."""
 
 
@@ -34,7 +34,7 @@ def launch(settings: Settings) -> dict[str, Any]:
     The ranks meet at a free port of 127.0.0.1. However this ends, no rank is left behind.
 
     Raises:
-        RankFailed: a rank failed.
+        RankFailedError: a rank failed.
         KeyboardInterrupt: the user interrupted.
     """
     with tempfile.TemporaryDirectory(prefix="bnrewrite-demo-") as folder:
@@ -60,7 +60,7 @@ def launch(settings: Settings) -> dict[str, Any]:
                 raise SystemExit(128 + stopped.sigval) from stopped
             except ChildFailedError as failed:
                 first, failure = failed.get_first_failure()
-                raise RankFailed(
+                raise RankFailedError(
                     f"rank {first} ended with exit code {failure.exitcode}; its own message is "
                     "above."
                 ) from failed

@@ -1,17 +1,12 @@
 """``python -m bnrewrite export MODULE:FACTORY OUT.onnx``: ``export_onnx`` on the command line."""
 
 import argparse
-import importlib
-import inspect
 import logging
-import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 
+from bnrewrite.commandline import CommandError, load_model
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.export.api import export_onnx
 
@@ -57,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     """Exports and prints the report.
 
     Returns:
-        The exit status: 0, or 1 after an error that is printed.
+        The exit status, 0.
+
+    Raises:
+        CommandError: an argument is wrong, or a file cannot be read or written.
+        ExportError: the model cannot be exported.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s ..."))
@@ -67,9 +66,12 @@ def run(args: argparse.Namespace) -> int:
     log.setLevel(logging.INFO)
     try:
         print(_export(args))
-    except (BnRewriteError, TypeError, ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except BnRewriteError:
+        raise
+    except (TypeError, ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+    except ImportError as error:
+        raise CommandError(str(error), code=1) from error
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> object:
-    model = _load(args.model)
+    model = load_model(args.model)
     if args.weights:
         model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
     dtype = _DTYPES[args.dtype]
@@ -93,45 +95,6 @@ def _export(args: argparse.Namespace) -> object:
         fold=args.fold,
         verify=not args.no_verify,
     )
-
-
-def _load(text: str) -> nn.Module:
-    """The model that ``MODULE:FACTORY`` makes.
-
-    Raises:
-        ValueError: there is no such module or factory, or it makes something else.
-    """
-    module_name, separator, path = text.partition(":")
-    if not separator or not module_name or not path:
-        raise ValueError(
-            f"{text!r} is not of the form MODULE:FACTORY, e.g. torchvision.models:resnet50."
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for name in path.split("."):
-            factory = getattr(factory, name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{text!r} cannot be found: {error}.") from error
-    made = _call(text, factory)
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{text!r} gives {type(made).__name__}, not a torch.nn.Module.")
-    return made
-
-
-def _call(text: str, factory: Callable[..., Any] | nn.Module) -> Any:
-    if isinstance(factory, nn.Module) or not callable(factory):
-        return factory
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"{text!r} cannot be called without arguments: {error}. Name a function that can."
-        ) from error
-    except ValueError:
-        pass
-    return factory()
 
 
 def _example(text: str, dtype: torch.dtype) -> torch.Tensor:
