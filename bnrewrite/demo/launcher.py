@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bnrewrite.demo.runs import Settings
 
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 
 
 class RankFailedError(RuntimeError):
@@ -35,7 +35,7 @@ def launch(settings: Settings) -> dict[str, Any]:
 
     Raises:
         RankFailedError: a rank failed.
-        KeyboardInterrupt: the user interrupted.
+        SystemExit: the launcher was told to terminate.
     """
     with tempfile.TemporaryDirectory(prefix="bnrewrite-demo-") as folder:
         path = os.path.join(folder, "outcomes.pt")
@@ -49,14 +49,15 @@ def launch(settings: Settings) -> dict[str, Any]:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            # The launcher would pass SIGINT on, and each rank would print where it was; left to
+            # Python, an interrupt ends the launcher, which then terminates the ranks.
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
         )
         arguments = ["-m", "bnrewrite.demo.worker", json.dumps(dataclasses.asdict(settings)), path]
         with _quiet_launcher(), _environment(_rank_environment()), _signals_restored():
             try:
                 elastic_launch(config, sys.executable)(*arguments)
             except SignalException as stopped:
-                if stopped.sigval == signal.SIGINT:
-                    raise KeyboardInterrupt from stopped
                 raise SystemExit(128 + stopped.sigval) from stopped
             except ChildFailedError as failed:
                 first, failure = failed.get_first_failure()
@@ -64,7 +65,7 @@ def launch(settings: Settings) -> dict[str, Any]:
                     f"rank {first} ended with exit code {failure.exitcode}; its own message is "
                     "above."
                 ) from failed
-        return torch.load(path, weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def _rank_environment() -> dict[str, str]:
@@ -108,8 +109,8 @@ def _signals_restored() -> Iterator[None]:
 def _quiet_launcher() -> Iterator[None]:
     """Silences the launcher's own log: failures reach the user as one line."""
     log = logging.getLogger("torch.distributed.elastic")
-    before, log.level = log.level, logging.CRITICAL
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             desc=f"{title:{TITLE_WIDTH}}",
-            bar_format="{desc} {bar:24} {n_fmt:>5}/{total_fmt} steps  {elapsed}  {postfix}",
+            bar_format="{desc} {bar:16} {n_fmt:>5}/{total_fmt}  {elapsed}{postfix}",
             mininterval=0.2,
             file=sys.stdout,
             disable=not (shown and sys.stdout.isatty()),
