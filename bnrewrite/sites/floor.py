@@ -4,18 +4,26 @@ Whatever path of whatever code reaches the module, the evaluation is distributed
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
-from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
+from bnrewrite.sites.classes import (
+    Converted,
+    change_class,
+    converted_class,
+    original_class,
+    restore_class,
+)
 
 _STATE = "_bnrewrite_site"
 
@@ -38,7 +46,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -55,11 +63,17 @@ class SiteForward(Converted):
 
     _bnrewrite_site: SiteState
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        # While a subclass that checks its input is traced, there are no dimensions to check.
+        if not isinstance(input, fx.Proxy):
+            super()._check_input_dim(input)  # pyright: ignore
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if type(input).__mro__[-2] is fx.Proxy:
+        if isinstance(input, fx.Proxy):
             # A subclass that calls super().forward() is being traced.
-            return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         state = self._bnrewrite_site
         module._check_input_dim(input)
@@ -183,15 +197,35 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
         group=group if mode.communicates else NO_GROUP,
         sync_group=sync_group,
     )
+    if is_uninitialised(module):
+        # The class changes again when the first batch shows the number of channels, to this one.
+        become = module.cls_to_become
+        module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
 
 
+def is_uninitialised(module: nn.Module) -> bool:
+    """Whether ``module`` is a lazy BatchNorm that has not seen its first batch."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
 def revert_site(module: nn.Module) -> None:
-    """Exact inverse of :func:`convert_site`."""
-    state = module.__dict__.pop(_STATE)
+    """Exact inverse of :func:`convert_site`, as long as the group of a SyncBatchNorm lives."""
+    state = site_state(module)
     restore_class(module)
-    if state.sync_group is not None:
+    del module.__dict__[_STATE]
+    module.__dict__.pop("cls_to_become", None)
+    if state.sync_group is None:
+        return
+    try:
         module.__dict__["process_group"] = find_group(state.sync_group)
+    except GroupError:
+        warnings.warn(
+            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            "process_group is now None, the default group.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:
