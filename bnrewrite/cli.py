@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
-    parser, commands = _parser()
+    parser, commands = make_parser()
     args = parser.parse_args(argv)
     try:
         return commands[args.command](args)
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+    """The parser of all subcommands, and what runs each of them."""
     parser = _Parser(
         prog="bnrewrite",
         description="Distributed BatchNorm for PyTorch by rewriting graphs.",

@@ -45,7 +45,7 @@ def table(runs: list[Run], outcomes: dict[str, Outcome]) -> str:
     """Loss and accuracy of each run on the training and test images, in evaluation mode."""
     pad = " " * TITLE_WIDTH
     lines = [
-        f"{pad} {'train':^17}  {'test':^17}",
+        f"{pad} {'train':^17}  {'test':^17}".rstrip(),
         f"{pad} {'loss':>7}  {'accuracy':>8}  {'loss':>7}  {'accuracy':>8}  {'seconds':>8}",
         "-" * (TITLE_WIDTH + 47),
     ]
