@@ -19,7 +19,7 @@ from bnrewrite.demo.network import DigitsNet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Export a trained network to ONNX.")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="written by train_ddp.py")
     parser.add_argument("output", type=Path, nargs="?", default=Path("digits.onnx"))
     parser.add_argument("--fold", action="store_true", help="BatchNorm into the convolutions")

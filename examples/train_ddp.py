@@ -9,6 +9,7 @@ It trains a small residual network on scikit-learn's digits. The three lines are
 import argparse
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(bnrewrite.report(network), flush=True)  # (3)
 
-    model: nn.Module = torch.compile(network, fullgraph=True) if args.compile else network
+    model: nn.Module = network
+    if args.compile:
+        model = cast(nn.Module, torch.compile(network, fullgraph=True))
     model = DistributedDataParallel(model)
     optimizer = SGD(network.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
     schedule = StepLR(optimizer, step_size=3, gamma=0.5)
@@ -59,7 +62,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Data-parallel training.")
     parser.add_argument("--epochs", type=int, default=4, help="epochs in total, resumed or not")
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank and step")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate at the start")

@@ -25,7 +25,7 @@ def draw(runs: list[Run], outcomes: dict[str, Outcome], settings: Settings, path
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    fonts = {
+    look: dict[Any, Any] = {
         "font.size": 10.5,
         "text.color": _INK,
         "axes.edgecolor": _FAINT,
@@ -35,7 +35,7 @@ def draw(runs: list[Run], outcomes: dict[str, Outcome], settings: Settings, path
         "xtick.labelcolor": _INK,
         "ytick.labelcolor": _INK,
     }
-    with plt.rc_context(fonts):
+    with plt.rc_context(look):
         figure, (loss, accuracy, distance) = plt.subplots(1, 3, figsize=(13, 5), dpi=130)
         for run in runs:
             outcome = outcomes[run.key]

@@ -6,6 +6,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,8 @@ def make_run(
     model: nn.Module = network
     if run.compiled:
         # Inside DDP, whose own forward no compiler captures in full.
-        model = torch.compile(network, fullgraph=True, backend=compile_backend(device))
+        backend = compile_backend(device)
+        model = cast(nn.Module, torch.compile(network, fullgraph=True, backend=backend))
     if run.distributed:
         model = DistributedDataParallel(model)
     num_steps = settings.epochs * (len(data[0].labels) // plan.batch_size)
