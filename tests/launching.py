@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    arguments: list[str], *, folder: Path, timeout: float = 240
+    arguments: list[str], *, folder: Path, timeout: float = 540
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python`` with ``arguments`` in ``folder`` and waits for it."""
     return subprocess.run(
@@ -36,7 +36,7 @@ def run(
 
 
 def torchrun(
-    arguments: list[str], *, folder: Path, num_ranks: int = 2, timeout: float = 240
+    arguments: list[str], *, folder: Path, num_ranks: int = 2, timeout: float = 540
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script on local ranks that meet at a free port."""
     launcher = [
