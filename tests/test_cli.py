@@ -128,5 +128,5 @@ def test_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     )
     done = run(["-m", "bnrewrite", "report", "mine:net"], folder=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "BatchNorm1d: 1 BatchNorm sites" in done.stdout
+    assert "BatchNorm1d: 1 BatchNorm site," in done.stdout
     assert done.stderr == ""
