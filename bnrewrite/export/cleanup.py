@@ -9,8 +9,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxscript.optimizer
 
-_MAX_DISTANT_CONSTANT = 1 << 20
-
 
 def clean(model: ir.Model, named: set[str], *, fold_weights: bool = False) -> None:
     """Cleans the graph in place.

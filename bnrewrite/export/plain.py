@@ -1,9 +1,10 @@
 """A plain copy of a module: reverted, in eval mode, sharing every tensor with the original."""
 
+import contextlib
 import functools
 import inspect
 from collections import OrderedDict, defaultdict
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class _Copier:
 
     def __init__(self) -> None:
         self._copies: dict[int, nn.Module] = {}
+        self._functions: dict[int, FunctionType] = {}
 
     def module(self, original: nn.Module) -> nn.Module:
         if isinstance(original, torch.jit.ScriptModule):
@@ -81,8 +83,31 @@ class _Copier:
             return kind(self.value(one) for one in value)
         if kind is MethodType and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.module(value.__self__))
+        if kind is FunctionType and value.__closure__:
+            return self.function(value)
         if kind is functools.partial:
             arguments = map(self.value, value.args)
             keywords = {name: self.value(one) for name, one in value.keywords.items()}
             return functools.partial(self.value(value.func), *arguments, **keywords)
         return value
+
+    def function(self, original: FunctionType) -> FunctionType:
+        """A function that closes over modules, as forwards put on an instance and hooks do."""
+        if id(original) in self._functions:
+            return self._functions[id(original)]
+        cells = tuple(CellType() for _ in original.__closure__ or ())
+        copied = FunctionType(
+            original.__code__,
+            original.__globals__,
+            original.__name__,
+            original.__defaults__,
+            cells,
+        )
+        copied.__kwdefaults__ = original.__kwdefaults__
+        copied.__dict__.update(original.__dict__)
+        self._functions[id(original)] = copied
+        for cell, before in zip(cells, original.__closure__ or (), strict=True):
+            # A cell may be empty: its variable was not assigned yet.
+            with contextlib.suppress(ValueError):
+                cell.cell_contents = self.value(before.cell_contents)
+        return copied

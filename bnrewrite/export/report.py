@@ -66,10 +66,9 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists and strings, without the model."""
-        fields = [field.name for field in dataclasses.fields(self) if field.name != "model"]
-        without = dataclasses.replace(self, model=None)
-        found = dataclasses.asdict(without)
-        return {name: found[name] for name in fields}
+        found = dataclasses.asdict(dataclasses.replace(self, model=None))
+        del found["model"]
+        return found
 
     def __str__(self) -> str:
         lines = [

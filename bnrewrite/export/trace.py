@@ -46,12 +46,10 @@ class Traced:
 
     Attributes:
         program: the program; no BatchNorm on activations computes batch statistics in it.
-        num_batch_norm: calls with running statistics.
         num_batch_stats: calls that computed batch statistics and became primitive operations.
     """
 
     program: ExportedProgram
-    num_batch_norm: int
     num_batch_stats: int
 
 
@@ -69,12 +67,11 @@ def trace(model: nn.Module, example: Example, axes: Axes) -> Traced:
         if node.op == "call_function" and node.target is _BATCH_NORM
     ]
     activations = _depends_on_inputs(program)
-    num_batch_norm = num_batch_stats = 0
+    num_batch_stats = 0
     for node in nodes:
         _input, _weight, _bias, mean, var, training = node.args[:6]
         if not training:
             _check_running(node, mean, var, tensors)
-            num_batch_norm += node in activations
             continue
         if mean is not None:
             raise ExportError(
@@ -85,7 +82,7 @@ def trace(model: nn.Module, example: Example, axes: Axes) -> Traced:
         lower_batch_statistics(program.graph, node)
         num_batch_stats += node in activations
     program.graph_module.recompile()
-    return Traced(program, num_batch_norm, num_batch_stats)
+    return Traced(program, num_batch_stats)
 
 
 def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
