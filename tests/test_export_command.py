@@ -1,19 +1,15 @@
 """The command ``export``: what it prints, what it writes, and how it fails."""
 
-import argparse
-
 import onnx
 import pytest
 import torch
 
-from bnrewrite.export.command import add_arguments, run
+from bnrewrite import cli
 from tests.export_models import Block, randomize
 
 
 def call(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args(words))
+    return cli.main(["export", *words])
 
 
 def test_it_writes_the_model_and_prints_stages_and_report(tmp_path, capsys):
@@ -52,20 +48,20 @@ def test_half_precision_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "message"),
+    ("model", "shape", "code", "message"),
     [
-        ("tests.export_models", "1,3,8,9", "not of the form MODULE:FACTORY"),
-        ("no_such_module:Block", "1,3,8,9", "'no_such_module:Block' cannot be found"),
-        ("tests.export_models:Blocks", "1,3,8,9", "cannot be found"),
-        ("tests.export_models:operators", "1,3,8,9", "cannot be called without arguments"),
-        ("builtins:dict", "1,3,8,9", "gives dict, not a torch.nn.Module"),
-        ("tests.export_models:Block", "1,3,a", "'1,3,a' is not a list of sizes"),
-        ("tests.export_models:Block", "1,4,8,9", "fails in eval mode"),
+        ("tests.export_models", "1,3,8,9", 2, "not of the form MODULE:FACTORY"),
+        ("no_such_module:Block", "1,3,8,9", 2, "cannot import no_such_module"),
+        ("tests.export_models:Blocks", "1,3,8,9", 2, "there is no 'Blocks'"),
+        ("tests.export_models:operators", "1,3,8,9", 2, "calling tests.export_models:operators"),
+        ("builtins:dict", "1,3,8,9", 2, "is no torch.nn.Module, but dict"),
+        ("tests.export_models:Block", "1,3,a", 2, "'1,3,a' is not a list of sizes"),
+        ("tests.export_models:Block", "1,4,8,9", 1, "fails in eval mode"),
     ],
 )
-def test_errors_are_one_message_and_status_one(model, shape, message, tmp_path, capsys):
-    assert call(model, str(tmp_path / "m.onnx"), "--shape", shape) == 1
-    err = capsys.readouterr().err
-    assert "error: " in err
-    assert message in err
+def test_errors_are_one_line_and_a_status(model, shape, code, message, tmp_path, capsys):
+    assert cli.main(["export", model, str(tmp_path / "m.onnx"), "--shape", shape]) == code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("bnrewrite export: error: ")
+    assert message in last
     assert not list(tmp_path.iterdir())

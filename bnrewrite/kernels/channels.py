@@ -2,6 +2,9 @@
 
 These steps work on C values, so their cost is the number of calls, and a call of NumPy costs a
 third of one of torch: all of :func:`statistics_table` takes 7 us, in torch 22 us.
+
+Only tensors that the kernels made themselves are lent to NumPy: a storage that NumPy has seen can
+not be resized any more, which sharded parameters must be.
 """
 
 import numpy as np
@@ -51,15 +54,13 @@ def backward_table(stats: Tensor, totals: Tensor, weight: Tensor | None, sums: T
 
     scale = weight * rstd      mean_g = sum_g / n      slope = scale * rstd * sum_g_xhat / n
     """
-    rstd = stats.numpy()[1]
-    C = rstd.size
-    table = np.empty((3, C), rstd.dtype)
+    rstd = stats[1]
+    scale = rstd if weight is None else rstd * weight
+    table = np.empty((3, rstd.numel()), _NUMPY[stats.dtype])
     with np.errstate(all="ignore"):
         means = sums.numpy() / totals.numpy()[0]
-        scale = table[0]
-        scale[:] = rstd if weight is None else rstd * weight.detach().to(stats.dtype).numpy()
-        table[1] = means[:C]
-        table[2] = means[C:]
-        table[2] *= rstd
-        table[2] *= scale
+        table[0] = scale.numpy()
+        table[1:] = means.reshape(2, -1)
+        table[2] *= rstd.numpy()
+        table[2] *= table[0]
     return torch.from_numpy(table)
