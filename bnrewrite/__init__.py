@@ -12,7 +12,7 @@ from bnrewrite.errors import (
     GroupError,
     UnsupportedBatchNorm,
 )
-from bnrewrite.modes import Frozen, Local, Sync
+from bnrewrite.modes import Frozen, Local, Shuffle, Sync
 from bnrewrite.report import Report, report
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "GroupError",
     "Local",
     "Report",
+    "Shuffle",
     "Sync",
     "UnsupportedBatchNorm",
     "convert",

@@ -199,9 +199,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("model", list(MODELS)[1:])
     @pytest.mark.parametrize("split", ["2 uneven", "two ranks empty"])
-    def test_other_models_equal_one_process(
-        self, ranks: RankPool, model: str, split: str
-    ) -> None:
+    def test_other_models_equal_one_process(self, ranks: RankPool, model: str, split: str) -> None:
         sizes = SPLITS[split]
         results = ranks.run(_train_rank, len(sizes), model, sizes)
         _close(results, _one_process(model, sizes))
