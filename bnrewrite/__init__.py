@@ -14,6 +14,7 @@ from bnrewrite.errors import (
 )
 from bnrewrite.modes import Frozen, Local, Shuffle, Sync
 from bnrewrite.report import Report, report
+from bnrewrite.shuffle_batch import shuffle_batch
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,5 @@ __all__ = [
     "graphs",
     "report",
     "revert",
+    "shuffle_batch",
 ]

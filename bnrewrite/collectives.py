@@ -228,3 +228,35 @@ class _ReceiveFrom(torch.autograd.Function):
         (peers,) = ctx.saved_tensors
         grad = receive_from(grad.contiguous(), ctx.group, ctx.world_size, peers.flip(0))
         return grad, None, None, None
+
+
+def all_gather_numbers(numbers: list[int], group: str, device: torch.device) -> list[list[int]]:
+    """``numbers`` of every rank of ``group``, on the host, which waits for them."""
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return all_gather(values, group, place_in(group)[1]).tolist()
+
+
+def exchange_rows(rows: Tensor, group: str, num_sent: list[int], num_received: list[int]) -> Tensor:
+    """Sends consecutive rows to the ranks of ``group`` in order; what they sent, in order.
+
+    Not differentiable. Rows travel as bytes, since not every backend knows every dtype.
+
+    Args:
+        rows: (N, *), contiguous.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+        num_sent: for each rank the number of rows that it gets.
+        num_received: for each rank the number of rows that come from it.
+
+    Returns:
+        (sum(num_received), *), as ``rows``.
+    """
+    row_bytes = rows[0].numel() * rows.element_size()
+    payload = rows.view(-1).view(torch.uint8)
+    received = torch.ops._c10d_functional.all_to_all_single(
+        payload,
+        [num * row_bytes for num in num_received],
+        [num * row_bytes for num in num_sent],
+        group,
+    )
+    received = torch.ops._c10d_functional.wait_tensor(received)
+    return received.view(rows.dtype).view(-1, *rows.shape[1:])
