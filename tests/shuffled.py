@@ -45,6 +45,7 @@ def make_model() -> nn.Sequential:
         nn.BatchNorm2d(4),
     ).double()
     for module in (model[0], model[5]):
+        assert isinstance(module, nn.BatchNorm2d)
         nn.init.uniform_(module.weight, 0.5, 1.5)
         nn.init.uniform_(module.bias)
     return model
