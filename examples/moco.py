@@ -1,6 +1,6 @@
 """Momentum contrast on handwritten digits, with and without shuffled BatchNorm statistics.
 
-    python examples/moco.py --ranks 4 --epochs 10              # local statistics: the encoder can cheat
+    python examples/moco.py --ranks 4 --epochs 10              # local statistics: it can cheat
     python examples/moco.py --ranks 4 --epochs 10 --shuffle    # those of the next rank
     python examples/moco.py --ranks 4 --epochs 10 --compare moco.png
 
@@ -65,7 +65,7 @@ def encoder(width: int = 32, dim: int = 32) -> nn.Sequential:
 class MoCo(nn.Module):
     """Query encoder, key encoder that follows it slowly, and a queue of earlier keys."""
 
-    def __init__(self, *, shuffle_samples: bool, dim: int = 32, queue_size: int = 1024) -> None:
+    def __init__(self, *, shuffle_samples: bool, dim: int = 32, queue_size: int = 512) -> None:
         super().__init__()
         self.encoder_q = encoder(dim=dim)
         self.encoder_k = encoder(dim=dim).requires_grad_(False)
@@ -171,8 +171,10 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[tuple[floa
     torch.manual_seed(seed)
     model = MoCo(shuffle_samples=kind == "batch")
     bnrewrite.convert(model, KINDS[kind])
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(
+        model.encoder_q.parameters(), lr=args.rate, momentum=0.9, nesterov=True
+    )
     images = load()[0]
     step_size = args.batch_size * world_size
     # From here on ranks see different images and draw different augmentations.
@@ -183,7 +185,11 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[tuple[floa
         losses, hits = [], []
         batches = torch.randperm(images.size(0), generator=order).split(step_size)[:-1]
         bar = tqdm(
-            batches, desc=f"{TITLES[kind]}, epoch {epoch + 1}", disable=rank > 0, leave=False
+            batches,
+            desc=f"{TITLES[kind]}, epoch {epoch + 1}",
+            # None: shown on terminals only.
+            disable=True if rank > 0 else None,
+            leave=False,
         )
         for batch in bar:
             mine = images[batch[rank * args.batch_size : (rank + 1) * args.batch_size]]
@@ -216,8 +222,9 @@ def run(rank: int, world_size: int, store: str | None, args: argparse.Namespace)
                 history.append(numbers)
                 if rank == 0:
                     print(
-                        f"{TITLES[kind]:16} seed {seed} epoch {epoch + 1:3}: loss {numbers[0]:.3f}, "
-                        f"contrastive {numbers[1]:.1%}, nearest neighbor {numbers[2]:.1%}",
+                        f"{TITLES[kind]:16} seed {seed} epoch {epoch + 1:3}: "
+                        f"loss {numbers[0]:.3f}, contrastive {numbers[1]:.1%}, "
+                        f"nearest neighbor {numbers[2]:.1%}",
                         flush=True,
                     )
             results.setdefault(kind, []).append(history)
@@ -274,6 +281,7 @@ def main() -> None:
     parser.add_argument("--compare", metavar="PICTURE", help="train all kinds and draw them")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8, help="images per rank")
+    parser.add_argument("--rate", type=float, default=0.03)
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--key-momentum", type=float, default=0.99)
     args = parser.parse_args()

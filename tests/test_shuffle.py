@@ -232,6 +232,7 @@ def test_one_process_is_plain_batch_norm() -> None:
     assert x.grad is not None
     ours, x.grad = x.grad, None
     loss_of(plain(x)).backward()
+    assert x.grad is not None
     assert_close(ours, x.grad)
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model.eval()(x), plain.eval()(x))

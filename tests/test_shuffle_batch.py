@@ -106,7 +106,9 @@ def test_uneven_batches_are_an_error_on_all_ranks(ranks: RankPool) -> None:
 
 def _sub_groups(rank: int, world_size: int) -> list[float]:
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    return bnrewrite.shuffle_batch(_numbered(rank, 6), groups[rank % 2])[0][:, 0, 0].tolist()
+    group = groups[rank % 2]
+    assert isinstance(group, dist.ProcessGroup)
+    return bnrewrite.shuffle_batch(_numbered(rank, 6), group)[0][:, 0, 0].tolist()
 
 
 def test_sub_groups_keep_their_samples(ranks: RankPool) -> None:

@@ -156,6 +156,7 @@ def test_ddp_keeps_buffers_of_the_group_and_averages_gradients(
 def _sub_groups(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]:
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = groups[rank % 2]
+    assert isinstance(group, dist.ProcessGroup)
     model = bnrewrite.convert(make_model(), "shuffle", process_group=group)
     ours = _gradients(model, make_input(rank, 2 + rank))
     copied = copy.deepcopy(model)
@@ -182,9 +183,9 @@ def test_sub_groups_shuffle_among_themselves(ranks: RankPool) -> None:
 def _resumed(rank: int, world_size: int, mode: Shuffle) -> None:
     model = bnrewrite.convert(make_model(), mode)
     outputs = []
+    saved = io.BytesIO()
     for step in range(6):
         if step == 3:
-            saved = io.BytesIO()
             torch.save(model.state_dict(), saved)
         outputs.append(model(make_input(rank, 2, step % 3)))
     assert not torch.equal(outputs[0], outputs[3]), "the permutation is not that of a new step"

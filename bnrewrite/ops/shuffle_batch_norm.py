@@ -132,7 +132,7 @@ def _shuffle_batch_norm(
         site=site,
         is_random=is_random,
         detach=backward == "detach",
-        follow_group=running == "group",
+        follow_group=running == "group" and running_mean is not None,
         seed=seed,
     )
     return _ShuffleBatchNorm.apply(
