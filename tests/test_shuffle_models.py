@@ -342,6 +342,19 @@ def _checkpointed(rank: int, world_size: int) -> None:
     with pytest.raises(BnRewriteError, match="activation checkpointing recomputes"):
         loss_of(y).backward()
 
+    @torch.compile(backend="aot_eager")
+    def compiled(model: nn.Module, x: Tensor) -> Any:
+        return checkpoint(model, x, use_reentrant=False)
+
+    x.grad = None
+    loss_of(compiled(bnrewrite.convert(make_model(), "shuffle"), x)).backward()
+    assert x.grad is not None
+    assert_close(x.grad, expected[1])
+    # The partitioner would recompute the permutation from the counter that the forward moved on.
+    random = bnrewrite.convert(make_model(), Shuffle("random"))
+    with pytest.raises(Exception, match="activation checkpointing recomputes"):
+        compiled(random, x)
+
 
 def test_activation_checkpointing_is_right_or_refused(ranks: RankPool) -> None:
     ranks.run(_checkpointed, 2)

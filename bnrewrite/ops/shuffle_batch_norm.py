@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.traceback import get_current_meta
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from bnrewrite import reference
 from bnrewrite.collectives import NO_GROUP, all_gather, receive_from, send_around
@@ -151,8 +154,15 @@ SHUFFLE_BATCH_NORM = torch.ops.bnrewrite.shuffle_batch_norm.default
 
 
 def _recomputes() -> bool:
-    """Whether this forward runs inside a backward, as recomputation does."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this forward is recomputed in backward, or traced to be."""
+    return (
+        torch._C._current_graph_task_id() != -1
+        or "recompute" in get_current_meta()
+        or any(
+            isinstance(mode, _CachingTorchDispatchMode)
+            for mode in _get_current_dispatch_mode_stack()
+        )
+    )
 
 
 class _ShuffleBatchNorm(torch.autograd.Function):
