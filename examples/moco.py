@@ -8,10 +8,13 @@ Queries and keys are two views of the same images (He et al. 2019, https://arxiv
 With local statistics a query and its key were normalized with the same images, and no key in the
 queue was: an encoder may tell the right key by that. Contrastive accuracy (how often the right key
 is the nearest) then rises without the features getting better, which the nearest-neighbor
-accuracy on digits never seen tells.
+accuracy on digits never seen tells. Whether an encoder does so is measured as well: same weights,
+same images, keys normalized once together with the images of their queries and once in batches put
+together anew; the difference in contrastive accuracy is what it reads in shared statistics.
 """  # fmt: skip
 
 import argparse
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -60,6 +63,10 @@ def encoder(width: int = 32, dim: int = 32) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(2 * width, dim),
     )
+
+
+Epoch = tuple[float, float, float, float]
+"""Loss, contrastive accuracy, nearest-neighbor accuracy, gain from shared batches."""
 
 
 class MoCo(nn.Module):
@@ -128,6 +135,29 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
+def gain_from_shared_batches(model: MoCo, images: Tensor, args: argparse.Namespace) -> float:
+    """Contrastive accuracy with keys from the batches of their queries, less that with others."""
+    encoder_q, encoder_k = (
+        bnrewrite.revert(copy.deepcopy(one)) for one in (model.encoder_q, model.encoder_k)
+    )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # A sample of the images, the same for all kinds.
+    order = torch.randperm(images.size(0), generator=torch.Generator().manual_seed(1))
+    hits = torch.zeros(2)
+    batches = order.split(args.batch_size * world_size)[:20]
+    for batch in batches:
+        mine = images[batch[rank * args.batch_size : (rank + 1) * args.batch_size]]
+        q, keys = F.normalize(encoder_q(augment(mine)), dim=1), augment(mine)
+        others, restore = bnrewrite.shuffle_batch(keys)
+        negatives = (q @ model.get_buffer("queue").T).amax(1)
+        for index, k in enumerate((encoder_k(keys), restore(encoder_k(others)))):
+            positive = (q * F.normalize(k, dim=1)).sum(1)
+            hits[index] += (positive > negatives).float().mean() / len(batches) / world_size
+    dist.all_reduce(hits)
+    return (hits[0] - hits[1]).item()
+
+
+@torch.no_grad()
 def nearest_neighbor_accuracy(model: nn.Module) -> float:
     """How often the most similar training image has the label of a test image, in eval mode."""
     train, train_labels, test, test_labels = load()
@@ -165,8 +195,8 @@ def _numbers(values: Tensor) -> str:
     return "[" + ", ".join(f"{value:+.4f}" for value in values.tolist()) + "]"
 
 
-def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[tuple[float, float, float]]:
-    """Trains, and yields loss, contrastive and nearest-neighbor accuracy of every epoch."""
+def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[Epoch]:
+    """Trains, and yields loss, both accuracies and the gain from shared batches of every epoch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(seed)
     model = MoCo(shuffle_samples=kind == "batch")
@@ -206,7 +236,12 @@ def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[tuple[floa
         mean = torch.tensor([np.mean(losses), np.mean(hits)])
         dist.all_reduce(mean)
         mean /= world_size
-        yield mean[0].item(), mean[1].item(), nearest_neighbor_accuracy(model.encoder_q)
+        yield (
+            mean[0].item(),
+            mean[1].item(),
+            nearest_neighbor_accuracy(model.encoder_q),
+            gain_from_shared_batches(model, images, args),
+        )
 
 
 def run(rank: int, world_size: int, store: str | None, args: argparse.Namespace) -> None:
@@ -214,7 +249,7 @@ def run(rank: int, world_size: int, store: str | None, args: argparse.Namespace)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     kinds = list(KINDS) if args.compare else [args.shuffle]
-    results: dict[str, list[list[tuple[float, float, float]]]] = {}
+    results: dict[str, list[list[Epoch]]] = {}
     for kind in kinds:
         for seed in range(args.seeds):
             history = []
@@ -224,7 +259,8 @@ def run(rank: int, world_size: int, store: str | None, args: argparse.Namespace)
                     print(
                         f"{TITLES[kind]:16} seed {seed} epoch {epoch + 1:3}: "
                         f"loss {numbers[0]:.3f}, contrastive {numbers[1]:.1%}, "
-                        f"nearest neighbor {numbers[2]:.1%}",
+                        f"nearest neighbor {numbers[2]:.1%}, "
+                        f"gain from shared batches {numbers[3]:+.1%}",
                         flush=True,
                     )
             results.setdefault(kind, []).append(history)
@@ -234,21 +270,21 @@ def run(rank: int, world_size: int, store: str | None, args: argparse.Namespace)
 
 
 def draw(
-    results: dict[str, list[list[tuple[float, float, float]]]],
+    results: dict[str, list[list[Epoch]]],
     world_size: int,
     args: argparse.Namespace,
 ) -> None:
-    """Contrastive accuracy beside nearest-neighbor accuracy, and a table of both."""
+    """Both accuracies and the gain side by side, and a table of them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
     for kind, runs in results.items():
         table = np.array(runs)
         epochs = np.arange(1, table.shape[1] + 1)
-        for axis, column in zip(axes, (1, 2), strict=True):
+        for axis, column in zip(axes, (1, 2, 3), strict=True):
             mean, std = 100 * table[:, :, column].mean(0), 100 * table[:, :, column].std(0)
             (line,) = axis.plot(epochs, mean, label=TITLES[kind])
             axis.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15)
@@ -256,9 +292,11 @@ def draw(
         print(
             f"{TITLES[kind]:16} contrastive {last[:, 0].mean():5.1f} +- {last[:, 0].std():.1f} %"
             f"   nearest neighbor {last[:, 1].mean():5.1f} +- {last[:, 1].std():.1f} %"
+            f"   gain from shared batches {last[:, 2].mean():+.1f} +- {last[:, 2].std():.1f} points"
         )
     axes[0].set_title("contrastive accuracy, % (training)")
     axes[1].set_title("nearest-neighbor accuracy, % (test)")
+    axes[2].set_title("gain from shared batches, points")
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
