@@ -7,6 +7,7 @@ an ``autograd.Function`` or a checkpoint, draws random numbers in Python, sets a
 on tensors of its own, or branches on data.
 """
 
+import builtins
 import contextlib
 import inspect
 import os
@@ -31,19 +32,7 @@ class Refused(BnRewriteError):  # noqa: N818
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that passes for a tensor where the traced code asks, and notes the question."""
-
-    @property
-    def __class__(self) -> type:  # pyright: ignore
-        frame = sys._getframe(1)
-        if frame.f_globals.get("__name__", "").startswith(("torch.", "bnrewrite.sites")):
-            return _Proxy
-        tracer: Any = self.tracer
-        if self.node.op == "placeholder":
-            tracer.tensor_arguments.add(self.node.name)
-        else:
-            tracer.refuse("branches on the type of a value that it computes")
-        return Tensor
+    """A proxy of this tracer."""
 
 
 class OwnerTracer(fx.Tracer):
@@ -133,9 +122,7 @@ class OwnerTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Proxies first: they pass for tensors."""
-        if type(a) is _Proxy:
-            return a.node
+        """Refuses tensors that fx would make constants of."""
         if type(a) is Tensor:
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
         return super().create_arg(a)
@@ -160,6 +147,7 @@ class OwnerTracer(fx.Tracer):
         self._context = _context()
         read = nn.Module.__getattribute__
         write = nn.Module.__setattr__
+        ask = builtins.isinstance
         tracer = self
 
         def getattribute(module: nn.Module, name: str) -> Any:
@@ -184,8 +172,14 @@ class OwnerTracer(fx.Tracer):
         def call_function(cls: type, *args: Any, **kwargs: Any) -> Any:
             tracer.refuse(f"calls the autograd.Function {cls.__name__}")
 
+        def is_instance(value: Any, classes: Any) -> bool:
+            if type(value) is _Proxy and tracer._recording and not _asked_by_torch():
+                return tracer._passes_for(value, classes)
+            return ask(value, classes)
+
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         with (
+            mock.patch.object(builtins, "isinstance", is_instance),
             mock.patch.object(nn.Module, "__getattribute__", getattribute, create=True),
             mock.patch.object(nn.Module, "__setattr__", setattribute),
             mock.patch.object(torch.autograd.Function, "apply", classmethod(call_function)),
@@ -207,6 +201,13 @@ class OwnerTracer(fx.Tracer):
                     np.random.set_state(states[1])
                     torch.set_rng_state(states[2])
                     self.refusal = self.refusal or Refused("draws random numbers in Python")
+
+    def _passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
+        """The answer to ``isinstance``: arguments are taken for tensors until a call differs."""
+        if proxy.node.op != "placeholder":
+            self.refuse("branches on the type of a value that it computes")
+        self.tensor_arguments.add(proxy.node.name)
+        return issubclass(Tensor, classes)
 
 
 class _RefuseEffects(TorchDispatchMode):
@@ -267,6 +268,10 @@ def _user_frame() -> FrameType | None:
     while frame is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+def _asked_by_torch() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
 
 
 def _where() -> str:

@@ -46,8 +46,11 @@ def finalize(
         factor = _factor(momentum, num_batches_tracked, acc)
         if not known_nonempty:
             factor = (count[0] > 0).to(acc) * factor
-        _lerp(running_mean, mean, factor)
-        _lerp(running_var, unbiased, factor)
+        if isinstance(factor, float) and running_mean.dtype == running_var.dtype == acc:
+            torch._foreach_lerp_((running_mean, running_var), (mean, unbiased), factor)
+        else:
+            _lerp(running_mean, mean, factor)
+            _lerp(running_var, unbiased, factor)
     return table[:2], var
 
 

@@ -5,9 +5,11 @@ results are the same with any subset of them.
 """
 
 import logging
+import time
 
 from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.settings import disabled_passes, dump_directory
 
 log = logging.getLogger(__name__)
 
@@ -16,15 +18,18 @@ OPTIMISING: tuple[Pass, ...] = ()
 
 
 def optimising_names(names: object) -> tuple[str, ...]:
-    """Checks what the user gave as ``passes``; None stands for all optimising passes.
+    """Names of the optimising passes to run, in order, of what the user gave as ``passes``.
+
+    None stands for all of them. BNREWRITE_DISABLE takes away from either.
 
     Raises:
         TypeError: it is not a sequence of names.
         ValueError: a name that no optimising pass has.
     """
-    known = [one.__name__ for one in OPTIMISING]
+    known = tuple(one.__name__ for one in OPTIMISING)
+    disabled = disabled_passes(known)
     if names is None:
-        return tuple(known)
+        names = known
     if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
         raise TypeError(
             f"passes must be a sequence of names of optimising passes, or None for all, but it is "
@@ -36,24 +41,39 @@ def optimising_names(names: object) -> tuple[str, ...]:
                 f"unknown optimising pass {name!r} in passes. "
                 f"Known passes: {', '.join(known) or 'none yet, so use passes=()'}."
             )
-    return tuple(name for name in known if name in names)
+    return tuple(name for name in known if name in names and name not in disabled)
 
 
 def run_passes(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassReport]:
     """Runs the required passes and the named ones on one graph, in order."""
     reports: dict[str, PassReport] = {}
+    _dump(target, 0, "captured")
     for one in (*REQUIRED, *OPTIMISING):
-        if one in OPTIMISING and one.__name__ not in names:
+        name = one.__name__
+        if one in OPTIMISING and name not in names:
             continue
-        report = reports[one.__name__] = PassReport()
+        start = time.perf_counter()
+        report = reports[name] = PassReport()
         one(target, report)
         target.graph.lint()
         log.debug(
-            "%s in %s (%s): %d rewritten, %d left",
-            one.__name__,
-            target.name or "the root",
+            "%s in %s (%s): %d rewritten, %d left, %.1f ms",
+            name,
+            target.name or "the model itself",
             "train" if target.training else "eval",
             len(report.rewritten),
             len(report.skipped),
+            1e3 * (time.perf_counter() - start),
         )
+        _dump(target, len(reports), name)
     return reports
+
+
+def _dump(target: OwnerGraph, index: int, name: str) -> None:
+    directory = dump_directory()
+    if directory is None:
+        return
+    folder = directory / (target.name or "model") / ("train" if target.training else "eval")
+    folder.mkdir(parents=True, exist_ok=True)
+    code = target.graph.python_code("self", verbose=True).src
+    (folder / f"{index:02}_{name}.py").write_text(code, encoding="utf-8")

@@ -13,20 +13,21 @@ import operator
 from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
 from bnrewrite.collectives import NO_GROUP, active_group, place_in
 from bnrewrite.modes import Frozen, Mode, Shuffle
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
-from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
 from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
+    FUNCTIONS,
     SITE_TENSORS,
     functional_arguments,
     has_hooks,
     has_own_forward,
     is_site,
+    is_uninitialised,
     own_batch_norm,
     site_state,
 )
@@ -82,7 +83,7 @@ class _Site:
 def _candidates(target: OwnerGraph) -> list[fx.Node]:
     """BatchNorm calls; a subclass with its own forward is an owner itself and stays a call."""
     activations = _depends_on_arguments(target.graph)
-    functional = (F.batch_norm, own_batch_norm)
+    functional = (*FUNCTIONS, own_batch_norm)
     return [
         node
         for node in target.graph.nodes
@@ -108,6 +109,9 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
     module = target.owner.get_submodule(path)
     state = site_state(module)
+    if is_uninitialised(module):
+        reason = "it is lazy: a call until the model is converted after its first batch"
+        return Skip(state.name, reason, where(node), path)
     if has_hooks(module):
         return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
     if len(node.args) + len(node.kwargs) != 1:
@@ -119,8 +123,11 @@ def _match_functional(target: OwnerGraph, node: fx.Node, index: int) -> _Site | 
     name = functional_name(target.name, index)
     mode = target.modes.find(name)
     if mode is None:
-        return Skip(name, "no pattern of mode matches it", where(node))
-    if isinstance(mode, Frozen) and functional_arguments(node.args, node.kwargs)[1] is None:
+        return Skip(name, UNMATCHED, where(node))
+    if (
+        isinstance(mode, Frozen)
+        and functional_arguments(node.target, node.args, node.kwargs)[1] is None
+    ):
         return Skip(name, "it has no running statistics that could be frozen", where(node))
     return _Site(name, None, mode, target.group, index)
 
@@ -137,7 +144,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
     frozen = isinstance(site.mode, Frozen)
     if site.path is None:
         input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
-            node.args, node.kwargs
+            node.target, node.args, node.kwargs
         )
         communicates = site.mode.communicates and target.training
         parameters = (weight, bias, mean, var, None)

@@ -4,17 +4,25 @@ Whatever path of whatever code reaches the module, the evaluation is distributed
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
-from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
-from bnrewrite.sites.classes import Converted, change_class, original_class, restore_class
+from bnrewrite.sites.classes import (
+    Converted,
+    change_class,
+    converted_class,
+    original_class,
+    restore_class,
+)
 from bnrewrite.sites.evaluate import evaluate, site_number
 
 _STATE = "_bnrewrite_site"
@@ -43,7 +51,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -64,11 +72,17 @@ class SiteForward(Converted):
     def _bnrewrite_number(self) -> int:
         return self._bnrewrite_site.number
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        # While a subclass that checks its input is traced, there are no dimensions to check.
+        if not isinstance(input, fx.Proxy):
+            super()._check_input_dim(input)  # pyright: ignore
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if type(input).__mro__[-2] is fx.Proxy:
+        if isinstance(input, fx.Proxy):
             # A subclass that calls super().forward() is being traced.
-            return input.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         state = self._bnrewrite_site
         module._check_input_dim(input)
@@ -95,16 +109,26 @@ class SiteForward(Converted):
             raise state.named(error) from error
 
 
-def functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments of a call of ``F.batch_norm`` with the defaults filled in.
+_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.batch_norm: _ORDER,
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:]),
+}
+"""torch's functions that evaluate a BatchNorm, with the names of their arguments in order."""
+
+
+def functional_arguments(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Arguments of a call of one of :data:`FUNCTIONS` with the defaults filled in.
 
     Order: input, running_mean, running_var, weight, bias, training, momentum, eps.
     """
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
     values = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-    values.update(zip((*names, "eps"), args, strict=False))
+    values.update(zip(FUNCTIONS[function], args, strict=False))
     values.update(kwargs)
-    return tuple(values[name] for name in (*names, "eps"))
+    return tuple(values[name] for name in _ORDER)
 
 
 class Intercept(TorchFunctionMode):
@@ -117,10 +141,12 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.batch_norm:
+        if func not in FUNCTIONS:
             return func(*args, **kwargs)
         state = self._state
-        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(args, kwargs)
+        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
+            func, args, kwargs
+        )
         group = active_group(state.group, self._training and training)
         arguments = (input, weight, bias, mean, var, None, training, True, momentum, eps)
         try:
@@ -196,15 +222,35 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
         group=group if mode.communicates else NO_GROUP,
         sync_group=sync_group,
     )
+    if is_uninitialised(module):
+        # The class changes again when the first batch shows the number of channels, to this one.
+        become = module.cls_to_become
+        module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
 
 
+def is_uninitialised(module: nn.Module) -> bool:
+    """Whether ``module`` is a lazy BatchNorm that has not seen its first batch."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
 def revert_site(module: nn.Module) -> None:
-    """Exact inverse of :func:`convert_site`."""
-    state = module.__dict__.pop(_STATE)
+    """Exact inverse of :func:`convert_site`, as long as the group of a SyncBatchNorm lives."""
+    state = site_state(module)
     restore_class(module)
-    if state.sync_group is not None:
+    del module.__dict__[_STATE]
+    module.__dict__.pop("cls_to_become", None)
+    if state.sync_group is None:
+        return
+    try:
         module.__dict__["process_group"] = find_group(state.sync_group)
+    except GroupError:
+        warnings.warn(
+            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            "process_group is now None, the default group.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,0 +1,45 @@
+"""Environment variables, the only settings outside function arguments.
+
+BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
+BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
+TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
+"""
+
+import os
+from pathlib import Path
+
+
+def disabled_passes(known: tuple[str, ...]) -> frozenset[str]:
+    """Names of optimising passes to leave out.
+
+    Args:
+        known: names of the passes that can be left out.
+
+    Raises:
+        ValueError: BNREWRITE_DISABLE names another one.
+    """
+    names = [name for name in os.environ.get("BNREWRITE_DISABLE", "").split(",") if name]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"BNREWRITE_DISABLE names {name!r}, which is no optimising pass. "
+                f"Known passes: {', '.join(known) or 'none yet'}."
+            )
+    return frozenset(names)
+
+
+def dump_directory() -> Path | None:
+    """Where to write graphs, or None.
+
+    Raises:
+        ValueError: BNREWRITE_DUMP names something that is not a directory and cannot become one.
+    """
+    name = os.environ.get("BNREWRITE_DUMP", "")
+    if not name:
+        return None
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"BNREWRITE_DUMP={name} cannot become a directory: {error}.") from error
+    return path

@@ -1,0 +1,302 @@
+"""After ``convert`` everything that worked on the model still works, and still means the same."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import bnrewrite
+from bnrewrite.capture.owner import is_owner
+from tests.cases import OptionalMask
+from tests.parity import CountEvaluations, assert_same_training
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.scale = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) * self.scale + x)
+
+
+class Net(nn.Module):
+    """A stem, three residual blocks, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(), Residual(), Residual())
+        self.head = nn.Linear(4, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def pair() -> tuple[Any, Any]:
+    """The same network plain and converted, in float64."""
+    torch.manual_seed(0)
+    plain = Net().double()
+    return plain, bnrewrite.convert(copy.deepcopy(plain))
+
+
+def batch(n: int = 4) -> Tensor:
+    """(n, 3, 8, 8), float64."""
+    return torch.randn(n, 3, 8, 8, dtype=torch.float64)
+
+
+def assert_same(plain: Callable[..., Tensor], converted: Callable[..., Tensor]) -> None:
+    """Both give the same outputs to rounding (1e-16 a layer, some layers)."""
+    x = batch()
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_registered_before_and_after_run() -> None:
+    plain, _ = pair()
+    for module in (plain, plain.blocks[0], plain.blocks[0].bn1):
+        module.register_forward_hook(lambda m, args, out: out * 1.25)
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    assert_same(plain, converted)
+    for model in (plain, converted):
+        model.blocks[1].bn2.register_forward_pre_hook(lambda m, args: (args[0] * 2 + 1,))
+        model.blocks[2].register_full_backward_hook(lambda m, gi, go: (gi[0] * 3,))
+    assert_same(plain, converted)
+    grads = []
+    for model in (plain, converted):
+        x = torch.ones(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
+        (model(x) * torch.arange(5).double()).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+
+
+def test_global_hooks_see_the_batch_norm_modules() -> None:
+    _, converted = pair()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    try:
+        converted(batch())
+    finally:
+        handle.remove()
+    assert converted.blocks[0].bn1 in seen
+
+
+def test_indexing_attributes_and_methods_stay() -> None:
+    plain, converted = pair()
+    assert isinstance(converted.blocks[1], Residual)
+    assert converted.blocks[1].scale == 0.5
+    assert [*dict(converted.named_modules())] == [*dict(plain.named_modules())]
+    assert repr(converted) == repr(plain)
+    assert_same(plain.features, converted.features)
+
+
+def test_replacing_a_submodule_takes_effect() -> None:
+    plain, converted = pair()
+    for model in (plain, converted):
+        model.blocks[0].bn1 = nn.Identity()
+        model.blocks[1] = nn.Identity()
+        model.stem.append(nn.Tanh())
+    assert_same(plain, converted)
+
+
+def test_changing_an_attribute_takes_effect() -> None:
+    plain, converted = pair()
+    for model in (plain, converted):
+        model.blocks[0].scale = 2.0
+        model.blocks[0].bn2.momentum = 0.5
+        model.blocks[0].bn2.eps = 0.25
+        model.blocks[1].bn1.track_running_stats = False
+    assert_same(plain, converted)
+    for ours, theirs in zip(converted.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_replacing_a_forward_on_the_instance_takes_effect() -> None:
+    plain, converted = pair()
+    for model in (plain, converted):
+        block = model.blocks[0]
+        block.forward = lambda x, block=block: block.bn2(block.conv2(x))
+        model.blocks[1].bn1.forward = lambda x: x * 2
+    assert_same(plain, converted)
+
+
+def test_flags_per_layer_and_at_any_time() -> None:
+    plain, converted = pair()
+    for model in (plain, converted):
+        model.blocks[0].bn1.eval()
+        model.blocks[1].eval()
+    assert_same(plain, converted)
+    for model in (plain, converted):
+        model.eval()
+        model.blocks[2].bn2.train()
+    assert_same(plain, converted)
+    for ours, theirs in zip(converted.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_changing_the_dtype_afterwards(dtype: torch.dtype) -> None:
+    plain, converted = pair()
+    plain, converted = plain.to(dtype), converted.to(dtype)
+    x = batch().to(dtype)
+    # Both round to the dtype after each layer, in another order: some units in the last place.
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(converted(x), plain(x), rtol=tolerance, atol=tolerance)
+    assert converted.blocks[0].bn1.running_mean.dtype == dtype
+
+
+def test_optional_arguments_given_at_call_time() -> None:
+    torch.manual_seed(0)
+    plain = OptionalMask()
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    x, mask = torch.randn(3, 3, 8, 8), torch.rand(3, 1, 8, 8)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((x, mask), {}),
+        ((x, None), {}),
+        ((), {"x": x}),
+        ((x,), {"scale": 3.0}),
+        ((x, mask, 2.0), {}),
+    ]
+    for args, kwargs in calls:
+        torch.testing.assert_close(
+            converted(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        converted()
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        converted(x, wrong=1)
+
+
+def test_copies_and_pickles_run_their_graphs() -> None:
+    plain, converted = pair()
+    stream = io.BytesIO()
+    torch.save(converted, stream)
+    stream.seek(0)
+    copies = [
+        copy.deepcopy(converted),
+        copy.copy(converted),
+        pickle.loads(pickle.dumps(converted)),
+        torch.load(stream, weights_only=False),
+    ]
+    for other in copies:
+        assert is_owner(other.blocks[0])
+        assert type(other) is type(converted)
+        assert "torch.ops.bnrewrite" in bnrewrite.graphs(other)["blocks.0"].code
+        with CountEvaluations() as counts:
+            assert_same(copy.deepcopy(plain), other)
+        assert counts.num_ours == 7
+
+
+def test_averaged_model_and_update_bn() -> None:
+    plain, converted = pair()
+    averages = [AveragedModel(model) for model in (plain, converted)]
+    data = [batch() for _ in range(3)]
+    for average in averages:
+        update_bn(data, average)
+    for ours, theirs in zip(averages[1].buffers(), averages[0].buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_activation_checkpointing_wrapper() -> None:
+    plain, converted = pair()
+    results = []
+    for model in (plain, converted):
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=checkpoint_wrapper,
+            check_fn=lambda module: isinstance(module, Residual),
+        )
+        torch.manual_seed(1)
+        out = model(batch())
+        (out * torch.arange(5).double()).sum().backward()
+        results.append([out, *[p.grad for p in model.parameters()]])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_checkpoints_of_plain_and_converted_models_are_exchangeable() -> None:
+    plain, converted = pair()
+    assert [*plain.state_dict()] == [*converted.state_dict()]
+    plain(batch())
+    converted.load_state_dict(plain.state_dict())
+    assert torch.equal(converted.eval()(x := batch()), plain.eval()(x))
+    Net().double().load_state_dict(converted.state_dict())
+
+
+def test_lazy_batch_norm_converts_at_its_first_call() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+
+    plain, converted = make(), bnrewrite.convert(make())
+    x = torch.randn(4, 3, 8, 8)
+    with CountEvaluations() as counts:
+        out = converted(x)
+    assert counts.num_ours == 1
+    assert counts.num_torch == 0
+    torch.testing.assert_close(out, plain(x), rtol=1e-5, atol=1e-5)
+    assert type(converted[1]).__name__ == "BatchNorm2d"
+    bnrewrite.revert(converted)
+    assert type(converted[1]) is nn.BatchNorm2d
+    untouched = bnrewrite.revert(bnrewrite.convert(make()))
+    assert type(untouched[1]) is nn.LazyBatchNorm2d
+    assert untouched[1].__dict__.keys() == make()[1].__dict__.keys()
+
+
+def test_weights_frozen_or_shared_after_conversion() -> None:
+    plain, converted = pair()
+    for model in (plain, converted):
+        model.blocks[0].bn1.weight.requires_grad_(False)
+        model.blocks[1].bn1.weight = model.blocks[0].bn1.weight
+        model.stem[1].bias = None
+    assert_same(plain, converted)
+
+
+def test_alternating_modes_and_batch_sizes_do_not_recompile_more_than_the_plain_model() -> None:
+    numbers = []
+    for model in pair():
+        torch.compiler.reset()
+        count = [0]
+
+        def backend(gm: torch.fx.GraphModule, example: Any, count: list[int] = count) -> Any:
+            count[0] += 1
+            return gm
+
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for size in (4, 6, 8):
+            for training in (True, False):
+                model.train(training)
+                compiled(batch(size))
+        for momentum in (0.1, 0.2, 0.3):
+            model.blocks[0].bn1.momentum = momentum
+            compiled(batch(4))
+        numbers.append(count[0])
+    assert numbers[1] <= numbers[0]
+
+
+def test_cases_hold_after_a_deep_copy() -> None:
+    assert_same_training(
+        Net, lambda n: ((batch(n),), {}), convert=lambda m: copy.deepcopy(bnrewrite.convert(m))
+    )
