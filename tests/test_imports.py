@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("__main__",),
     ("cli", "demo"),
-    ("export", "report", "report_page"),
+    ("export", "report", "report_page", "shuffle_batch"),
     ("convert",),
     ("capture",),
     ("passes",),
