@@ -8,9 +8,10 @@ Queries and keys are two views of the same images (He et al. 2019, https://arxiv
 With local statistics a query and its key were normalized with the same images, and no key in the
 queue was: an encoder may tell the right key by that. Contrastive accuracy (how often the right key
 is the nearest) then rises without the features getting better, which the nearest-neighbor
-accuracy on digits never seen tells. Whether an encoder does so is measured as well: same weights,
-same images, keys normalized once together with the images of their queries and once in batches put
-together anew; the difference in contrastive accuracy is what it reads in shared statistics.
+accuracy on digits never seen tells. What a shared batch is worth is measured as well: same
+weights, same images, keys normalized once together with the images of their queries and once in
+batches put together anew. An encoder that cheats gains more from it than one that could not learn
+to, because keys of its training never shared a batch with their queries.
 """  # fmt: skip
 
 import argparse
@@ -144,7 +145,7 @@ def gain_from_shared_batches(model: MoCo, images: Tensor, args: argparse.Namespa
     # A sample of the images, the same for all kinds.
     order = torch.randperm(images.size(0), generator=torch.Generator().manual_seed(1))
     hits = torch.zeros(2)
-    batches = order.split(args.batch_size * world_size)[:20]
+    batches = order.split(args.batch_size * world_size)[:-1][:20]
     for batch in batches:
         mine = images[batch[rank * args.batch_size : (rank + 1) * args.batch_size]]
         q, keys = F.normalize(encoder_q(augment(mine)), dim=1), augment(mine)
@@ -300,10 +301,9 @@ def draw(
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-    axes[1].legend()
-    figure.suptitle(
-        f"Digits, {world_size} ranks with {args.batch_size} images each, {args.seeds} seed(s)"
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    seeds = "1 seed" if args.seeds == 1 else f"mean and deviation of {args.seeds} seeds"
+    figure.suptitle(f"Digits, {world_size} ranks with {args.batch_size} images each, {seeds}")
     figure.savefig(args.compare, dpi=120)
     print(f"wrote {args.compare}")
 
