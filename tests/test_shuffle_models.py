@@ -162,7 +162,8 @@ def _sub_groups(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]
     copied = copy.deepcopy(model)
     pickle.dumps(model)
     copied.load_state_dict(make_model().state_dict())
-    return ours, _gradients(copied, make_input(rank, 2 + rank))
+    compiled: Any = torch.compile(copied, backend="aot_eager", fullgraph=True)
+    return ours, _gradients(compiled, make_input(rank, 2 + rank))
 
 
 def _two_of(rank: int, world_size: int, members: list[int]) -> list[Tensor]:
@@ -171,7 +172,7 @@ def _two_of(rank: int, world_size: int, members: list[int]) -> list[Tensor]:
 
 
 def test_sub_groups_shuffle_among_themselves(ranks: RankPool) -> None:
-    """Groups {0, 2} and {1, 3} of four ranks do what two worlds of two ranks do; so do copies."""
+    """Groups {0, 2} and {1, 3} of four ranks do what two worlds do; so do compiled copies."""
     results = ranks.run(_sub_groups, 4)
     for members in ([0, 2], [1, 3]):
         for rank, theirs in zip(members, ranks.run(_two_of, 2, members), strict=True):
