@@ -14,8 +14,9 @@ from bnrewrite.errors import (
 )
 from bnrewrite.export.api import export_onnx
 from bnrewrite.export.report import ExportReport
-from bnrewrite.modes import Frozen, Local, Sync
+from bnrewrite.modes import Frozen, Local, Shuffle, Sync
 from bnrewrite.report import Report, report
+from bnrewrite.shuffle_batch import shuffle_batch
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "GroupError",
     "Local",
     "Report",
+    "Shuffle",
     "Sync",
     "UnsupportedBatchNorm",
     "convert",
@@ -35,4 +37,5 @@ __all__ = [
     "graphs",
     "report",
     "revert",
+    "shuffle_batch",
 ]

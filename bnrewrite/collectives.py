@@ -1,4 +1,4 @@
-"""The only file that communicates: process groups by name, and the all-reduce of packed sums.
+"""The only file that communicates: process groups by name, and what ranks send each other.
 
 Collectives are torch's functional collectives, so that a compiled graph shows each of them, and
 they are created in program order, which is the same on every rank.
@@ -94,6 +94,30 @@ def _active_explicit_group(name: str) -> str:
     return name if find_group(name).size() > 1 else NO_GROUP
 
 
+def place_in(group: str) -> tuple[int, int]:
+    """Rank of this process in ``group`` and the number of its ranks; (0, 1) for ``NO_GROUP``.
+
+    Who sends what to whom is part of a compiled graph, so these numbers are found outside the ops
+    and given to them: compilers guard on them, and no cache mixes graphs of different ranks.
+
+    Args:
+        group: a name from :func:`active_group`.
+    """
+    if group == NO_GROUP:
+        return 0, 1
+    # Dynamo guards on this attribute, and on the group's size by way of active_group.
+    default = dist.distributed_c10d._world._default_pg
+    if default is not None and group == default.group_name:
+        return default.rank(), default.size()
+    return _place_in_explicit_group(group)
+
+
+@torch.compiler.assume_constant_result
+def _place_in_explicit_group(name: str) -> tuple[int, int]:
+    group = find_group(name)
+    return group.rank(), group.size()
+
+
 def world_size() -> int:
     """Ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -125,3 +149,114 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce_sum(grad.contiguous(), ctx.group), None
+
+
+def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) -> Tensor:
+    """What rank ``(rank + shift) % W`` holds: each rank sends and receives ``values`` once.
+
+        4 ranks holding   a b c d     shift 1 ->   b c d a     shift -1 ->   d a b c
+
+    Differentiable to any order: the gradient is sent back the way the values came.
+
+    Args:
+        values: (K,), of the same size and dtype on every rank.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+        place: of this rank, from :func:`place_in`.
+        shift: how many ranks ahead the sender is, 1 or -1.
+    """
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _SendAround.apply(values, group, place, shift)
+    rank, size = place
+    num_sent, num_received = [0] * size, [0] * size
+    num_sent[(rank - shift) % size] = values.size(0)
+    num_received[(rank + shift) % size] = values.size(0)
+    received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
+    return torch.ops._c10d_functional.wait_tensor(received)
+
+
+class _SendAround(torch.autograd.Function):
+    """:func:`send_around` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: str, place: tuple[int, int], shift: int) -> Tensor:
+        ctx.way_back = group, place, -shift
+        return send_around(values.detach(), group, place, shift)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return send_around(grad.contiguous(), *ctx.way_back), None, None, None
+
+
+def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
+    """(W, K): ``values`` (K,) of every rank of ``group``, in order: the same bits on every rank.
+
+    Not differentiable; see :func:`receive_from`.
+    """
+    table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
+    return torch.ops._c10d_functional.wait_tensor(table).view(world_size, -1)
+
+
+def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
+    """What rank ``peers[0]`` holds, for a permutation that only the device knows.
+
+    It costs an all-gather: each rank receives W * K values to use K of them, because a send needs
+    its destination on the host. Differentiable to any order.
+
+    Args:
+        values: (K,), of the same size and dtype on every rank.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+        world_size: number of its ranks.
+        peers: (2,), int64: the rank to receive from, and the rank that receives from this one.
+    """
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _ReceiveFrom.apply(values, group, world_size, peers)
+    return all_gather(values, group, world_size).index_select(0, peers[:1])[0]
+
+
+class _ReceiveFrom(torch.autograd.Function):
+    """:func:`receive_from` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
+        ctx.save_for_backward(peers)
+        ctx.group = group
+        ctx.world_size = world_size
+        return receive_from(values.detach(), group, world_size, peers)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (peers,) = ctx.saved_tensors
+        grad = receive_from(grad.contiguous(), ctx.group, ctx.world_size, peers.flip(0))
+        return grad, None, None, None
+
+
+def all_gather_numbers(numbers: list[int], group: str, device: torch.device) -> list[list[int]]:
+    """``numbers`` of every rank of ``group``, on the host, which waits for them."""
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return all_gather(values, group, place_in(group)[1]).tolist()
+
+
+def exchange_rows(rows: Tensor, group: str, num_sent: list[int], num_received: list[int]) -> Tensor:
+    """Sends consecutive rows to the ranks of ``group`` in order; what they sent, in order.
+
+    Not differentiable. Rows travel as bytes, since not every backend knows every dtype.
+
+    Args:
+        rows: (N, *), contiguous.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+        num_sent: for each rank the number of rows that it gets.
+        num_received: for each rank the number of rows that come from it.
+
+    Returns:
+        (sum(num_received), *), as ``rows``.
+    """
+    row_bytes = rows[0].numel() * rows.element_size()
+    payload = rows.view(-1).view(torch.uint8)
+    received = torch.ops._c10d_functional.all_to_all_single(
+        payload,
+        [num * row_bytes for num in num_received],
+        [num * row_bytes for num in num_sent],
+        group,
+    )
+    received = torch.ops._c10d_functional.wait_tensor(received)
+    return received.view(rows.dtype).view(-1, *rows.shape[1:])

@@ -76,11 +76,12 @@ def convert(
 
     Args:
         model: any module.
-        mode: ``"sync"`` (statistics over the group), ``"local"`` (over the rank's batch) or
-            ``"frozen"`` (running statistics, never updated), or a mode object, or a mapping from
-            ``fnmatch`` patterns of qualified site names to them, of which the first match wins.
-            Sites that no pattern matches are left alone.
-        process_group: the group over which ``sync`` shares statistics: None for the default group,
+        mode: ``"sync"`` (statistics over the group), ``"shuffle"`` (those of another rank of the
+            group), ``"local"`` (over the rank's batch) or ``"frozen"`` (running statistics, never
+            updated), or a mode object, or a mapping from ``fnmatch`` patterns of qualified site
+            names to them, of which the first match wins. Sites that no pattern matches are left
+            alone.
+        process_group: the group over which statistics are exchanged: None for the default group,
             or the group that a ``torch.nn.SyncBatchNorm`` was made with; a process group; or a
             one-dimensional ``DeviceMesh``. Modules remember its name only.
         keep: qualified names or patterns of modules that must stay callable units.

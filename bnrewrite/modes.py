@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +12,7 @@ class Sync:
 
     name = "sync"
     communicates = True
+    communicates_backward = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Local:
 
     name = "local"
     communicates = False
+    communicates_backward = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,71 @@ class Frozen:
 
     name = "frozen"
     communicates = False
+    communicates_backward = False
 
 
-Mode = Sync | Local | Frozen
+@dataclasses.dataclass(frozen=True)
+class Shuffle:
+    """Statistics of another rank of the process group: ShuffleBatchNorm.
 
-MODES: dict[str, Mode] = {mode.name: mode for mode in (Sync(), Local(), Frozen())}
+    A rank never normalizes with statistics of its own batch, so that contrastive training cannot
+    read in them which samples came together (He et al. 2019, section 3.3,
+    https://arxiv.org/abs/1911.05722). A rank whose peer holds an empty batch uses its own.
+
+    Attributes:
+        schedule: ``"ring"``: rank r uses the statistics of rank (r + 1) % W, always.
+            ``"random"``: a new permutation without fixed points for every site and step.
+        backward: ``"exact"``: the true gradient. ``"detach"``: borrowed statistics are constants,
+            and nothing is communicated in backward.
+        running: whose statistics the buffers follow. ``"peer"``: those that the rank normalized
+            with, so buffers differ between ranks. ``"group"``: those of the whole group, the same
+            on all ranks.
+        seed: of the random schedule, from 0 to 2^63 - 1.
+
+    Raises:
+        ValueError: an option has another value.
+        TypeError: the seed is not an integer.
+    """
+
+    schedule: Literal["ring", "random"] = "ring"
+    backward: Literal["exact", "detach"] = "exact"
+    running: Literal["peer", "group"] = "peer"
+    seed: int = 0
+
+    name = "shuffle"
+    communicates = True
+
+    @property
+    def communicates_backward(self) -> bool:
+        """Whether the backward needs a collective."""
+        return self.backward == "exact"
+
+    def __post_init__(self) -> None:
+        for option, known in _SHUFFLE_OPTIONS.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise ValueError(
+                    f"Shuffle: {option} must be {' or '.join(map(repr, known))}, "
+                    f"but it is {value!r}."
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(
+                f"Shuffle: seed must be an integer, but it is {type(self.seed).__name__} "
+                f"({self.seed!r})."
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"Shuffle: seed must be from 0 to 2**63 - 1, but it is {self.seed}.")
+
+
+_SHUFFLE_OPTIONS = {
+    "schedule": ("ring", "random"),
+    "backward": ("exact", "detach"),
+    "running": ("peer", "group"),
+}
+
+Mode = Sync | Shuffle | Local | Frozen
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Sync(), Shuffle(), Local(), Frozen())}
 
 
 def _parse(mode: object) -> Mode:

@@ -137,3 +137,94 @@ def normalize_backward(
     xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
     centred = grad - per_channel(mean_grad, x) - xhat * per_channel(mean_grad_xhat, x)
     return (centred * per_channel(scale, x)).to(x.dtype)
+
+
+def shuffle_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    own: Tensor,
+    weight: Tensor | None,
+    sums: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Gradient of the input of a rank that normalized with a peer's statistics and lent its own.
+
+        dx = weight * rstd_peer * g - weight * rstd / n * (sum_g + xhat * sum_g_xhat)
+
+    ``xhat = (x - mean) * rstd`` and ``n`` are the rank's own; the sums are those of the rank that
+    borrowed them, over its batch. The first term is the rank's own loss, the second the borrower's.
+
+    Args:
+        grad: (N, C, *), gradient of the output.
+        x: (N, C, *), input of the forward pass.
+        stats: (2, C), ``acc``, mean and rstd that the rank normalized with.
+        own: (2C + 1,), float64, packed sums of ``x``.
+        weight: (C,) or None for ones.
+        sums: (2C,), float64, of :func:`normalize_backward_reduce` on the borrower; None if borrowed
+            statistics are constants, so that the second term vanishes.
+        eps: added to the variance.
+
+    Returns:
+        (N, C, *), as ``x``.
+    """
+    acc = accumulate_dtype(x.dtype)
+    scale = stats[1] if weight is None else stats[1] * weight
+    dx = grad * per_channel(scale, x)
+    if sums is not None:
+        mean, rstd = statistics(own, eps, acc).unbind()
+        mean_grad, mean_grad_xhat = (sums / own[:1].clamp_min(1)).to(acc).chunk(2)
+        scale = rstd if weight is None else rstd * weight
+        xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
+        lent = per_channel(mean_grad, x) + xhat * per_channel(mean_grad_xhat, x)
+        dx = dx - per_channel(scale, x) * lent
+    return dx.to(x.dtype)
+
+
+def shuffle_peers(step: Tensor, site: int, seed: int, rank: int, world_size: int) -> Tensor:
+    """Whom ``rank`` borrows statistics from, and who borrows them from it, in a random schedule.
+
+    The ranks are sorted by a hash of (seed, site, step, rank), and each borrows from the next in
+    this order, the last from the first: a permutation of one cycle, which has no fixed point. Every
+    rank computes the same order, from integers, on any device.
+
+    Args:
+        step: scalar, int64, the same on every rank.
+        site: number of the site.
+        seed: of the schedule.
+        rank: of this process in the group.
+        world_size: ranks of the group, at least 2.
+
+    Returns:
+        (2,), int64: the peer and the borrower.
+
+    Reference: G. Steele, D. Lea and C. Flood, "Fast Splittable Pseudorandom Number Generators",
+    2014 (https://doi.org/10.1145/2714064.2660195), for the hash.
+    """
+    state = _mix64(step + _signed64(_GOLDEN * seed)) + _signed64(_GOLDEN * site)
+    ranks = torch.arange(world_size, device=step.device)
+    keys = _mix64(_mix64(state) + ranks * _signed64(_GOLDEN))
+    order = torch.argsort(keys, stable=True)
+    following = order.roll(-1)
+    peer = (following * (order == rank)).sum()
+    borrower = (order * (following == rank)).sum()
+    return torch.stack([peer, borrower])
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio: multiples of it spread over all bits."""
+
+
+def _signed64(value: int) -> int:
+    """``value`` modulo 2^64 as a signed integer, as int64 arithmetic wraps around."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix64(values: Tensor) -> Tensor:
+    """The finalizer of SplitMix64, a bijection of int64 that spreads every bit over all others."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        # Shifts of int64 keep the sign; the mask makes them logical.
+        high = (values >> shift) & ((1 << (64 - shift)) - 1)
+        values = (values ^ high) * _signed64(factor)
+    return values

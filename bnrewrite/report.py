@@ -129,11 +129,12 @@ def report(model: nn.Module) -> Report:
     for one in conversion.reports["replace_batch_norm"].rewritten if conversion.reports else ():
         rewritten.setdefault(one.name, one)
         num_calls[one.name] += 1
+    modules = [module for module in model.modules() if is_site(module)]
     sites = [
-        _module_site(module, rewritten.pop(site_state(module).name, None))
-        for _, module in model.named_modules()
-        if is_site(module)
+        _module_site(module, rewritten.pop(site_state(module).name, None)) for module in modules
     ]
+    modes = [site_state(module).mode for module in modules]
+    modes += [one.mode for one in rewritten.values()]
     sites += [
         SiteReport(
             name=one.name,
@@ -146,7 +147,7 @@ def report(model: nn.Module) -> Report:
         for one in rewritten.values()
     ]
     states = [owner_state(module) for module in model.modules() if is_owner(module)]
-    num_collectives = sum(max(num_calls[site.name], 1) for site in sites if site.group != "")
+    calls = [max(num_calls[site.name], 1) for site in sites]
     return Report(
         model=type(model).__name__,
         sites=tuple(sites),
@@ -157,8 +158,12 @@ def report(model: nn.Module) -> Report:
         skipped=tuple(conversion.skipped),
         num_owners=sum(state is not None for state in states),
         num_owners_train_eval=sum(state is not None and state.differs for state in states),
-        collectives_forward=num_collectives,
-        collectives_backward=num_collectives,
+        collectives_forward=sum(
+            num for num, mode in zip(calls, modes, strict=True) if mode.communicates
+        ),
+        collectives_backward=sum(
+            num for num, mode in zip(calls, modes, strict=True) if mode.communicates_backward
+        ),
         world_size=world_size(),
     )
 

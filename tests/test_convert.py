@@ -494,7 +494,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"mode": "synk"}, ValueError, r"unknown mode 'synk'.*'sync', 'local', 'frozen'"),
+            ({"mode": "synk"}, ValueError, r"unknown mode 'synk'.*'sync', 'shuffle', 'local',"),
             ({"mode": 3}, TypeError, r"mode must be .* int \(3\)"),
             ({"mode": Sync}, TypeError, r"mode must be .*type"),
             ({"mode": {}}, ValueError, r"empty mapping.*\{'\*': 'sync'\}"),

@@ -10,6 +10,7 @@ from bnrewrite.capture.captured import Captured
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.modes import Frozen
 from bnrewrite.sites.classes import Converted, change_class, restore_class
+from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     SITE_TENSORS,
     Intercept,
@@ -30,6 +31,7 @@ class OwnerState:
 
     def __init__(self, recipe: Recipe, train: Captured, eval: Captured) -> None:
         self.recipe = recipe
+        self.number = site_number(recipe.name)
         self.train = train
         self.eval = eval
 
@@ -56,6 +58,14 @@ class OwnerForward(Converted):
     """``forward`` of an owner."""
 
     _bnrewrite_owner: OwnerState | None
+
+    @property
+    def _bnrewrite_number(self) -> int:
+        """What the graph reads as the number of its functional sites."""
+        module: Any = self
+        if is_site(module):
+            return site_state(module).number
+        return self._bnrewrite_owner.number  # pyright: ignore[reportOptionalMemberAccess]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured graph where it stands for this call, else the original forward."""

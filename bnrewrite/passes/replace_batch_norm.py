@@ -3,19 +3,23 @@
     self.bn(x)                                       ->  batch_norm(x, self.bn.weight, ...)
     F.batch_norm(x, self.running_mean, ...)          ->  batch_norm(x, self.weight, ...)
 
+Sites of mode ``Shuffle`` become ``shuffle_batch_norm``, with what that takes besides.
 Flags and numbers of a BatchNorm module (``training``, ``momentum``, ``eps``) become attribute reads
 of the graph, so that changing them on the module keeps working. ``F.batch_norm`` on values that
 depend on no argument of the forward standardises weights; it is no site and stays.
 """
 
+import operator
 from typing import Any
 
 from torch import fx
 
-from bnrewrite.collectives import NO_GROUP, active_group
-from bnrewrite.modes import Frozen, Mode
+from bnrewrite.collectives import NO_GROUP, active_group, place_in
+from bnrewrite.modes import Frozen, Mode, Shuffle
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
     FUNCTIONS,
     SITE_TENSORS,
@@ -41,14 +45,18 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
             state = site_state(target.owner)
             match = _Site(target.name, path, state.mode, state.group)
         else:
-            match = _match_functional(target, node, functional_name(target.name, num_functional))
+            match = _match_functional(target, node, num_functional)
             num_functional += 1
         if isinstance(match, Skip):
             report.skipped.append(match)
             continue
         with target.graph.inserting_before(node):
             arguments = _arguments(target, node, match)
-            new = target.graph.call_function(BATCH_NORM, arguments)
+            if isinstance(match.mode, Shuffle):
+                arguments += _shuffle_arguments(target, match, match.mode, group=arguments[-1])
+                new = target.graph.call_function(SHUFFLE_BATCH_NORM, arguments)
+            else:
+                new = target.graph.call_function(BATCH_NORM, arguments)
         new.meta.update(node.meta)
         new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)
@@ -61,14 +69,16 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
 class _Site:
     """A call to rewrite: ``path`` leads to its BatchNorm module, None for a functional call.
 
-    ``group`` is that of the site, which a ``torch.nn.SyncBatchNorm`` may have brought along.
+    ``group`` is that of the site, which a ``torch.nn.SyncBatchNorm`` may have brought along;
+    ``index`` counts the functional calls of an owner.
     """
 
-    def __init__(self, name: str, path: str | None, mode: Mode, group: str) -> None:
+    def __init__(self, name: str, path: str | None, mode: Mode, group: str, index: int = 0) -> None:
         self.name = name
         self.path = path
         self.mode = mode
         self.group = group
+        self.index = index
 
 
 def _candidates(target: OwnerGraph) -> list[fx.Node]:
@@ -110,7 +120,8 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     return _Site(state.name, path, state.mode, state.group)
 
 
-def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | Skip:
+def _match_functional(target: OwnerGraph, node: fx.Node, index: int) -> _Site | Skip:
+    name = functional_name(target.name, index)
     mode = target.modes.find(name)
     if mode is None:
         return Skip(name, UNMATCHED, where(node))
@@ -119,7 +130,7 @@ def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | S
         and functional_arguments(node.target, node.args, node.kwargs)[1] is None
     ):
         return Skip(name, "it has no running statistics that could be frozen", where(node))
-    return _Site(name, None, mode, target.group)
+    return _Site(name, None, mode, target.group, index)
 
 
 def functional_name(owner: str, index: int) -> str:
@@ -155,3 +166,24 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
     if communicates:
         group = graph.call_function(active_group, (site.group, training))
     return (input, *parameters, training, track, momentum, eps, group)
+
+
+def _shuffle_arguments(
+    target: OwnerGraph, site: _Site, mode: Shuffle, *, group: Any
+) -> tuple[Any, ...]:
+    """What ``shuffle_batch_norm`` takes besides the arguments of ``batch_norm``.
+
+    Modules of one structure share a graph, so the number of the site is read at run time.
+    """
+    graph = target.graph
+    number: Any = 0
+    if group == NO_GROUP:
+        place = place_in(NO_GROUP)
+    else:
+        place = graph.call_function(place_in, (group,))
+        if mode.schedule == "random":
+            prefix = f"{site.path}." if site.path else ""
+            number = graph.get_attr(f"{prefix}_bnrewrite_number")
+            if site.index:
+                number = graph.call_function(operator.add, (number, site.index))
+    return (place, number, *shuffle_options(mode))

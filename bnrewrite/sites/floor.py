@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
-from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.sites.classes import (
     Converted,
     change_class,
@@ -24,6 +23,7 @@ from bnrewrite.sites.classes import (
     original_class,
     restore_class,
 )
+from bnrewrite.sites.evaluate import evaluate, site_number
 
 _STATE = "_bnrewrite_site"
 
@@ -37,12 +37,17 @@ class SiteState:
         mode: the mode of the site.
         group: name of its process group, or "" if its mode does not communicate.
         sync_group: name of the group that a ``torch.nn.SyncBatchNorm`` held before conversion.
+        number: of the site, from its name; random schedules of different sites differ by it.
     """
 
     name: str
     mode: Mode
     group: str
     sync_group: str | None = None
+    number: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", site_number(self.name))
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
@@ -69,6 +74,10 @@ class SiteForward(Converted):
 
     _bnrewrite_site: SiteState
 
+    @property
+    def _bnrewrite_number(self) -> int:
+        return self._bnrewrite_site.number
+
     def _check_input_dim(self, input: Tensor) -> None:
         # While a subclass that checks its input is traced, there are no dimensions to check.
         if not isinstance(input, fx.Proxy):
@@ -85,18 +94,22 @@ class SiteForward(Converted):
         module._check_input_dim(input)
         training = module.training and not isinstance(state.mode, Frozen)
         try:
-            return BATCH_NORM(
-                input,
-                module.weight,
-                module.bias,
-                module.running_mean,
-                module.running_var,
-                module.num_batches_tracked,
-                training,
-                module.track_running_stats,
-                module.momentum,
-                module.eps,
+            return evaluate(
+                state.mode,
+                state.number,
                 active_group(state.group, training),
+                (
+                    input,
+                    module.weight,
+                    module.bias,
+                    module.running_mean,
+                    module.running_var,
+                    module.num_batches_tracked,
+                    training,
+                    module.track_running_stats,
+                    module.momentum,
+                    module.eps,
+                ),
             )
         except UnsupportedBatchNorm as error:
             raise state.named(error) from error
@@ -141,9 +154,9 @@ class Intercept(TorchFunctionMode):
             func, args, kwargs
         )
         group = active_group(state.group, self._training and training)
-        tensors = (input, weight, bias, mean, var, None)
+        arguments = (input, weight, bias, mean, var, None, training, True, momentum, eps)
         try:
-            return BATCH_NORM(*tensors, training, True, momentum, eps, group)
+            return evaluate(state.mode, state.number, group, arguments)
         except UnsupportedBatchNorm as error:
             raise state.named(error) from error
 

@@ -1,0 +1,157 @@
+"""``shuffle_batch``: the samples themselves permuted across ranks, and put back after.
+
+This is the remedy of MoCo (He et al. 2019, section 3.3, https://arxiv.org/abs/1911.05722): the key
+encoder sees batches that were put together anew, so that the statistics of its BatchNorm layers say
+nothing about which keys belong to which queries. It works with any BatchNorm, converted or not.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from bnrewrite.collectives import (
+    NO_GROUP,
+    active_group,
+    all_gather_numbers,
+    exchange_rows,
+    group_name,
+    place_in,
+)
+
+
+@torch.compiler.disable(reason="the host must know how many samples go where")
+def shuffle_batch(
+    x: Tensor,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Permutes samples at random across the ranks of a group, and returns the way back.
+
+        4 samples on 2 ranks    ab | cd    ->    da | bc    -> key encoder ->    restore: ab | cd
+
+    Every sample moves once (all-to-all), and no rank gathers the whole batch. All ranks of the
+    group must call it. Both ways are differentiable to any order. It reads three numbers of every
+    rank on the host, and so waits for the device; under ``torch.compile`` it is a graph break.
+
+    Args:
+        x: (N, *), any dtype, with the same shape on every rank.
+        group: the ranks to shuffle over: None for the default group, a process group or a
+            one-dimensional ``DeviceMesh``. One rank, or no group at all, leaves ``x`` as it is.
+        generator: where the permutation comes from; None for torch's default one of the CPU. Every
+            rank draws one number from its own; that of the group's first rank counts.
+
+    Returns:
+        The shuffled samples, as ``x`` and contiguous; and ``restore(features)``, which sends
+        features (N, *) of the shuffled samples back to where the samples came from.
+
+    Raises:
+        TypeError: ``x`` is not a tensor with a batch dimension.
+        ValueError: batches differ between ranks; raised on all of them.
+    """
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        what = "a scalar tensor" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a tensor (N, *) of samples, but it is {what}.")
+    seed = _draw_seed(generator)
+    name = active_group(group_name(group), training=True)
+    num_samples = x.size(0)
+    if name == NO_GROUP:
+        return x, _Restore(num_samples, None)
+    rank, world_size = place_in(name)
+    numbers = [num_samples, x[:1].numel() if num_samples else 0, seed]
+    everyone = all_gather_numbers(numbers, name, x.device)
+    shapes = [tuple(numbers[:2]) for numbers in everyone]
+    if len(set(shapes)) > 1:
+        sizes = ", ".join(f"{size} x {values}" for size, values in shapes)
+        raise ValueError(
+            f"shuffle_batch: ranks hold batches of different size (samples x values each: {sizes}),"
+            f" and this rank, number {rank}, {tuple(x.shape)}. Give every rank the same number of "
+            "samples, e.g. with drop_last=True in the DataLoader, or use mode 'shuffle', which "
+            "takes uneven batches."
+        )
+    shuffled = torch.Generator().manual_seed(everyone[0][2])
+    source = torch.randperm(world_size * num_samples, generator=shuffled)
+    there = _Routes.of(source, rank, world_size, name)
+    back = _Routes.of(torch.argsort(source), rank, world_size, name)
+    return _Move.apply(x, there, back), _Restore(num_samples, (back, there))
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(1 << 62, (), generator=generator, device=device))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routes:
+    """Which of its samples a rank sends where, and how it arranges what it gets.
+
+    Attributes:
+        group: name of the process group.
+        send_order: (N,): the rank's samples in the order of their destinations.
+        num_sent: for each rank the number of samples that it gets.
+        num_received: for each rank the number of samples that come from it.
+        arrange: (N,): for each place of the new batch the received sample that belongs there.
+    """
+
+    group: str
+    send_order: Tensor
+    num_sent: list[int]
+    num_received: list[int]
+    arrange: Tensor
+
+    @classmethod
+    def of(cls, source: Tensor, rank: int, world_size: int, group: str) -> "_Routes":
+        """Routes of ``rank`` if place i of all ranks' batches gets sample ``source[i]``."""
+        num_samples = source.numel() // world_size
+        owners = torch.div(source, max(num_samples, 1), rounding_mode="floor")
+        mine = owners[rank * num_samples : (rank + 1) * num_samples]
+        # Samples of one sender arrive in the order of the places that they are for.
+        arrange = torch.argsort(torch.argsort(mine, stable=True))
+        places = (owners == rank).nonzero().flatten()
+        destinations = torch.div(places, max(num_samples, 1), rounding_mode="floor")
+        return cls(
+            group,
+            source[places] - rank * num_samples,
+            torch.bincount(destinations, minlength=world_size).tolist(),
+            torch.bincount(mine, minlength=world_size).tolist(),
+            arrange,
+        )
+
+
+class _Move(torch.autograd.Function):
+    """Moves samples along routes; gradients take the inverse routes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: _Routes, back: _Routes) -> Tensor:
+        ctx.routes = there, back
+        if x.numel() == 0:
+            return x.clone()
+        rows = x.index_select(0, there.send_order.to(x.device)).contiguous()
+        rows = exchange_rows(rows, there.group, there.num_sent, there.num_received)
+        return rows.index_select(0, there.arrange.to(x.device))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        there, back = ctx.routes
+        return _Move.apply(grad, back, there), None, None  # pyright: ignore[reportReturnType]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restore:
+    """The way back of :func:`shuffle_batch`."""
+
+    num_samples: int
+    routes: tuple[_Routes, _Routes] | None
+
+    @torch.compiler.disable(reason="the host must know how many samples go where")
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features (N, *) of the shuffled samples, where the samples came from."""
+        if features.dim() == 0 or features.size(0) != self.num_samples:
+            raise ValueError(
+                f"restore: features have shape {tuple(features.shape)}, but shuffle_batch returned "
+                f"{self.num_samples} samples. Pass one row per shuffled sample, in their order."
+            )
+        return features if self.routes is None else _Move.apply(features, *self.routes)  # pyright: ignore[reportReturnType]
