@@ -1,7 +1,10 @@
 """One model of the zoo, how it is called, and how often it may evaluate BatchNorm by right."""
 
 import dataclasses
+import functools
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,20 @@ def images(height: int, width: int | None = None) -> Callable[[nn.Module, int], 
 def num_batch_norms(model: nn.Module) -> int:
     """BatchNorm modules of ``model``, run or not."""
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def may_evaluate(model: nn.Module) -> bool:
+    """Whether ``model`` holds BatchNorm, or code of its modules names it."""
+    return num_batch_norms(model) > 0 or any(
+        _mentions(cls.__module__)
+        for cls in {base for module in model.modules() for base in type(module).__mro__}
+        if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.")
+    )
+
+
+@functools.cache
+def _mentions(module: str) -> bool:
+    return "batch_norm(" in inspect.getsource(sys.modules[module])
 
 
 _NO_SITES = ("InstanceNorm", "StdConv", "WeightStandardizedConv")

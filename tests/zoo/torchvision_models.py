@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,18 @@ _DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 class Detector(nn.Module):
     """The parts of a detector that need none of torchvision's compiled operators.
 
-    These are all parts with BatchNorm: the backbone and, in the newer R-CNNs, the box and mask
-    heads, which get regions of random features.
+    These are all parts with BatchNorm: the backbone, the head of one-stage detectors and, in the
+    newer R-CNNs, the box and mask heads, which get regions of random features.
     """
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
-    def forward(self, x: Tensor, regions: Tensor) -> list[Tensor]:
-        outputs = list(self.detector.backbone(x).values())
+    def forward(self, x: Tensor, regions: Tensor) -> list[object]:
+        outputs: list[object] = [*self.detector.backbone(x).values()]
+        if hasattr(self.detector, "head"):
+            outputs.append(self.detector.head(outputs))
         heads = getattr(self.detector, "roi_heads", None)
         for name in ("box_head", "mask_head", "keypoint_head"):
             head = getattr(heads, name, None)
@@ -49,11 +52,9 @@ def specs() -> Iterator[Spec]:
             make = functools.partial(models.get_model, name, weights=None)
             yield Spec("torchvision", name, make, _clip)
         else:
-            # regnet's constructor computes with numbers that it reads from tensors.
-            device = "cpu" if name.startswith("regnet") else "meta"
             size = 299 if name == "inception_v3" else 224
             make = functools.partial(_classifier, name)
-            yield Spec("torchvision", name, make, images(size), device=device)
+            yield Spec("torchvision", name, make, images(size))
 
 
 def _classifier(name: str) -> nn.Module:
@@ -65,6 +66,16 @@ def _classifier(name: str) -> nn.Module:
         options["init_weights"] = False
     if name in models.list_models(module=models.segmentation):
         options["weights_backbone"] = None
+    if name.startswith("regnet"):
+        # Its constructor computes widths with tensors and reads them.
+        compute = models.regnet.BlockParams.from_init_params
+
+        def on_cpu(*args: object, **kwargs: object) -> object:
+            with torch.device("cpu"):
+                return compute(*args, **kwargs)
+
+        with mock.patch.object(models.regnet.BlockParams, "from_init_params", on_cpu):
+            return models.get_model(name, weights=None)
     return models.get_model(name, weights=None, **options)
 
 
