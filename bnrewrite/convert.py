@@ -1,5 +1,6 @@
 """``convert`` and its exact inverse ``revert``."""
 
+import contextlib
 import dataclasses
 import logging
 import warnings
@@ -25,7 +26,7 @@ from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import PassReport, Skip
+from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
 
@@ -109,29 +110,23 @@ def convert(
         keep=_patterns(keep, model),
         passes=optimising_names(passes),
     )
-    if model.__dict__.get(_CONVERSION) == wanted and not strict:
-        return model
     found = list(_batch_norms(model))
     _check_sites(found, wanted.modes)
-    previous = _take_off(model)
-    try:
+    with _all_or_nothing(model):
+        _take_off(model)
         conversion = _put_on(model, found, wanted)
-        functional = [
-            rewrite.name for report in conversion.reports.values() for rewrite in report.rewritten
-        ]
-        wanted.modes.check_patterns([name for name, _ in found] + functional)
-        if strict and conversion.skipped:
-            lines = "\n  ".join(f"{skip.name}: {skip.reason}" for skip in conversion.skipped)
+        sites = dict.fromkeys(name for name, _ in found)
+        for report in conversion.reports.values():
+            sites.update(dict.fromkeys(one.name for one in (*report.rewritten, *report.skipped)))
+        wanted.modes.check_patterns(list(sites))
+        left = [skip for skip in conversion.skipped if skip.reason != UNMATCHED]
+        if strict and left:
+            lines = "\n  ".join(f"{skip.name}: {skip.reason}" for skip in left)
             raise CaptureError(
-                f"{len(conversion.skipped)} place(s) cannot be rewritten:\n  {lines}\n"
+                f"{len(left)} place(s) cannot be rewritten:\n  {lines}\n"
                 "Convert with strict=False to leave them as they are."
             )
-    except BaseException:
-        _take_off(model)
-        if previous is not None:
-            _put_on(model, found, previous)
-        raise
-    if not found and not functional:
+    if not sites:
         warnings.warn(
             f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
             "(subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for calls of "
@@ -155,7 +150,8 @@ def revert(model: M) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
-    _take_off(model)
+    with _all_or_nothing(model):
+        _take_off(model)
     return model
 
 
@@ -175,7 +171,12 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Returns:
         Graphs by the qualified name of their owner; ``""`` is the model itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
     return {
         name: fx.GraphModule(module, fx.Graph.__deepcopy__(state.train.graph, {}))
         for name, module in model.named_modules()
@@ -220,7 +221,7 @@ def _put_on(
     for name, module in found:
         mode = wanted.modes.find(name)
         if mode is None:
-            conversion.skipped.append(Skip(name, "no pattern of mode matches it"))
+            conversion.skipped.append(Skip(name, UNMATCHED))
         else:
             convert_site(module, name, mode, _group_of(module, wanted.group))
     for name, module in model.named_modules():
@@ -294,10 +295,25 @@ def _capture(
         attach_owner(module, state)
 
 
-def _take_off(model: nn.Module) -> Conversion | None:
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Leaves all modules as they were if the body fails."""
+    before = [(module, module.__class__, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _take_off(model: nn.Module) -> None:
     for module in list(model.modules()):
         if is_owner(module):
             detach_owner(module)
         if is_site(module):
             revert_site(module)
-    return model.__dict__.pop(_CONVERSION, None)
+        # A part may have been converted by itself, before or after the whole.
+        module.__dict__.pop(_CONVERSION, None)

@@ -1,6 +1,7 @@
 """``report``: what a conversion rewrote, what it left and why, and what a step communicates."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -76,9 +77,10 @@ class Report:
 
     def __str__(self) -> str:
         modes = ", ".join(sorted({site.mode for site in self.sites})) or "none"
+        num_sites = f"{len(self.sites)} BatchNorm site{'' if len(self.sites) == 1 else 's'}"
         in_graph = sum(site.owner is not None for site in self.sites)
         lines = [
-            f"{self.model}: {len(self.sites)} BatchNorm sites, {in_graph} in captured graphs, "
+            f"{self.model}: {num_sites}, {in_graph} in captured graphs, "
             f"{len(self.sites) - in_graph} on their own    mode {modes}, "
             f"world size {self.world_size}",
             f"{'pass':24}{'rewritten':>10}{'left':>6}  why left",
@@ -123,8 +125,10 @@ def report(model: nn.Module) -> Report:
             "report on the model that it returned, not on a wrapper or a part of it."
         )
     rewritten: dict[str, Rewrite] = {}
+    num_calls: Counter[str] = Counter()
     for one in conversion.reports["replace_batch_norm"].rewritten if conversion.reports else ():
         rewritten.setdefault(one.name, one)
+        num_calls[one.name] += 1
     sites = [
         _module_site(module, rewritten.pop(site_state(module).name, None))
         for _, module in model.named_modules()
@@ -142,7 +146,7 @@ def report(model: nn.Module) -> Report:
         for one in rewritten.values()
     ]
     states = [owner_state(module) for module in model.modules() if is_owner(module)]
-    num_collectives = sum(site.group != "" for site in sites)
+    num_collectives = sum(max(num_calls[site.name], 1) for site in sites if site.group != "")
     return Report(
         model=type(model).__name__,
         sites=tuple(sites),

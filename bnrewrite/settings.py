@@ -41,7 +41,5 @@ def dump_directory() -> Path | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"BNREWRITE_DUMP={name} cannot be used as a directory: {error}."
-        ) from error
+        raise ValueError(f"BNREWRITE_DUMP={name} cannot become a directory: {error}.") from error
     return path

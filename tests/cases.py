@@ -28,6 +28,8 @@ class Case:
         compiles: whether the plain model trains under ``torch.compile(fullgraph=True)``.
         rtol: for float64 sums in another order; lower precision inside needs more.
         double: whether the model can be converted to float64.
+        splits: whether ranks that share a batch are meant to do what one process does with all of
+            it; not so with random draws, statistics over part of a batch, or branches on the batch.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     compiles: bool = True
     rtol: float = 1e-9
     double: bool = True
+    splits: bool = True
 
 
 CASES: list[Case] = []
@@ -107,7 +110,7 @@ class GanStep(nn.Module):
 
     def forward(self, z: Tensor, real: Tensor) -> Tensor:
         fake = self.generator(z)
-        return self.discriminator(real).mean() - self.discriminator(fake).mean()
+        return self.discriminator(real) - self.discriminator(fake)
 
 
 @case(lambda n: ((torch.randn(n, 3, 7),), {}))
@@ -216,6 +219,15 @@ class FunctionalInHelper(nn.Module):
         return _normalize(self.conv(x), self.mean, self.var, self.training)
 
 
+@case()
+class TorchBatchNorm(Simple):
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        assert isinstance(bn, nn.BatchNorm2d)
+        x, y = self.conv(x), (bn.running_mean, bn.running_var, self.training, 0.1, 1e-5, False)
+        return torch.batch_norm(x, bn.weight, bn.bias, *y)
+
+
 class WeightStandardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = F.batch_norm(
@@ -253,7 +265,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return y.view(2, n // 2, c, h, w).transpose(0, 1).reshape(n, c, h, w)
 
 
-@case(lambda n: ((torch.randn(4, 3, 8, 8),), {}))
+@case(lambda n: ((torch.randn(4, 3, 8, 8),), {}), splits=False)
 class GhostNet(Simple):
     def __init__(self) -> None:
         super().__init__(GhostBatchNorm(4))
@@ -418,6 +430,23 @@ class HookOnBatchNorm(Simple):
 
 
 @case()
+class BatchNormInHook(nn.Module):
+    """A BatchNorm that no forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.conv.register_forward_hook(self._normalize)
+
+    def _normalize(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return self.bn(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+
+@case()
 class HookOnBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -506,7 +535,7 @@ class AuxiliaryHead(nn.Module):
         return self.main(x)
 
 
-@case()
+@case(splits=False)
 class FunctionalDropout(Simple):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.bn(self.conv(x)), 0.3, self.training)
@@ -540,7 +569,7 @@ class IntrinsicBNReLU(nn.Module):
 
 
 # bfloat16 has 8 bits: one rounding is 4e-3 of an entry, and sums of a few gradients follow it.
-@case(double=False, rtol=3e-2)
+@case(double=False, rtol=3e-2, splits=False)
 class AutocastInside(Simple):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -549,7 +578,7 @@ class AutocastInside(Simple):
         return x.float()
 
 
-@case(compiles=False)
+@case(compiles=False, splits=False)
 class BranchOnData(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -601,7 +630,7 @@ class CallsAutogradFunction(Simple):
         return self.bn(_Double.apply(self.conv(x)))  # pyright: ignore
 
 
-@case(num_other=1)
+@case(num_other=1, splits=False)
 class InstanceNormNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -626,14 +655,14 @@ class CountsCalls(Simple):
         return self.bn(self.conv(x)) * self.calls
 
 
-@case(compiles=False)
+@case(compiles=False, splits=False)
 class DrawsInPython(Simple):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x))
         return x * random.random() if self.training else x
 
 
-@case(compiles=False)
+@case(compiles=False, splits=False)
 class DrawsATensor(Simple):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x))
@@ -700,7 +729,7 @@ class InPlaceActivation(nn.Module):
         return F.relu_(y) + y
 
 
-@case(num_other=1)
+@case(num_other=1, splits=False)
 class ScriptedChild(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -711,7 +740,7 @@ class ScriptedChild(nn.Module):
         return self.bn(self.child(x))
 
 
-@case(compiles=False, double=False, rtol=1e-4)
+@case(compiles=False, double=False, rtol=1e-4, splits=False)
 class QuantisationAware(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def _batch_norm(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
-    if not track_running_stats:
+    if not (training and track_running_stats):
         running_mean = running_var = num_batches_tracked = None
     if group == NO_GROUP and input.numel() == input.size(1):
         raise UnsupportedBatchNorm(

@@ -7,6 +7,9 @@ from torch import fx, nn
 
 from bnrewrite.modes import Mode, ModeTable
 
+UNMATCHED = "no pattern of mode matches it"
+"""Reason of a skip that the user asked for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Skip:

@@ -11,13 +11,13 @@ depend on no argument of the forward standardises weights; it is no site and sta
 from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
 from bnrewrite.collectives import NO_GROUP, active_group
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
 from bnrewrite.sites.floor import (
+    FUNCTIONS,
     SITE_TENSORS,
     functional_arguments,
     has_hooks,
@@ -37,7 +37,8 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
             match = _match_module(target, node)
         elif is_site(target.owner):
             path = "" if node.target is own_batch_norm else None
-            match = _Site(target.name, path, site_state(target.owner).mode)
+            state = site_state(target.owner)
+            match = _Site(target.name, path, state.mode, state.group)
         else:
             match = _match_functional(target, node, functional_name(target.name, num_functional))
             num_functional += 1
@@ -57,18 +58,22 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
 
 
 class _Site:
-    """A call to rewrite: ``path`` leads to its BatchNorm module, None for a functional call."""
+    """A call to rewrite: ``path`` leads to its BatchNorm module, None for a functional call.
 
-    def __init__(self, name: str, path: str | None, mode: Mode) -> None:
+    ``group`` is that of the site, which a ``torch.nn.SyncBatchNorm`` may have brought along.
+    """
+
+    def __init__(self, name: str, path: str | None, mode: Mode, group: str) -> None:
         self.name = name
         self.path = path
         self.mode = mode
+        self.group = group
 
 
 def _candidates(target: OwnerGraph) -> list[fx.Node]:
     """BatchNorm calls; a subclass with its own forward is an owner itself and stays a call."""
     activations = _depends_on_arguments(target.graph)
-    functional = (F.batch_norm, own_batch_norm)
+    functional = (*FUNCTIONS, own_batch_norm)
     return [
         node
         for node in target.graph.nodes
@@ -101,16 +106,19 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
         return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
     if len(node.args) + len(node.kwargs) != 1:
         return Skip(state.name, "it is called with more than one argument", where(node), path)
-    return _Site(state.name, path, state.mode)
+    return _Site(state.name, path, state.mode, state.group)
 
 
 def _match_functional(target: OwnerGraph, node: fx.Node, name: str) -> _Site | Skip:
     mode = target.modes.find(name)
     if mode is None:
-        return Skip(name, "no pattern of mode matches it", where(node))
-    if isinstance(mode, Frozen) and functional_arguments(node.args, node.kwargs)[1] is None:
+        return Skip(name, UNMATCHED, where(node))
+    if (
+        isinstance(mode, Frozen)
+        and functional_arguments(node.target, node.args, node.kwargs)[1] is None
+    ):
         return Skip(name, "it has no running statistics that could be frozen", where(node))
-    return _Site(name, None, mode)
+    return _Site(name, None, mode, target.group)
 
 
 def functional_name(owner: str, index: int) -> str:
@@ -125,7 +133,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
     frozen = isinstance(site.mode, Frozen)
     if site.path is None:
         input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
-            node.args, node.kwargs
+            node.target, node.args, node.kwargs
         )
         communicates = site.mode.communicates and target.training
         parameters = (weight, bias, mean, var, None)
@@ -143,5 +151,5 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
         track, momentum, eps = map(attribute, ("track_running_stats", "momentum", "eps"))
     group = NO_GROUP
     if communicates:
-        group = graph.call_function(active_group, (target.group, training))
+        group = graph.call_function(active_group, (site.group, training))
     return (input, *parameters, training, track, momentum, eps, group)

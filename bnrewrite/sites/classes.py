@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from bnrewrite.errors import BnRewriteError
+
 
 class Converted:
     """First base of every class that conversion puts on a module."""
@@ -55,5 +57,16 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Gives ``module`` the class back that it had before conversion."""
+    """Gives ``module`` the class back that it had before conversion.
+
+    Raises:
+        BnRewriteError: the module got yet another class after conversion.
+    """
+    cls = type(module)
+    if issubclass(cls, Converted) and "_bnrewrite_original" not in vars(cls):
+        raise BnRewriteError(
+            f"{cls.__name__}: the class of this module was changed after conversion, as "
+            "fully_shard does, so the conversion cannot be undone or replaced. Convert or revert "
+            "the model first, then wrap it."
+        )
     module.__class__ = original_class(module)

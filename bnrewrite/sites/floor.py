@@ -4,6 +4,7 @@ Whatever path of whatever code reaches the module, the evaluation is distributed
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
-from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.sites.classes import (
@@ -45,7 +46,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -61,6 +62,11 @@ class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
     _bnrewrite_site: SiteState
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        # While a subclass that checks its input is traced, there are no dimensions to check.
+        if not isinstance(input, fx.Proxy):
+            super()._check_input_dim(input)  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
@@ -90,16 +96,26 @@ class SiteForward(Converted):
             raise state.named(error) from error
 
 
-def functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments of a call of ``F.batch_norm`` with the defaults filled in.
+_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.batch_norm: _ORDER,
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:]),
+}
+"""torch's functions that evaluate a BatchNorm, with the names of their arguments in order."""
+
+
+def functional_arguments(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Arguments of a call of one of :data:`FUNCTIONS` with the defaults filled in.
 
     Order: input, running_mean, running_var, weight, bias, training, momentum, eps.
     """
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
     values = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-    values.update(zip((*names, "eps"), args, strict=False))
+    values.update(zip(FUNCTIONS[function], args, strict=False))
     values.update(kwargs)
-    return tuple(values[name] for name in (*names, "eps"))
+    return tuple(values[name] for name in _ORDER)
 
 
 class Intercept(TorchFunctionMode):
@@ -112,10 +128,12 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.batch_norm:
+        if func not in FUNCTIONS:
             return func(*args, **kwargs)
         state = self._state
-        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(args, kwargs)
+        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
+            func, args, kwargs
+        )
         group = active_group(state.group, self._training and training)
         tensors = (input, weight, bias, mean, var, None)
         try:
@@ -204,12 +222,22 @@ def is_uninitialised(module: nn.Module) -> bool:
 
 
 def revert_site(module: nn.Module) -> None:
-    """Exact inverse of :func:`convert_site`."""
-    state = module.__dict__.pop(_STATE)
-    module.__dict__.pop("cls_to_become", None)
+    """Exact inverse of :func:`convert_site`, as long as the group of a SyncBatchNorm lives."""
+    state = site_state(module)
     restore_class(module)
-    if state.sync_group is not None:
+    del module.__dict__[_STATE]
+    module.__dict__.pop("cls_to_become", None)
+    if state.sync_group is None:
+        return
+    try:
         module.__dict__["process_group"] = find_group(state.sync_group)
+    except GroupError:
+        warnings.warn(
+            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            "process_group is now None, the default group.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:

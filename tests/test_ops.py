@@ -1,0 +1,539 @@
+"""The ops, each alone: registration, derivatives, numbers against torch, layouts, errors."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from bnrewrite import UnsupportedBatchNorm, reference
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.moments import MOMENTS
+from bnrewrite.ops.normalize import NORMALIZE
+from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
+from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+
+EPS = 1e-3
+SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
+LONG = [(2, 3, 5500), (3, 5, 63, 37), (2, 4, 13, 17, 21)]
+"""Shapes whose rows are long enough for the kernel that sums along rows."""
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Arguments of every phase op, consistent with each other."""
+    num_channels = shape[1]
+    acc = reference.accumulate_dtype(dtype)
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + 1).to(dtype)
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    totals = reference.moments(x)
+    stats = reference.statistics(totals, EPS, acc)
+    return {
+        "x": x,
+        "grad": grad,
+        "totals": totals,
+        "stats": stats,
+        "weight": torch.randn(num_channels, dtype=acc),
+        "bias": torch.randn(num_channels, dtype=acc),
+        "sums": reference.normalize_backward_reduce(grad, x, stats),
+    }
+
+
+def _running(num_channels: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [
+        torch.randn(num_channels).to(dtype),
+        (torch.rand(num_channels) + 0.5).to(dtype),
+        torch.tensor(3),
+    ]
+
+
+def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, tuple]:
+    """Every phase op with arguments for it."""
+    t = _tensors(shape, dtype)
+    running = _running(shape[1], t["stats"].dtype)
+    return {
+        "moments": (MOMENTS, (t["x"],)),
+        "normalize": (
+            NORMALIZE,
+            (t["x"], t["totals"], t["weight"], t["bias"], EPS, *running, 0.1),
+        ),
+        "normalize without anything optional": (
+            NORMALIZE,
+            (t["x"], t["totals"], None, None, EPS, None, None, None, None),
+        ),
+        "normalize_backward_reduce": (NORMALIZE_BACKWARD_REDUCE, (t["grad"], t["x"], t["stats"])),
+        "normalize_backward": (
+            NORMALIZE_BACKWARD,
+            (t["grad"], t["x"], t["stats"], t["totals"], t["weight"], t["sums"]),
+        ),
+        "normalize_backward without weight": (
+            NORMALIZE_BACKWARD,
+            (t["grad"], t["x"], t["stats"], t["totals"], None, t["sums"]),
+        ),
+    }
+
+
+PHASES = list(_phase_calls((2, 1)))
+
+
+def _with_gradients(args: tuple, op: Any) -> tuple:
+    """``args`` with gradients asked of all floating-point tensors that the op does not write."""
+    written = {
+        argument.name
+        for argument in op._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+    return tuple(
+        arg.detach().requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point() and argument.name not in written
+        else arg
+        for arg, argument in zip(args, op._schema.arguments, strict=True)
+    )
+
+
+def _quietly(check: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return check()
+
+
+class TestRegistration:
+    """Schema, fake, autograd and what a compiler makes of them, by torch's own checks."""
+
+    @pytest.mark.parametrize("phase", PHASES)
+    @pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
+    @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4, 5), (0, 3, 4), (3, 5, 63, 37)], ids=str)
+    def test_opcheck_of_phases(self, phase: str, gradients: bool, shape: tuple[int, ...]) -> None:
+        op, args = _phase_calls(shape, torch.float32)[phase]
+        if gradients:
+            args = _with_gradients(args, op)
+        _quietly(lambda: torch.library.opcheck(op, args))
+
+    @pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4, 5)], ids=str)
+    def test_opcheck_of_batch_norm(
+        self, gradients: bool, training: bool, momentum: float | None, shape: tuple[int, ...]
+    ) -> None:
+        t = _tensors(shape, torch.float32)
+        running = _running(shape[1], torch.float32)
+        args = (t["x"], t["weight"], t["bias"], *running, training, True, momentum, EPS, "")
+        if gradients:
+            args = _with_gradients(args, BATCH_NORM)
+        _quietly(lambda: torch.library.opcheck(BATCH_NORM, args))
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+    def test_fake_kernels_promise_what_cpu_kernels_return(
+        self, dtype: torch.dtype, layout: str
+    ) -> None:
+        for name, (op, args) in _phase_calls((2, 3, 4, 5), dtype).items():
+            if layout == "channels-last":
+                args = tuple(
+                    a.contiguous(memory_format=torch.channels_last)
+                    if isinstance(a, Tensor) and a.dim() == 4
+                    else a
+                    for a in args
+                )
+            results = op(*args)
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fakes = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+            results = results if isinstance(results, tuple) else (results,)
+            fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+            for real, fake in zip(results, fakes, strict=True):
+                assert real.dtype == fake.dtype, name
+                assert real.shape == fake.shape, name
+                assert real.stride() == fake.stride(), name
+
+
+class TestDerivatives:
+    """Against finite differences, in float64."""
+
+    @pytest.mark.parametrize("phase", PHASES)
+    @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4), (2, 1, 2, 3)], ids=str)
+    def test_gradcheck_of_phases(self, phase: str, shape: tuple[int, ...]) -> None:
+        op, args = _phase_calls(shape)[phase]
+        # Running statistics move at each call; gradcheck calls often.
+        args = tuple(
+            None
+            if argument.alias_info is not None and argument.alias_info.is_write
+            else arg.clone()
+            if isinstance(arg, Tensor)
+            else arg
+            for arg, argument in zip(args, op._schema.arguments, strict=True)
+        )
+        assert gradcheck(op, _with_gradients(args, op), check_undefined_grad=False)
+
+    @pytest.mark.parametrize("shape", [(4, 2), (3, 3, 4), (2, 1, 2, 3), (2, 2, 1, 2, 3)], ids=str)
+    @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "neither"])
+    @pytest.mark.parametrize("order", [1, 2])
+    def test_gradcheck_of_batch_norm(self, shape: tuple[int, ...], affine: str, order: int) -> None:
+        t = _tensors(shape)
+        weight = t["weight"].requires_grad_() if "weight" in affine else None
+        bias = t["bias"].requires_grad_() if "bias" in affine else None
+
+        def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return BATCH_NORM(x, weight, bias, None, None, None, True, True, 0.1, EPS, "")
+
+        check = gradcheck if order == 1 else gradgradcheck
+        assert check(function, (t["x"].requires_grad_(), weight, bias))
+
+    def test_gradcheck_in_evaluation(self) -> None:
+        t = _tensors((2, 3, 4))
+        running = _running(3)
+
+        def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return BATCH_NORM(x, weight, bias, *running, False, True, 0.1, EPS, "")
+
+        args = tuple(t[name].requires_grad_() for name in ("x", "weight", "bias"))
+        assert gradcheck(function, args)
+        assert gradgradcheck(function, args)
+
+    @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)), ids=str)
+    def test_only_gradients_that_are_asked_for(self, frozen: tuple[bool, bool, bool]) -> None:
+        t = _tensors((4, 3, 5))
+        args = [t[name] for name in ("x", "weight", "bias")]
+        for arg, is_frozen in zip(args, frozen, strict=True):
+            arg.requires_grad_(not is_frozen)
+        y = BATCH_NORM(*args, None, None, None, True, True, 0.1, EPS, "")
+        assert y.requires_grad == (not all(frozen))
+        if y.requires_grad:
+            y.backward(t["grad"])
+        same = [arg.detach().clone().requires_grad_(arg.requires_grad) for arg in args]
+        expected = F.batch_norm(same[0], None, None, same[1], same[2], True, 0.1, EPS)
+        if y.requires_grad:
+            expected.backward(t["grad"])
+        for arg, theirs in zip(args, same, strict=True):
+            assert (arg.grad is None) == (theirs.grad is None)
+            if arg.grad is not None and theirs.grad is not None:
+                torch.testing.assert_close(arg.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+    def test_forward_mode_raises_instead_of_being_wrong(self) -> None:
+        x = _tensors((4, 3))["x"]
+
+        def forward_mode() -> None:
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+                BATCH_NORM(dual, *[None] * 5, True, True, 0.1, EPS, "")
+
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            _quietly(forward_mode)
+
+
+def _evaluate(
+    x: Tensor, grad: Tensor, parameters: list[Tensor | None], running: list[Tensor], ours: bool
+) -> list[Tensor]:
+    """y, dx, dweight, dbias, running_mean, running_var in training."""
+    x = x.detach().requires_grad_()
+    parameters = [None if p is None else p.detach().clone().requires_grad_() for p in parameters]
+    running = [tensor.clone() for tensor in running]
+    if ours:
+        y = BATCH_NORM(x, *parameters, *running, True, True, 0.3, EPS, "")
+    else:
+        y = F.batch_norm(x, running[0], running[1], *parameters, True, 0.3, EPS)
+    y.backward(grad)
+    grads = [p.grad for p in (x, *parameters) if p is not None and p.grad is not None]
+    return [y.detach(), *grads, running[0], running[1]]
+
+
+def _assert_as_precise_as_torch(
+    x: Tensor, grad: Tensor, parameters: list[Tensor | None], running: list[Tensor]
+) -> None:
+    """Errors against float64 are at most twice those of torch's own kernels in the same dtype.
+
+    What rounding costs by itself is allowed on top, as torch may happen to be exact: an ulp of the
+    largest term of each result, times sqrt(M) for sums of M values, and times ``mean / std`` as the
+    mean itself is rounded. float64 has no wider judge, so that a handful of roundings count; there
+    the packed sums cost ``1e-16 * mean^2 / var`` in the variance.
+    """
+    exact = _evaluate(
+        x.double(),
+        grad.double(),
+        [None if p is None else p.double() for p in parameters],
+        [t.double() if t.is_floating_point() else t for t in running],
+        ours=False,
+    )
+    ours = _evaluate(x, grad, parameters, running, ours=True)
+    theirs = _evaluate(x, grad, parameters, running, ours=False)
+    dims = reference.reduced_dims(x)
+    mean, var = x.double().mean(dims), x.double().var(dims, correction=0)
+    largest_grad = grad.double().abs().max().item()
+    largest_weight = 1.0 if parameters[0] is None else parameters[0].abs().max().item()
+    largest_xhat = (x.double() - reference.per_channel(mean, x)).abs().max() / var.min().sqrt()
+    root = (x.numel() / x.size(1)) ** 0.5
+    scales = {
+        "y": exact[0].abs().max().item(),
+        "dx": largest_weight * largest_grad / (var.min() + EPS).sqrt().item() * largest_xhat,
+        "dw": largest_grad * largest_xhat * root,
+        "db": largest_grad * root,
+        "running_mean": (mean.abs() + var.sqrt()).max().item(),
+        "running_var": 2 * var.max().item(),
+    }
+    names = ["y", "dx"]
+    names += [name for name, p in zip(("dw", "db"), parameters, strict=True) if p is not None]
+    names += ["running_mean", "running_var"]
+    ratio = (mean.abs() / (var + EPS).sqrt()).max().item()
+    slack = 16 + ratio**2 if x.dtype == torch.float64 else 1 + ratio
+    for name, a, b, true in zip(names, ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype, name
+        allowed = torch.finfo(a.dtype).eps * float(scales[name]) * slack
+        our_error = (a.double() - true).abs().max().item()
+        their_error = (b.double() - true).abs().max().item()
+        assert our_error <= 2 * their_error + allowed, (name, our_error, their_error, allowed)
+
+
+class TestNumbers:
+    """Training forward and backward against ``F.batch_norm``."""
+
+    @pytest.mark.parametrize("shape", SHAPES + LONG, ids=str)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_and_dtype(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        t = _tensors(shape, dtype)
+        acc = reference.accumulate_dtype(dtype)
+        _assert_as_precise_as_torch(
+            t["x"], t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc)
+        )
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("affine", ["weight and bias", "weight", "neither"])
+    @pytest.mark.parametrize("shape", [(3, 5, 63, 37), (2, 3, 4)], ids=str)
+    def test_without_weight_or_bias(
+        self, affine: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        t = _tensors(shape, dtype)
+        acc = reference.accumulate_dtype(dtype)
+        weight = t["weight"] if "weight" in affine else None
+        bias = t["bias"] if "bias" in affine else None
+        _assert_as_precise_as_torch(t["x"], t["grad"], [weight, bias], _running(shape[1], acc))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_parameters_and_statistics_of_half_precision(self, dtype: torch.dtype) -> None:
+        t = _tensors((4, 3, 7, 9), dtype)
+        parameters = [t["weight"].to(dtype), t["bias"].to(dtype)]
+        _assert_as_precise_as_torch(t["x"], t["grad"], parameters, _running(3, dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 7), (3, 5, 63, 37)], ids=str)
+    @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+    def test_a_mean_of_ten_thousand_deviations_loses_no_more_digits_than_torch(
+        self, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+    ) -> None:
+        t = _tensors(shape, dtype)
+        x = t["x"] + 2e4
+        if layout == "channels-last" and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+            t["grad"] = t["grad"].contiguous(memory_format=torch.channels_last)
+        acc = reference.accumulate_dtype(dtype)
+        _assert_as_precise_as_torch(x, t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 3, 63, 63)], ids=str)
+    def test_a_bad_value_spoils_its_channel_and_no_other(
+        self, value: float, shape: tuple[int, ...]
+    ) -> None:
+        t = _tensors(shape, torch.float32)
+        clean = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, "")
+        t["x"][1, 1, 2] = value
+        y = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, "")
+        expected = F.batch_norm(t["x"], None, None, training=True, eps=EPS)
+        assert torch.equal(y.isnan(), expected.isnan())
+        torch.testing.assert_close(y[:, ::2], clean[:, ::2], rtol=0, atol=0)
+
+    def test_a_constant_channel_gives_the_bias(self) -> None:
+        x = torch.full((4, 2, 5), 123.456)
+        bias = torch.tensor([1.0, -2.0])
+        y = BATCH_NORM(x, torch.ones(2), bias, None, None, None, True, True, 0.1, EPS, "")
+        expected = F.batch_norm(x, None, None, torch.ones(2), bias, True, 0.1, EPS)
+        # 123.456 in float32 has steps of 8e-6, which rstd = 1 / sqrt(eps) magnifies by 32.
+        torch.testing.assert_close(y, expected, rtol=0, atol=5e-4)
+
+    def test_an_empty_batch_changes_nothing(self) -> None:
+        running = _running(3, torch.float32)
+        before = [tensor.clone() for tensor in running]
+        x = torch.empty(0, 3, 4, 5, requires_grad=True)
+        weight = torch.ones(3, requires_grad=True)
+        y = BATCH_NORM(x, weight, torch.zeros(3), *running, True, True, 0.1, EPS, "")
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert torch.equal(weight.grad, torch.zeros(3))  # pyright: ignore[reportArgumentType]
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        for now, then in zip(running, before, strict=True):
+            assert torch.equal(now, then)
+
+
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """Tensors with the values of ``x`` (N, C, H, W) and other strides."""
+    wide = torch.zeros(x.size(0), x.size(1), x.size(2) * 2, x.size(3) + 1, dtype=x.dtype)
+    wide[:, :, ::2, 1:] = x
+    # A transposed copy: neither contiguous nor channels-last.
+    permuted = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    return {
+        "contiguous": x.contiguous(),
+        "channels-last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": wide[:, :, ::2, 1:],
+        "permuted": permuted,
+        "channels sliced": torch.stack([x, x], 2).flatten(1, 2)[:, ::2],
+    }
+
+
+LAYOUTS = list(_layouts(torch.zeros(2, 3, 4, 5)))
+
+
+class TestLayouts:
+    """Any strides of input and gradient, and the memory format of the result."""
+
+    @pytest.mark.parametrize("layout_grad", [*LAYOUTS, "expanded"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 5, 63, 37)], ids=str)
+    def test_strides_do_not_change_results(
+        self, layout: str, layout_grad: str, shape: tuple[int, ...]
+    ) -> None:
+        t = _tensors(shape)
+        parameters: list[Tensor | None] = [t["weight"], t["bias"]]
+        grad = t["grad"]
+        if layout_grad == "expanded":
+            strided = grad[:1, :, :1, :1].expand(shape)
+            grad = strided.contiguous()
+        else:
+            strided = _layouts(grad)[layout_grad]
+        running = _running(shape[1])
+        expected = _evaluate(t["x"], grad, parameters, running, ours=False)
+        x = _layouts(t["x"])[layout]
+        assert torch.equal(x, t["x"])
+        results = _evaluate(x, strided, parameters, running, ours=True)
+        for result, true in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, true, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_memory_format_and_dtype_are_those_of_torch(
+        self, layout: str, dtype: torch.dtype, training: bool
+    ) -> None:
+        x = _layouts(torch.randn(2, 3, 4, 5).to(dtype))[layout].detach().requires_grad_()
+        acc = reference.accumulate_dtype(dtype)
+        running = _running(3, acc)
+        y = BATCH_NORM(x, None, None, *running, training, True, 0.1, EPS, "")
+        expected = F.batch_norm(x, running[0], running[1], None, None, training, 0.1, EPS)
+        assert y.dtype == dtype
+        assert y.stride() == expected.stride()
+        y.backward(y.detach())
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+
+    def test_channels_last_3d(self) -> None:
+        t = _tensors((2, 3, 4, 5, 6), torch.float32)
+        x = t["x"].contiguous(memory_format=torch.channels_last_3d)
+        y = BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, "")
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        _assert_as_precise_as_torch(
+            x, t["grad"], [t["weight"], t["bias"]], _running(3, torch.float32)
+        )
+
+    def test_input_is_left_alone(self) -> None:
+        for layout in LAYOUTS:
+            x = _layouts(torch.randn(2, 3, 4, 5))[layout]
+            before = x.clone()
+            BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, "")
+            assert torch.equal(x, before)
+
+
+class TestRunningStatistics:
+    """What training leaves in the buffers."""
+
+    @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+    @pytest.mark.parametrize("track", [True, False], ids=["tracked", "untracked"])
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("buffers", [True, False], ids=["buffers", "no buffers"])
+    @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+    def test_every_combination_is_that_of_the_module(
+        self, momentum: float | None, track: bool, training: bool, buffers: bool, affine: bool
+    ) -> None:
+        bn = torch.nn.BatchNorm1d(3, EPS, momentum, affine, buffers, dtype=torch.float64)
+        bn.train(training).track_running_stats = track
+        same = torch.nn.BatchNorm1d(3, EPS, momentum, affine, buffers, dtype=torch.float64)
+        same.load_state_dict(bn.state_dict())
+        for _ in range(3):
+            x = torch.randn(5, 3, 4, dtype=torch.float64) + 1
+            y = BATCH_NORM(
+                x, same.weight, same.bias, same.running_mean, same.running_var,
+                same.num_batches_tracked, training, track, momentum, EPS, "",
+            )  # fmt: skip
+            torch.testing.assert_close(y, bn(x), rtol=1e-12, atol=1e-12)
+        for mine, its in zip(same.buffers(), bn.buffers(), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("running_dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("momentum", [0.25, None])
+    def test_statistics_may_have_another_precision(
+        self, dtype: torch.dtype, running_dtype: torch.dtype, momentum: float | None
+    ) -> None:
+        x = torch.randn(4, 3, 5).to(dtype)
+        mean, var, count = _running(3, running_dtype)
+        factor = 0.25  # momentum, or the average of the fourth batch
+        expected_mean = mean.double().lerp(x.double().mean((0, 2)), factor)
+        expected_var = var.double().lerp(x.double().var((0, 2)), factor)
+        BATCH_NORM(x, None, None, mean, var, count, True, True, momentum, EPS, "")
+        assert mean.dtype == running_dtype
+        # The buffer rounds once; the batch statistics are those of float32 at worst.
+        tolerance = max(torch.finfo(running_dtype).eps, 1e-6)
+        torch.testing.assert_close(mean.double(), expected_mean, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(var.double(), expected_var, rtol=tolerance, atol=tolerance)
+        assert count.item() == 4
+
+    def test_batch_statistics_in_evaluation_count_no_batch(self) -> None:
+        """A layer whose running statistics were taken away normalises by the batch in eval."""
+        count = torch.tensor(3)
+        BATCH_NORM(torch.randn(4, 3), *[None] * 4, count, False, True, 0.1, EPS, "")
+        assert count.item() == 3
+
+
+class TestErrors:
+    """Each names what was wrong, the value and the way out."""
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "sizes", "message"),
+        [
+            ((3,), torch.float32, (3, 3, 3, 3), r"\(N, C, \*\).*1 dimension.*\(3,\).*unsqueeze"),
+            ((4, 3), torch.int64, (3, 3, 3, 3), r"floating-point.*torch\.int64.*float\(\)"),
+            ((4, 3), torch.float32, (5, 3, 3, 3), r"weight.*\(5,\).*3 channels.*\(4, 3\).*Check"),
+            ((4, 3), torch.float32, (3, 5, 3, 3), r"bias.*\(5,\).*3 channels"),
+            ((4, 3), torch.float32, (3, 3, 1, 3), r"running_mean.*\(1,\).*3 channels"),
+            ((4, 3), torch.float32, (3, 3, 3, 4), r"running_var.*\(4,\).*3 channels"),
+            ((1, 3, 1), torch.float32, (3, 3, 3, 3), r"more than 1 value.*\(1, 3, 1\).*\.eval\(\)"),
+        ],
+    )
+    def test_wrong_arguments(
+        self, shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...], message: str
+    ) -> None:
+        x = torch.ones(shape, dtype=dtype)
+        tensors = [torch.ones(size) for size in sizes]
+        count = torch.tensor(0)
+        with pytest.raises(UnsupportedBatchNorm, match=message):
+            BATCH_NORM(x, *tensors, count, True, True, 0.1, EPS, "")
+        assert count.item() == 0
+        assert all(torch.equal(t, torch.ones_like(t)) for t in tensors)
+
+    def test_half_of_the_running_statistics(self) -> None:
+        with pytest.raises(UnsupportedBatchNorm, match="together"):
+            BATCH_NORM(
+                torch.ones(4, 3), None, None, torch.ones(3), None, None, True, True, 0.1, EPS, ""
+            )
+
+    def test_one_value_per_channel_is_refused_where_torch_refuses_it(self) -> None:
+        for training, buffers in itertools.product([True, False], repeat=2):
+            running = _running(3, torch.float32) if buffers else [None] * 3
+            args = (torch.ones(1, 3), None, None, *running, training, True, 0.1, EPS, "")
+            if not training and buffers:
+                BATCH_NORM(*args)
+                continue
+            with pytest.raises(UnsupportedBatchNorm, match="more than 1 value"):
+                BATCH_NORM(*args)
