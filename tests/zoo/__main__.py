@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             missing[suite] = str(error)
             print(f"{suite} is left out: {error}", file=sys.stderr)
     rows: list[Row] = []
+    conditions = _conditions(argv)
     print(_header())
     for row in _sweep_all(specs):
         rows.append(row)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = _summary(rows)
     print("\n" + "\n".join(f"{key}: {value}" for key, value in summary.items()))
     if options.json is not None:
-        result = {"conditions": _conditions(argv), "missing": missing, "summary": summary}
+        result = {"conditions": conditions, "missing": missing, "summary": summary}
         result["rows"] = [row.to_dict() for row in rows]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(_compact(result), encoding="utf-8")
