@@ -16,16 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tests.zoo import smp_models, timm_models, torchvision_models, transformers_models
-from tests.zoo.spec import MissingPackage, Spec, Suite
+from tests.zoo.spec import MissingPackage, Spec
+from tests.zoo.suites import SUITES, specs_of
 from tests.zoo.sweep import Row, sweep
 
-SUITES: dict[str, Suite] = {
-    "torchvision": torchvision_models.specs,
-    "timm": timm_models.specs,
-    "transformers": transformers_models.specs,
-    "smp": smp_models.specs,
-}
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")
 _COLUMNS = (
     ("layers", "num_batch_norms"),
@@ -56,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     missing: dict[str, str] = {}
     for suite in options.suite or SUITES:
         try:
-            specs += [s for s in SUITES[suite]() if fnmatch.fnmatch(s.name, options.name)]
+            specs += [
+                one for name, one in specs_of(suite).items() if fnmatch.fnmatch(name, options.name)
+            ]
         except MissingPackage as error:
             missing[suite] = str(error)
             print(f"{suite} is left out: {error}", file=sys.stderr)
