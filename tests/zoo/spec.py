@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -42,7 +43,7 @@ class Spec:
 
     def build(self) -> nn.Module:
         """The model in training mode, on the device of the spec."""
-        with torch.device(self.device):
+        with torch.device(self.device), _SkipInitialisation():
             return self.make().train()
 
     def call(self, model: nn.Module) -> Call:
@@ -50,6 +51,28 @@ class Spec:
         with torch.device(self.device):
             return self.arguments(model, self.batch_size)
 
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves tensors on the meta device alone, where initialising them takes seconds and says
+    nothing.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.is_meta
+            and (func in _IN_PLACE or getattr(func, "__module__", "") == "torch.nn.init")
+        ):
+            return tensor
+        return func(*args, **kwargs)
+
+
+_IN_PLACE = frozenset(
+    getattr(Tensor, f"{name}_")
+    for name in ("uniform", "normal", "erfinv", "mul", "add", "clamp", "fill", "zero", "copy")
+)
 
 Suite = Callable[[], Iterator[Spec]]
 
