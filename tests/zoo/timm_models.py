@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
 
 from tests.zoo.spec import Call, Spec, prepare_torchvision, require
 
@@ -19,6 +19,6 @@ def specs() -> Iterator[Spec]:
         yield Spec("timm", name, functools.partial(timm.create_model, name), _images)
 
 
-def _images(model: nn.Module, n: int) -> Call:
+def _images(model: Any, n: int) -> Call:
     size = model.default_cfg.get("input_size", (3, 224, 224))
     return (torch.rand(n, *size),), {}

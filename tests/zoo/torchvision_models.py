@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,9 +20,9 @@ class Detector(nn.Module):
     newer R-CNNs, the box and mask heads, which get regions of random features.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Any) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector: Any = detector
 
     def forward(self, x: Tensor, regions: Tensor) -> list[object]:
         outputs: list[object] = [*self.detector.backbone(x).values()]
@@ -52,7 +53,7 @@ def specs() -> Iterator[Spec]:
             make = functools.partial(models.get_model, name, weights=None)
             yield Spec("torchvision", name, make, _clip)
         else:
-            size = 299 if name == "inception_v3" else 224
+            size = 299 if name.endswith("inception_v3") else 224
             make = functools.partial(_classifier, name)
             yield Spec("torchvision", name, make, images(size))
 
@@ -61,7 +62,7 @@ def _classifier(name: str) -> nn.Module:
     from torchvision import models
 
     options: dict[str, object] = {}
-    if name in ("googlenet", "inception_v3"):
+    if name.endswith(("googlenet", "inception_v3")):
         # Their own initialisation draws through scipy for minutes, and warns when not told.
         options["init_weights"] = False
     if name in models.list_models(module=models.segmentation):
@@ -70,7 +71,7 @@ def _classifier(name: str) -> nn.Module:
         # Its constructor computes widths with tensors and reads them.
         compute = models.regnet.BlockParams.from_init_params
 
-        def on_cpu(*args: object, **kwargs: object) -> object:
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
             with torch.device("cpu"):
                 return compute(*args, **kwargs)
 

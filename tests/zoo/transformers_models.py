@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.zoo.spec import Call, Spec, prepare_torchvision, require
 
-Inputs = Callable[[nn.Module, int], dict[str, Any]]
+Inputs = Callable[[Any, int], dict[str, Any]]
 
 
 class Part(nn.Module):
@@ -82,14 +82,14 @@ def _make(entry: _Entry) -> nn.Module:
 
 
 def _arguments(entry: _Entry, model: nn.Module, n: int) -> Call:
-    inner = model.model if isinstance(model, Part) else model
+    inner: Any = model.model if isinstance(model, Part) else model
     return (), entry.inputs(inner, n)
 
 
 def _pixels(*shape: int, name: str = "pixel_values") -> Inputs:
     """A batch of images; by default in the size of the configuration, else 224."""
 
-    def inputs(model: nn.Module, n: int) -> dict[str, Any]:
+    def inputs(model: Any, n: int) -> dict[str, Any]:
         size = getattr(model.config, "image_size", None) or 224
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {name: torch.rand(n, *(shape or (3, height, width)))}
