@@ -12,6 +12,8 @@ from bnrewrite.errors import (
     GroupError,
     UnsupportedBatchNorm,
 )
+from bnrewrite.export.api import export_onnx
+from bnrewrite.export.report import ExportReport
 from bnrewrite.modes import Frozen, Local, Sync
 from bnrewrite.report import Report, report
 
@@ -21,6 +23,7 @@ __all__ = [
     "BnRewriteError",
     "CaptureError",
     "ExportError",
+    "ExportReport",
     "Frozen",
     "GroupError",
     "Local",
@@ -28,6 +31,7 @@ __all__ = [
     "Sync",
     "UnsupportedBatchNorm",
     "convert",
+    "export_onnx",
     "graphs",
     "report",
     "revert",

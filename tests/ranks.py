@@ -151,12 +151,16 @@ def _serve(connection: Connection, stacks: str, path: list[str]) -> None:
 
 
 def _run(job: bytes) -> tuple[float, bool, Any]:
+    # When this rank failed, and not when its peers let go of it afterwards.
+    failed_at = None
     try:
         function, rank, world_size, store, args = pickle.loads(job)
         torch.manual_seed(0)
         fill_with_nan()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # Compilers use what torch itself has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
             dist.init_process_group(
                 "gloo",
                 init_method=store,
@@ -167,12 +171,15 @@ def _run(job: bytes) -> tuple[float, bool, Any]:
             try:
                 result = function(rank, world_size, *args)
                 pickle.dumps(result)
-            finally:
+            except BaseException:
                 failed_at = time.time()
-                dist.destroy_process_group()
+                raise
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         return time.time(), True, result
     except BaseException:
-        return failed_at if "failed_at" in locals() else time.time(), False, traceback.format_exc()
+        return failed_at or time.time(), False, traceback.format_exc()
     finally:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()

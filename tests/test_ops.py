@@ -182,7 +182,8 @@ class TestDerivatives:
             return BATCH_NORM(x, weight, bias, None, None, None, True, True, 0.1, EPS, "")
 
         check = gradcheck if order == 1 else gradgradcheck
-        assert check(function, (t["x"].requires_grad_(), weight, bias))
+        inputs: Any = (t["x"].requires_grad_(), weight, bias)
+        assert check(function, inputs)
 
     def test_gradcheck_in_evaluation(self) -> None:
         t = _tensors((2, 3, 4))
@@ -236,7 +237,8 @@ def _evaluate(
     if ours:
         y = BATCH_NORM(x, *parameters, *running, True, True, 0.3, EPS, "")
     else:
-        y = F.batch_norm(x, running[0], running[1], *parameters, True, 0.3, EPS)
+        weight, bias = parameters
+        y = F.batch_norm(x, running[0], running[1], weight, bias, True, 0.3, EPS)
     y.backward(grad)
     grads = [p.grad for p in (x, *parameters) if p is not None and p.grad is not None]
     return [y.detach(), *grads, running[0], running[1]]
@@ -315,7 +317,7 @@ class TestNumbers:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_parameters_and_statistics_of_half_precision(self, dtype: torch.dtype) -> None:
         t = _tensors((4, 3, 7, 9), dtype)
-        parameters = [t["weight"].to(dtype), t["bias"].to(dtype)]
+        parameters: list[Tensor | None] = [t["weight"].to(dtype), t["bias"].to(dtype)]
         _assert_as_precise_as_torch(t["x"], t["grad"], parameters, _running(3, dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,5 +1,7 @@
 """The reference answers to torch's own BatchNorm and to autograd, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from bnrewrite import reference
 
 # float64 rounds at 1e-16; sums of a hundred values and one division lose two to three digits.
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 SHAPES = [(5, 3), (2, 1), (7, 3, 5), (1, 2, 9), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
 
@@ -58,7 +60,8 @@ def test_backward_is_the_gradient_of_batch_norm(shape: tuple[int, ...], affine: 
     if affine:
         arguments += [weight.requires_grad_(), bias.requires_grad_()]
     grad = torch.randn_like(x)
-    y = F.batch_norm(x, None, None, *(arguments[1:] or (None, None)), True, 0.0, 1e-3)
+    affine_only: dict[str, Any] = {"weight": weight, "bias": bias} if affine else {}
+    y = F.batch_norm(x, None, None, training=True, eps=1e-3, **affine_only)
     expected = torch.autograd.grad(y, arguments, grad)
 
     x, weight = x.detach(), weight.detach() if affine else None

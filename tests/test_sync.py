@@ -1,7 +1,9 @@
 """Several ranks against one process with ``F.batch_norm`` on the concatenated batch, in float64."""
 
 import copy
+import pickle
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -274,6 +278,10 @@ def _forward_in_group(rank: int, world_size: int, kind: str) -> dict[str, Any]:
         output = model(x)
         output.square().sum().backward()
     names = {site.group for site in bnrewrite.report(model).sites}
+    if kind == "SyncBatchNorm":
+        other = pickle.loads(pickle.dumps(model))
+        for reverted in (bnrewrite.revert(model), bnrewrite.revert(other)):
+            assert reverted.get_submodule("bn").process_group is halves[rank % 2]
     return {
         "output": output.detach(),
         "gradient": x.grad,
@@ -305,6 +313,58 @@ def test_sub_groups_share_their_own_statistics(ranks: RankPool, kind: str) -> No
             _close(results[rank], expected, f"rank {rank}")
 
 
+def _group_is_gone(rank: int, world_size: int) -> None:
+    group: Any = dist.new_group([0, 1])
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(_residual_net(), group)
+    bnrewrite.convert(model)
+    dist.barrier()
+    dist.destroy_process_group(group)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        bnrewrite.revert(model)
+    assert len(seen) == ResidualNet.NUM_SITES
+    assert re.match(r"bn: the process group .* does not exist", str(seen[0].message))
+    assert all(type(module).__module__ != "bnrewrite.sites.floor" for module in model.modules())
+    assert model.get_submodule("bn").process_group is None
+
+
+def test_revert_works_after_the_group_of_a_sync_batch_norm_is_gone(ranks: RankPool) -> None:
+    ranks.run(_group_is_gone, 2)
+
+
+def _fully_sharded(rank: int, world_size: int) -> list[Tensor]:
+    model = bnrewrite.convert(_residual_net())
+    mesh = init_device_mesh("cpu", (world_size,))
+    for block in (model.get_submodule("layer1"), model.get_submodule("layer2"), model):
+        fully_shard(block, mesh=mesh)
+    x, y = _data(2 * world_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for x_step, y_step in zip(x, y, strict=True):
+        rows = slice(2 * rank, 2 * rank + 2)
+        loss = (model(x_step[rows]) - y_step[rows]).square().sum() / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for undo in (bnrewrite.revert, lambda model: bnrewrite.convert(model, "local")):
+        with pytest.raises(bnrewrite.BnRewriteError, match="changed after conversion"):
+            undo(model)
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    assert len(sharded) == len(list(model.parameters()))
+    return [*(p.full_tensor().detach() for p in sharded), *model.buffers()]
+
+
+def test_fully_sharded_training_equals_one_process(ranks: RankPool) -> None:
+    x, y = _data(4)
+    model = _residual_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for x_step, y_step in zip(x, y, strict=True):
+        optimizer.zero_grad()
+        ((model(x_step) - y_step).square().sum() / 4).backward()
+        optimizer.step()
+    expected = [*(p.detach() for p in model.parameters()), *model.buffers()]
+    _close(ranks.run(_fully_sharded, 2), [expected] * 2)
+
+
 def _wrong_groups(rank: int, world_size: int) -> list[str]:
     group = dist.new_group([0])
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
@@ -317,7 +377,8 @@ def _wrong_groups(rank: int, world_size: int) -> list[str]:
             messages.append(f"{type(error).__name__}: {error}")
         assert type(model[0]) is nn.BatchNorm1d
     # A group that is gone when training needs it.
-    bnrewrite.convert(model, process_group=(doomed := dist.new_group([0, 1])))
+    doomed: Any = dist.new_group([0, 1])
+    bnrewrite.convert(model, process_group=doomed)
     dist.destroy_process_group(doomed)
     model.eval()(torch.ones(1, 2))
     try:
@@ -367,6 +428,8 @@ def _collectives(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     counts["eval, 2d layers train"] = _count(model, x)
+    untracked = bnrewrite.convert(_untracked_net())
+    counts["eval without running statistics"] = _count(untracked.eval(), x)
     with torch.no_grad():
         counts["no_grad"] = _count(model.train(), x)
     counts["local"] = _count(bnrewrite.convert(_residual_net(), "local"), x)
@@ -388,6 +451,7 @@ def test_one_collective_forward_and_one_backward_per_site(ranks: RankPool) -> No
         "input without gradient": (7, 7),
         "eval": (0, 0),
         "eval, 2d layers train": (6, 6),
+        "eval without running statistics": (0, 0),
         "no_grad": (7, 0),
         "local": (0, 0),
         "frozen": (0, 0),
@@ -395,6 +459,20 @@ def test_one_collective_forward_and_one_backward_per_site(ranks: RankPool) -> No
         "reverted": (0, 0),
     }
     assert ranks.run(_collectives, 2) == [expected] * 2
+
+
+def _alone_in_a_group(rank: int, world_size: int) -> tuple[dict[str, Any], tuple[int, int]]:
+    model = bnrewrite.convert(_residual_net())
+    x, y = _data(4)
+    seen = _train(model, x, y, 1 / 4)
+    return seen, _count(model, x[0])
+
+
+def test_a_group_of_one_rank_communicates_nothing(ranks: RankPool) -> None:
+    ((seen, counts),) = ranks.run(_alone_in_a_group, 1)
+    x, y = _data(4)
+    _close(seen, _train(_residual_net(), x, y, 1 / 4))
+    assert counts == (0, 0)
 
 
 def _counted_by_torch(rank: int, world_size: int) -> dict[Any, int]:

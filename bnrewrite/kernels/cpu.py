@@ -8,21 +8,40 @@ writes y; normalize_backward_reduce reads g and x; normalize_backward reads g an
 """
 
 import functools
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.statistics import finalize
+from bnrewrite.kernels import channels
+from bnrewrite.kernels.statistics import statistics_table, track
 
 _aten = torch.ops.aten
 
-_PIECE = 1 << 20
-"""Values per piece: with its temporaries a piece stays in the last-level cache; smaller pieces
-measured slower by the overhead of the calls, larger ones by page faults and cache misses."""
+_PIECE = 1 << 19
+"""Values per piece: with its temporaries a piece stays in the second-level cache. Smaller pieces
+measured slower by the overhead of the calls."""
+
+_REDUCE_PIECE = 1 << 19
+"""Values per piece of a reduction over contiguous images. ATen walks them channel by channel, and
+few images at a time keep what it jumps between in cache."""
 
 _SMALL = 1 << 15
 """Values below which one slow call costs less than several fast ones."""
+
+
+class _Scratch(threading.local):
+    """Temporaries that each thread keeps."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def moments(x: Tensor) -> Tensor:
@@ -36,10 +55,7 @@ def moments(x: Tensor) -> Tensor:
         # ATen insists on running statistics; with momentum 1 it only writes them.
         unused = torch.empty(num_channels, dtype=reference.accumulate_dtype(x.dtype))
         mean, var = torch.batch_norm_update_stats(x, unused, unused, 1.0)
-    packed = torch.cat((_ones(1, mean.dtype), mean, var)).double()
-    _, mean, square = packed.split((1, num_channels, num_channels))
-    square.addcmul_(mean, mean)
-    return packed.mul_(x.numel() // num_channels)
+    return channels.pack(mean, var, x.numel() // num_channels)
 
 
 def normalize(
@@ -57,12 +73,25 @@ def normalize(
     acc = reference.accumulate_dtype(x.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum)
     known_nonempty = x.numel() > 0
-    stats, var = finalize(totals, eps, acc, running, known_nonempty=known_nonempty)
+    if known_nonempty:
+        table = channels.statistics_table(totals, eps, acc)
+    else:
+        table = statistics_table(totals, eps, acc, known_nonempty=False)
+    track(table, totals, running, known_nonempty=known_nonempty)
+    stats, var = table[:2], table[2]
     if not known_nonempty:
         return torch.empty_like(x), stats
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
-    return _affine(x, weight, bias, stats[0], var, eps), stats
+    if x.dtype == acc and _channels_vectorise(x):
+        scale = stats[1] if weight is None else stats[1] * weight
+        offset = torch.mul(stats[0], scale).neg_()
+        offset = offset if bias is None else offset.add_(bias)
+        y = torch.empty_like(x)
+        # Not on x itself: with four dimensions the broadcast is slow in this layout.
+        torch.addcmul(offset.unsqueeze(1), _images(x), scale.unsqueeze(1), out=_images(y))
+        return y, stats
+    return torch.native_batch_norm(x, weight, bias, stats[0], var, False, 0.0, eps)[0], stats
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -70,14 +99,24 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(2 * x.size(1), dtype=torch.float64)
     mean, rstd = stats.unbind()
-    if _has_long_rows(x):
-        sum_grad, sum_grad_centred = _reduce_by_rows(grad.flatten(2), x.flatten(2), mean)
-        return torch.cat((sum_grad, sum_grad_centred * rstd))
+    batch, values = x.size(0), x.numel()
+    if values <= _REDUCE_PIECE or not x.is_contiguous() or values < 256 * batch * x.size(1):
+        return _reduce(grad, x, mean, rstd).double()
+    step = max(1, _REDUCE_PIECE * batch // values)
+    parts = [
+        _reduce(grad[start : start + step], x[start : start + step], mean, rstd)
+        for start in range(0, batch, step)
+    ]
+    return torch.stack(parts).sum(0, dtype=torch.float64)
+
+
+def _reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Sums (2C,) of g and of g * xhat in the dtype of the statistics."""
     # The weight argument matters to the input gradient only, which is not asked for.
     _, sum_grad_xhat, sum_grad = _aten.native_batch_norm_backward(
         grad, x, rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
     )
-    return torch.cat((sum_grad, sum_grad_xhat)).double()
+    return torch.cat((sum_grad, sum_grad_xhat))
 
 
 def normalize_backward(
@@ -85,68 +124,141 @@ def normalize_backward(
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`.
 
-    With ``scale = weight * rstd`` the gradient is the difference of two affine maps,
+    With ``scale = weight * rstd`` and ``slope = rstd * mean_g_xhat`` the gradient is
 
-        dx = scale * (g - mean_g) - scale * rstd * mean_g_xhat * (x - mean),
+        dx = scale * (g - mean_g) - scale * slope * (x - mean)
+           = scale * g - scale * slope * x + offset.
 
-    each of which is one call. bfloat16 and float16 round both and the difference. In the
-    accumulation dtype the constants are merged and the second map is a multiply-add.
+    The first form, for contiguous images, keeps more digits at large means; the second needs no
+    temporary. bfloat16 and float16 are widened piece by piece, so that they are rounded once.
     """
     if x.numel() == 0:
         return torch.empty_like(x)
-    acc = stats.dtype
-    mean, rstd = stats.unbind()
-    mean_grad, mean_grad_xhat = (sums / totals[:1]).to(acc).chunk(2)
-    scale = rstd if weight is None else rstd * weight
-    slope = rstd * mean_grad_xhat
-    if x.dtype == acc:
-        offset = torch.addcmul(mean_grad, slope, mean, value=-1)
-        slope_x = reference.per_channel(scale * slope, x)
-    else:
-        offset = mean_grad
-        slope_x = scale * slope
-    rows_per_piece = max(1, _PIECE * x.size(0) // x.numel())
-    if rows_per_piece >= x.size(0) and x.dtype == acc:
-        return _affine(grad, scale, None, offset).addcmul_(x, slope_x, value=-1)
+    mean = stats[0]
+    scale, mean_grad, slope = channels.backward_table(stats, totals, weight, sums).unbind()
+    if x.numel() <= _SMALL and x.dtype == stats.dtype:
+        one = _ones(x.size(1), scale.dtype)
+        dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
+        centred = x - reference.per_channel(mean, x)
+        return dx.addcmul_(centred, reference.per_channel(slope, x), value=-1)
     dx = torch.empty_like(x)
-    piece = torch.empty_like(x[:rows_per_piece]) if x.dtype != acc else dx
-    for start in range(0, x.size(0), rows_per_piece):
-        rows = slice(start, start + rows_per_piece)
-        out, x_rows = dx[rows], x[rows]
-        _affine_out(grad[rows], scale, offset, out)
-        if x.dtype == acc:
-            out.addcmul_(x_rows, slope_x, value=-1)
-        else:
-            centred = piece[: out.size(0)]
-            _affine_out(x_rows, slope_x, mean, centred)
-            out.sub_(centred)
+    grad_NCS, x_NCS, dx_NCS = _images(grad), _images(x), _images(dx)
+    if x.dtype == stats.dtype and not _channels_vectorise(x):
+        _apply_centred(grad_NCS, scale, mean_grad, x_NCS, slope, mean, dx_NCS)
+        return dx
+    offset = torch.mul(slope, mean).addcmul_(scale, mean_grad, value=-1)
+    apply = _apply if x.dtype == stats.dtype else _apply_widened
+    apply(grad_NCS, scale.unsqueeze(1), offset.unsqueeze_(1), x_NCS, slope.unsqueeze_(1), dx_NCS)
     return dx
+
+
+def _apply_centred(
+    grad_NCS: Tensor,
+    scale: Tensor,
+    mean_grad: Tensor,
+    x_NCS: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    dx_NCS: Tensor,
+) -> None:
+    """``dx = scale * (grad - mean_grad) - slope * (x - mean)`` with ATen's affine map."""
+    one, unused = _ones(x_NCS.size(1), scale.dtype), _ones(0, scale.dtype)
+    slope_C1, mean_C1 = slope.unsqueeze(1), mean.unsqueeze(1)
+    for rows, centred in _pieces(x_NCS, 1, scale.dtype):
+        out = dx_NCS[rows]
+        torch.native_batch_norm(
+            grad_NCS[rows], scale, None, mean_grad, one, False, 0.0, 0.0, out=(out, unused, unused)
+        )
+        torch.sub(x_NCS[rows], mean_C1, out=centred)
+        out.addcmul_(centred, slope_C1, value=-1)
+
+
+def _apply(
+    grad_NCS: Tensor,
+    scale_C1: Tensor,
+    offset_C1: Tensor,
+    x_NCS: Tensor,
+    slope_C1: Tensor,
+    dx_NCS: Tensor,
+) -> None:
+    """``dx = scale * grad - slope * x + offset``."""
+    for (rows,) in _pieces(x_NCS, 0, scale_C1.dtype):
+        out = torch.addcmul(offset_C1, grad_NCS[rows], scale_C1, out=dx_NCS[rows])
+        out.addcmul_(x_NCS[rows], slope_C1, value=-1)
+
+
+def _apply_widened(
+    grad_NCS: Tensor,
+    scale_C1: Tensor,
+    offset_C1: Tensor,
+    x_NCS: Tensor,
+    slope_C1: Tensor,
+    dx_NCS: Tensor,
+) -> None:
+    """:func:`_apply` for dtypes that are narrower than their statistics."""
+    vectorise = _channels_vectorise(x_NCS)
+    for rows, wide_grad, wide_x in _pieces(x_NCS, 2, scale_C1.dtype):
+        wide_grad.copy_(grad_NCS[rows])
+        wide_x.copy_(x_NCS[rows])
+        if vectorise:
+            torch.addcmul(offset_C1, wide_grad, scale_C1, out=wide_grad)
+        else:
+            wide_grad.mul_(scale_C1).add_(offset_C1)
+        dx_NCS[rows].copy_(wide_grad.addcmul_(wide_x, slope_C1, value=-1))
+
+
+def _images(x: Tensor) -> Tensor:
+    """``x``, dense and contiguous or channels-last, as a contiguous (N, C, S).
+
+    Channels-last becomes one image of a single position for each of its positions.
+    """
+    if x.is_contiguous():
+        return x.view(x.size(0), x.size(1), -1)
+    return x.movedim(1, -1).reshape(-1, x.size(1), 1)
+
+
+def _pieces(x_NCS: Tensor, count: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Slices of images, each with ``count`` temporaries of its shape, which the next ones reuse.
+
+    The temporaries outlive the call, because first touching fresh pages costs more than arithmetic.
+    """
+    num_images, *shape = x_NCS.shape
+    values = math.prod(shape)
+    step = min(num_images, max(1, _PIECE // values))
+    if step * values > _PIECE:
+        buffers = torch.empty(count, step * values, dtype=dtype)
+    else:
+        buffers = _scratch_buffers(dtype)
+    temporaries = [buffers[i, : step * values].view(step, *shape) for i in range(count)]
+    whole = num_images - num_images % step
+    for start in range(0, whole, step):
+        yield slice(start, start + step), *temporaries
+    if whole < num_images:
+        yield slice(whole, num_images), *(one[: num_images - whole] for one in temporaries)
+
+
+def _scratch_buffers(dtype: torch.dtype) -> Tensor:
+    """Room for two temporaries of one piece, kept by each thread."""
+    buffers = _scratch.buffers.get(dtype)
+    if buffers is None:
+        # A tensor made in inference mode could not be written to outside.
+        with torch.inference_mode(False):
+            buffers = _scratch.buffers[dtype] = torch.empty(2, _PIECE, dtype=dtype)
+    return buffers
+
+
+def _channels_vectorise(x: Tensor) -> bool:
+    """Whether neighbouring values belong to neighbouring channels.
+
+    Then ``addcmul`` with two per-channel operands is vectorised, and beats ATen's BatchNorm.
+    """
+    return x.stride(1) == 1 and x.size(1) > 1
 
 
 @functools.lru_cache(maxsize=64)
 def _ones(size: int, dtype: torch.dtype) -> Tensor:
     """Constant ones; they are only read."""
     return torch.ones(size, dtype=dtype)
-
-
-def _affine(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    """``weight * (x - mean) / sqrt(var + eps) + bias`` in one pass, in the dtype of ``x``."""
-    if var is None:
-        var = _ones(x.size(1), mean.dtype)
-    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
-
-
-def _affine_out(x: Tensor, weight: Tensor, mean: Tensor, out: Tensor) -> None:
-    """``out = weight * (x - mean)`` in one pass."""
-    var, unused = _ones(x.size(1), mean.dtype), _ones(0, mean.dtype)
-    torch.native_batch_norm(x, weight, None, mean, var, False, 0.0, 0.0, out=(out, unused, unused))
 
 
 def _has_long_rows(x: Tensor) -> bool:
@@ -161,38 +273,22 @@ def _has_long_rows(x: Tensor) -> bool:
 
 
 def _moments_by_rows(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,), float64, from centred rows merged by Chan's formula."""
+    """Mean and biased variance (C,), float64, from centred rows merged by Chan's formula.
+
+    The mean of a row is rounded to the dtype of x; what the centred row still sums to makes up for
+    that, in the mean and in the variance.
+    """
     N, C, S = x_NCS.shape
-    step = max(1, min(N, _PIECE // (C * S)))
-    piece = x_NCS.new_empty(step, C, S)
-    mean_NC = x_NCS.new_empty(N, C)
-    norm_NC = x_NCS.new_empty(N, C)
-    for start in range(0, N, step):
-        rows = x_NCS[start : start + step]
-        row_mean = mean_NC[start : start + step]
-        centred = piece[: rows.size(0)]
-        torch.mean(rows, 2, out=row_mean)
-        torch.sub(rows, row_mean.unsqueeze(2), out=centred)
-        torch.linalg.vector_norm(centred, dim=2, out=norm_NC[start : start + step])
-    mean_NC = mean_NC.double()
+    mean_NC, rest_NC, norm_NC = x_NCS.new_empty(3, N, C)
+    for part, centred in _pieces(x_NCS, 1, x_NCS.dtype):
+        rows = x_NCS[part]
+        torch.mean(rows, 2, out=mean_NC[part])
+        torch.sub(rows, mean_NC[part].unsqueeze(2), out=centred)
+        torch.sum(centred, 2, out=rest_NC[part])
+        torch.linalg.vector_norm(centred, dim=2, out=norm_NC[part])
+    rest_NC = rest_NC.double().div_(S)
+    mean_NC = mean_NC.double().add_(rest_NC)
     mean = mean_NC.mean(0)
     m2_NC = norm_NC.double().square_().addcmul_(mean_NC - mean, mean_NC - mean, value=S)
+    m2_NC.addcmul_(rest_NC, rest_NC, value=-S)
     return mean, m2_NC.sum(0).div_(N * S)
-
-
-def _reduce_by_rows(grad_NCS: Tensor, x_NCS: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of g and of g * (x - mean), (C,), float64."""
-    N, C, S = x_NCS.shape
-    step = max(1, min(N, _PIECE // (C * S)))
-    piece = x_NCS.new_empty(step, C, S)
-    sum_NC = x_NCS.new_empty(N, C)
-    dot_NC = x_NCS.new_empty(N, C)
-    mean_C1 = mean.unsqueeze(1)
-    for start in range(0, N, step):
-        rows, grad_rows = x_NCS[start : start + step], grad_NCS[start : start + step]
-        product = piece[: rows.size(0)]
-        torch.sum(grad_rows, 2, out=sum_NC[start : start + step])
-        torch.sub(rows, mean_C1, out=product)
-        product.mul_(grad_rows)
-        torch.sum(product, 2, out=dot_NC[start : start + step])
-    return sum_NC.double().sum(0), dot_NC.double().sum(0)
