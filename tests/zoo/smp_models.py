@@ -20,8 +20,19 @@ def specs() -> Iterator[Spec]:
         yield from _of_decoder(decoder)
 
 
+_DILATED = ("deeplabv3", "deeplabv3plus", "pan")
+_TRANSFORMERS = {"segformer": "mit_b0", "dpt": "tu-vit_tiny_patch16_224"}
+
+
 def _of_decoder(decoder: str) -> Iterator[Spec]:
-    for encoder in ("mit_b0",) if decoder == "segformer" else _ENCODERS:
+    if decoder in _TRANSFORMERS:
+        make = functools.partial(_make, decoder, _TRANSFORMERS[decoder])
+        # Their drop path reads values.
+        yield Spec("smp", f"{decoder}/{_TRANSFORMERS[decoder]}", make, images(224), device="cpu")
+        return
+    for encoder in _ENCODERS:
+        if encoder == "densenet121" and decoder in _DILATED:
+            continue
         make = functools.partial(_make, decoder, encoder)
         yield Spec("smp", f"{decoder}/{encoder}", make, images(128))
 
