@@ -1,0 +1,24 @@
+"""timm: every model of ``timm.list_models()``."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tests.zoo.spec import Call, Spec, prepare_torchvision, require
+
+
+def specs() -> Iterator[Spec]:
+    """Every model of timm; those without BatchNorm are for the caller to leave out."""
+    require("timm")
+    prepare_torchvision()
+    import timm
+
+    for name in timm.list_models():
+        yield Spec("timm", name, functools.partial(timm.create_model, name), _images)
+
+
+def _images(model: Any, n: int) -> Call:
+    size = model.default_cfg.get("input_size", (3, 224, 224))
+    return (torch.rand(n, *size),), {}
