@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.tracer import OwnerTracer, Refused, required_arguments
 from bnrewrite.modes import ModeTable
@@ -36,12 +37,20 @@ class Capture:
         eval: the graph for evaluation, the same object if one serves both.
         reports: what each pass did in the training graph, by pass name.
         refused: why the module could not be captured.
+        assumptions: what the trace that was refused had read by then.
     """
 
     train: Captured | None
     eval: Captured | None
     reports: dict[str, PassReport]
     refused: str | None = None
+    assumptions: Assumptions | None = None
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether capturing ``module``, of the same structure, would come out the same."""
+        read = [one.assumptions for one in (self.train, self.eval) if one is not None]
+        read += [self.assumptions] if self.assumptions is not None else []
+        return bool(read) and all(one.hold_for_another(module) for one in read)
 
 
 Cache = dict[Any, list[Capture]]
@@ -60,14 +69,10 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
         return Capture(None, None, {}, "its forward was replaced on the instance")
     structure = _structure(module, recipe)
     for earlier in cache.get(structure, ()):
-        if all(
-            one is None or one.assumptions.hold_for_another(module)
-            for one in (earlier.train, earlier.eval)
-        ):
+        if earlier.serves(module):
             return _renamed(earlier, module, recipe)
     result = _capture(module, recipe)
-    if result.train is not None:
-        cache.setdefault(structure, []).append(result)
+    cache.setdefault(structure, []).append(result)
     return result
 
 
@@ -85,7 +90,7 @@ def _capture(module: nn.Module, recipe: Recipe) -> Capture:
             if eval.code == train.code and eval.assumptions == train.assumptions:
                 eval = train
     except Refused as refused:
-        return Capture(None, None, {}, str(refused))
+        return Capture(None, None, {}, str(refused), refused.assumptions)
     finally:
         for child, training in flags.items():
             child.__dict__["training"] = training

@@ -28,7 +28,12 @@ from bnrewrite.errors import BnRewriteError
 
 
 class Refused(BnRewriteError):  # noqa: N818
-    """A forward that a captured graph would change; the message says why and where."""
+    """A forward that a captured graph would change; the message says why and where.
+
+    ``assumptions`` is what the trace had read when it ended.
+    """
+
+    assumptions: Assumptions | None = None
 
 
 class _Proxy(fx.Proxy):
@@ -73,11 +78,13 @@ class OwnerTracer(fx.Tracer):
                 text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
                 self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{where}")
             self.assumptions.restore_containers()
+            self.refusal.assumptions = self.assumptions
             raise self.refusal from error
-        if self.refusal is not None:
-            raise self.refusal
         if self.assumptions.restore_containers():
-            raise Refused("changes a list, set or dict that it keeps")
+            self.refusal = Refused("changes a list, set or dict that it keeps")
+        if self.refusal is not None:
+            self.refusal.assumptions = self.assumptions
+            raise self.refusal
         return graph
 
     # What fx.Tracer asks of its subclasses
