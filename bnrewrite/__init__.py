@@ -12,6 +12,8 @@ from bnrewrite.errors import (
     GroupError,
     UnsupportedBatchNorm,
 )
+from bnrewrite.export.api import export_onnx
+from bnrewrite.export.report import ExportReport
 from bnrewrite.modes import Frozen, Local, Shuffle, Sync
 from bnrewrite.report import Report, report
 from bnrewrite.shuffle_batch import shuffle_batch
@@ -22,6 +24,7 @@ __all__ = [
     "BnRewriteError",
     "CaptureError",
     "ExportError",
+    "ExportReport",
     "Frozen",
     "GroupError",
     "Local",
@@ -30,6 +33,7 @@ __all__ = [
     "Sync",
     "UnsupportedBatchNorm",
     "convert",
+    "export_onnx",
     "graphs",
     "report",
     "revert",

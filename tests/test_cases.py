@@ -3,8 +3,11 @@
 import warnings
 
 import pytest
+import torch
+from torch import nn
 
-from tests.cases import CASES, Case
+import bnrewrite
+from tests.cases import CASES, Case, NoOverride
 from tests.parity import assert_same_training
 
 
@@ -21,3 +24,14 @@ def test_trains_and_evaluates_like_the_unconverted_model(case: Case) -> None:
             rtol=case.rtol,
             double=case.double,
         )
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, NoOverride])
+def test_captured_graphs_check_the_dimensions_of_inputs(cls: type[nn.Module]) -> None:
+    # Five dimensions fit only BatchNorm3d, four only BatchNorm2d, which NoOverride extends.
+    shape = (2, 3, 4, 5) if cls in (nn.BatchNorm1d, nn.BatchNorm3d) else (2, 3, 4)
+    plain = nn.Sequential(nn.Identity(), cls(3))
+    converted = bnrewrite.convert(nn.Sequential(nn.Identity(), cls(3)))
+    for model in (plain, converted):
+        with pytest.raises(ValueError, match=r"expected .* input \(got .* input\)"):
+            model(torch.randn(shape))

@@ -222,15 +222,19 @@ class TestResults:
         plain = _zoo().eval()
         assert torch.equal(bnrewrite.convert(_zoo()).eval()(_x()), plain(_x()))
 
-    @pytest.mark.parametrize("kind", ["plain", "subclass", "functional subclass", "owner"])
+    @pytest.mark.parametrize("kind", ["alone", "plain", "subclass", "functional subclass", "owner"])
     def test_frozen_uses_and_keeps_the_running_statistics(self, kind: str) -> None:
         make: dict[str, Callable[[], nn.Module]] = {
+            "alone": lambda: nn.BatchNorm2d(3),
             "plain": lambda: nn.BatchNorm2d(3),
             "subclass": lambda: ActivatedNorm(3),
             "functional subclass": lambda: FunctionalNorm(3),
             "owner": lambda: nn.Sequential(nn.Flatten(2), Functional(3)),
         }
         plain = perturb(nn.Sequential(make[kind]())).double()
+        if kind == "alone":
+            # Without an owner the layer evaluates itself.
+            plain = plain.get_submodule("0")
         model = bnrewrite.convert(copy.deepcopy(plain), "frozen").train()
         before = copy.deepcopy(list(model.buffers()))
         results = _step(model, _x())

@@ -153,7 +153,7 @@ def test_functions_are_annotated(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=_ids)
 def test_library_code_does_not_print(file: Path) -> None:
-    if _part(file) in ("cli", "demo", "__main__"):
+    if _part(file) in ("cli", "demo", "__main__") or file.name == "command.py":
         return
     calls = [
         node.lineno

@@ -428,6 +428,8 @@ def _collectives(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     counts["eval, 2d layers train"] = _count(model, x)
+    untracked = bnrewrite.convert(_untracked_net())
+    counts["eval without running statistics"] = _count(untracked.eval(), x)
     with torch.no_grad():
         counts["no_grad"] = _count(model.train(), x)
     counts["local"] = _count(bnrewrite.convert(_residual_net(), "local"), x)
@@ -449,6 +451,7 @@ def test_one_collective_forward_and_one_backward_per_site(ranks: RankPool) -> No
         "input without gradient": (7, 7),
         "eval": (0, 0),
         "eval, 2d layers train": (6, 6),
+        "eval without running statistics": (0, 0),
         "no_grad": (7, 0),
         "local": (0, 0),
         "frozen": (0, 0),
@@ -456,6 +459,20 @@ def test_one_collective_forward_and_one_backward_per_site(ranks: RankPool) -> No
         "reverted": (0, 0),
     }
     assert ranks.run(_collectives, 2) == [expected] * 2
+
+
+def _alone_in_a_group(rank: int, world_size: int) -> tuple[dict[str, Any], tuple[int, int]]:
+    model = bnrewrite.convert(_residual_net())
+    x, y = _data(4)
+    seen = _train(model, x, y, 1 / 4)
+    return seen, _count(model, x[0])
+
+
+def test_a_group_of_one_rank_communicates_nothing(ranks: RankPool) -> None:
+    ((seen, counts),) = ranks.run(_alone_in_a_group, 1)
+    x, y = _data(4)
+    _close(seen, _train(_residual_net(), x, y, 1 / 4))
+    assert counts == (0, 0)
 
 
 def _counted_by_torch(rank: int, world_size: int) -> dict[Any, int]:

@@ -80,7 +80,10 @@ class OwnerForward(Converted):
                 try:
                     return captured.function(self, *values)  # pyright: ignore
                 except UnsupportedBatchNorm as error:
-                    raise _named(module, captured, error) from error
+                    named = _named(module, captured, error)
+                    if named is error:
+                        raise
+                    raise named from error
         original = super().forward  # pyright: ignore
         if not is_site(module):
             return original(*args, **kwargs)

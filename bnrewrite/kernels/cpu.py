@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.statistics import finalize
+from bnrewrite.kernels import channels
+from bnrewrite.kernels.statistics import statistics_table, track
 
 _aten = torch.ops.aten
 
@@ -54,10 +55,7 @@ def moments(x: Tensor) -> Tensor:
         # ATen insists on running statistics; with momentum 1 it only writes them.
         unused = torch.empty(num_channels, dtype=reference.accumulate_dtype(x.dtype))
         mean, var = torch.batch_norm_update_stats(x, unused, unused, 1.0)
-    packed = torch.cat((_ones(1, torch.float64), mean, var))
-    _, mean, square = packed.split((1, num_channels, num_channels))
-    square.addcmul_(mean, mean)
-    return packed.mul_(x.numel() // num_channels)
+    return channels.pack(mean, var, x.numel() // num_channels)
 
 
 def normalize(
@@ -75,7 +73,12 @@ def normalize(
     acc = reference.accumulate_dtype(x.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum)
     known_nonempty = x.numel() > 0
-    stats, var = finalize(totals, eps, acc, running, known_nonempty=known_nonempty)
+    if known_nonempty:
+        table = channels.statistics_table(totals, eps, acc)
+    else:
+        table = statistics_table(totals, eps, acc, known_nonempty=False)
+    track(table, totals, running, known_nonempty=known_nonempty)
+    stats, var = table[:2], table[2]
     if not known_nonempty:
         return torch.empty_like(x), stats
     weight = None if weight is None else weight.to(acc)
@@ -131,10 +134,8 @@ def normalize_backward(
     """
     if x.numel() == 0:
         return torch.empty_like(x)
-    mean, rstd = stats.unbind()
-    mean_grad, mean_grad_xhat = (sums / totals[:1]).to(stats.dtype).chunk(2)
-    scale = rstd if weight is None else rstd * weight
-    slope = (rstd * mean_grad_xhat).mul_(scale)
+    mean = stats[0]
+    scale, mean_grad, slope = channels.backward_table(stats, totals, weight, sums).unbind()
     if x.numel() <= _SMALL and x.dtype == stats.dtype:
         one = _ones(x.size(1), scale.dtype)
         dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]

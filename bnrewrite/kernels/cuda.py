@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.statistics import finalize
+from bnrewrite.kernels.statistics import statistics_table, track
 
 
 def moments(x: Tensor) -> Tensor:
@@ -37,7 +37,9 @@ def normalize(
     acc = reference.accumulate_dtype(x.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum)
     known_nonempty = x.numel() > 0
-    stats, _ = finalize(totals, eps, acc, running, known_nonempty=known_nonempty)
+    table = statistics_table(totals, eps, acc, known_nonempty=known_nonempty)
+    track(table, totals, running, known_nonempty=known_nonempty)
+    stats = table[:2]
     if not known_nonempty:
         return torch.empty_like(x), stats
     weight = None if weight is None else weight.to(acc)

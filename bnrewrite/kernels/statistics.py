@@ -10,26 +10,19 @@ Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
 """running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum."""
 
 
-def finalize(
-    totals: Tensor, eps: float, acc: torch.dtype, running: Running, *, known_nonempty: bool
-) -> tuple[Tensor, Tensor]:
-    """Statistics of packed sums; moves the running statistics towards them, in place.
-
-        running = (1 - factor) * running + factor * batch
-
-    ``factor`` is the momentum, or ``1 / num_batches_tracked`` (cumulative average) if that is None.
-    The running variance gets the unbiased value, ``var * n / (n - 1)``. Nothing changes where no
-    rank holds a value. There is no host read.
+def statistics_table(
+    totals: Tensor, eps: float, acc: torch.dtype, *, known_nonempty: bool
+) -> Tensor:
+    """Mean, rstd, biased and unbiased variance of packed sums, without a host read.
 
     Args:
         totals: (2C + 1,), float64, packed sums of all ranks.
         eps: added to the variance.
-        acc: dtype of the results.
-        running: what is tracked, see :data:`Running`.
+        acc: dtype of the result.
         known_nonempty: this rank holds values, so the total count cannot be zero.
 
     Returns:
-        stats (2, C): mean and rstd; var (C,): the biased variance.
+        (4, C); its first two rows are the ``stats`` that backward needs.
     """
     num_channels = (totals.numel() - 1) // 2
     count = totals[:1]
@@ -37,21 +30,38 @@ def finalize(
     _, mean, square = (totals / divisor).split((1, num_channels, num_channels))
     var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0)
     unbiased = var * (count / (count - 1).clamp_min_(1))
-    table = torch.stack((mean, (var + eps).rsqrt_(), var, unbiased)).to(acc)
-    mean, _, var, unbiased = table.unbind()
+    return torch.stack((mean, (var + eps).rsqrt_(), var, unbiased)).to(acc)
+
+
+def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bool) -> None:
+    """Moves the running statistics towards those of the batch, in place, without a host read.
+
+        running = (1 - factor) * running + factor * batch
+
+    ``factor`` is the momentum, or ``1 / num_batches_tracked`` (cumulative average) if that is None.
+    The running variance gets the unbiased value, ``var * n / (n - 1)``. Nothing changes where no
+    rank holds a value.
+
+    Args:
+        table: (4, C), of :func:`statistics_table`.
+        totals: (2C + 1,), float64, packed sums of all ranks; the first entry is n.
+        running: what is tracked, see :data:`Running`.
+        known_nonempty: as in :func:`statistics_table`.
+    """
     running_mean, running_var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1 if known_nonempty else count[0] > 0)
-    if running_mean is not None and running_var is not None:
-        factor = _factor(momentum, num_batches_tracked, acc)
-        if not known_nonempty:
-            factor = (count[0] > 0).to(acc) * factor
-        if isinstance(factor, float) and running_mean.dtype == running_var.dtype == acc:
-            torch._foreach_lerp_((running_mean, running_var), (mean, unbiased), factor)
-        else:
-            _lerp(running_mean, mean, factor)
-            _lerp(running_var, unbiased, factor)
-    return table[:2], var
+        num_batches_tracked.add_(1 if known_nonempty else totals[0] > 0)
+    if running_mean is None or running_var is None:
+        return
+    mean, _, _, unbiased = table.unbind()
+    factor = _factor(momentum, num_batches_tracked, table.dtype)
+    if not known_nonempty:
+        factor = (totals[0] > 0).to(table.dtype) * factor
+    if isinstance(factor, float) and running_mean.dtype == running_var.dtype == table.dtype:
+        torch._foreach_lerp_((running_mean, running_var), (mean, unbiased), factor)
+    else:
+        _lerp(running_mean, mean, factor)
+        _lerp(running_var, unbiased, factor)
 
 
 def _factor(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cpu, cuda
-from bnrewrite.kernels.statistics import finalize
+from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.ops.library import define_phase
 
 
@@ -21,7 +21,9 @@ def _fallback(
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
     running = (running_mean, running_var, num_batches_tracked, momentum)
-    finalize(totals, eps, torch.float64, running, known_nonempty=x.numel() > 0)
+    known_nonempty = x.numel() > 0
+    table = statistics_table(totals, eps, torch.float64, known_nonempty=known_nonempty)
+    track(table, totals, running, known_nonempty=known_nonempty)
     return reference.normalize(x, totals, weight, bias, eps)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels.statistics import finalize
+from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.ops.library import define_phase
 
 
@@ -17,7 +17,9 @@ def _update_running(
 ) -> None:
     acc = reference.accumulate_dtype(torch.float32 if running_mean is None else running_mean.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum)
-    finalize(totals, 0.0, acc, running, known_nonempty=False)
+    # eps is for the rstd only, which is not used here.
+    table = statistics_table(totals, 0.0, acc, known_nonempty=False)
+    track(table, totals, running, known_nonempty=False)
 
 
 def _fake(*_: object) -> None:
@@ -37,4 +39,4 @@ UPDATE_RUNNING = define_phase(
     definition=_definition,
     fallback=_update_running,
 )
-"""See :func:`bnrewrite.kernels.statistics.finalize`."""
+"""See :func:`bnrewrite.kernels.statistics.track`."""

@@ -23,6 +23,7 @@ from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
     FUNCTIONS,
     SITE_TENSORS,
+    checked_input,
     functional_arguments,
     has_hooks,
     has_own_forward,
@@ -156,6 +157,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
         def attribute(name: str) -> fx.Node:
             return graph.get_attr(prefix + name)
 
+        input = graph.call_function(checked_input, (attribute("_check_input_dim"), input))
         communicates = site.mode.communicates
         parameters = tuple(map(attribute, SITE_TENSORS))
         training = False if frozen else attribute("training")

@@ -1,6 +1,9 @@
 """Changing the class of a module in place, reversibly, with copies and pickles that work."""
 
 import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -33,16 +36,32 @@ def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
 def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
     """A class named like ``original`` with the bases of ``recipe``; None stands for it."""
     bases = tuple(original if base is None else base for base in recipe)
-    return type(
-        original.__name__,
-        bases,
-        {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_bnrewrite_original": original,
-        },
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_bnrewrite_original": original,
+    }
+    if recipe[0] is not None and "forward" in vars(recipe[0]):
+        namespace["forward"] = _with_signature(vars(recipe[0])["forward"], original.forward)
+    return type(original.__name__, bases, namespace)
+
+
+def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> FunctionType:
+    """``forward`` that shows the arguments of ``original``.
+
+    ``torch.export`` reads the names for ``dynamic_shapes`` there, and trainers the columns to keep.
+    """
+    shown = FunctionType(
+        forward.__code__,
+        forward.__globals__,
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
     )
+    shown.__doc__ = original.__doc__
+    shown.__dict__["__signature__"] = inspect.signature(original)
+    return shown
 
 
 def change_class(module: nn.Module, recipe: tuple[type | None, ...]) -> None:

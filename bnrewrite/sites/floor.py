@@ -63,6 +63,12 @@ def own_batch_norm(x: Tensor) -> Tensor:
     raise AssertionError("a marker is replaced before its graph runs")
 
 
+def checked_input(check: Any, x: Tensor) -> Tensor:
+    """``x`` after the ``_check_input_dim`` of its BatchNorm module has accepted it."""
+    check(x)
+    return x
+
+
 class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 

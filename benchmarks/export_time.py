@@ -1,0 +1,88 @@
+"""CPU time of ``export_onnx``, verification included, as a ratio to ``torch.onnx.export`` alone.
+
+    python benchmarks/export_time.py [--models resnet18 ...] [--repeats 5]
+
+The variants alternate within one process, after one warm-up each, so that the ratios do not depend
+on the state of the machine. One thread. Needs torchvision.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import bnrewrite
+
+MODELS = ("resnet18", "mobilenet_v3_small", "densenet121")
+
+
+def stock(model: nn.Module, x: torch.Tensor, path: Path) -> None:
+    torch.onnx.export(
+        model.eval(), (x,), path, dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False
+    )
+
+
+def kept(model: nn.Module, x: torch.Tensor, path: Path) -> None:
+    bnrewrite.export_onnx(model, (x,), path, dynamic_shapes=[{0: "batch"}])
+
+
+def folded(model: nn.Module, x: torch.Tensor, path: Path) -> None:
+    bnrewrite.export_onnx(model, (x,), path, dynamic_shapes=[{0: "batch"}], fold=True)
+
+
+VARIANTS: tuple[Callable[[nn.Module, torch.Tensor, Path], None], ...] = (stock, kept, folded)
+
+
+def measure(name: str, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each variant, in the order of the runs."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    model = models.get_model(name)
+    converted = bnrewrite.convert(models.get_model(name))
+    x = torch.randn(2, 3, 224, 224)
+    seconds: dict[str, list[float]] = {variant.__name__: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats + 1):
+            for variant in VARIANTS:
+                start = time.process_time()
+                variant(model if variant is stock else converted, x, Path(folder) / "m.onnx")
+                if repeat:
+                    seconds[variant.__name__].append(time.process_time() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # A CPU build of torch may lack the compiled operators that torchvision declares fakes for.
+    library = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    print(f"CPU seconds, median [min-max] of {args.repeats}, torch {torch.__version__}")
+    for name in args.models:
+        seconds = measure(name, args.repeats)
+        base = statistics.median(seconds["stock"])
+        for variant, times in seconds.items():
+            middle = statistics.median(times)
+            print(
+                f"{name:20} {variant:8} {middle:6.2f} [{min(times):.2f}-{max(times):.2f}]"
+                f"   ratio {middle / base:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

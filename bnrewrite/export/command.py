@@ -1,0 +1,108 @@
+"""``python -m bnrewrite export MODULE:FACTORY OUT.onnx``: ``export_onnx`` on the command line."""
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from bnrewrite.commandline import CommandError, load_model
+from bnrewrite.errors import BnRewriteError
+from bnrewrite.export.api import export_onnx
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int64": torch.int64,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of ``export``."""
+    parser.add_argument(
+        "model", metavar="MODULE:FACTORY", help="function or class that makes the model"
+    )
+    parser.add_argument("path", metavar="OUT.onnx", help="file to write")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        required=True,
+        metavar="N,C,H,W",
+        help="shape of an example input, drawn from a normal distribution; once per input",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the inputs")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="state dict to load, as torch.save wrote it"
+    )
+    parser.add_argument(
+        "--dynamic-batch", action="store_true", help="leave the first axis of every input free"
+    )
+    parser.add_argument(
+        "--fold", action="store_true", help="fold BatchNorm into the layer before it"
+    )
+    parser.add_argument("--opset", type=int, default=None, help="version of the operators (18)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare with the model in onnxruntime"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and prints the report.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        CommandError: an argument is wrong, or a file cannot be read or written.
+        ExportError: the model cannot be exported.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s ..."))
+    log = logging.getLogger("bnrewrite.export")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        print(_export(args))
+    except BnRewriteError:
+        raise
+    except (TypeError, ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+    except ImportError as error:
+        raise CommandError(str(error), code=1) from error
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> object:
+    model = load_model(args.model)
+    if args.weights:
+        model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+    dtype = _DTYPES[args.dtype]
+    if dtype.is_floating_point:
+        model.to(dtype)
+    examples = tuple(_example(text, dtype) for text in args.shape)
+    return export_onnx(
+        model,
+        examples,
+        args.path,
+        dynamic_shapes=[{0: "batch"}] * len(examples) if args.dynamic_batch else None,
+        opset_version=args.opset,
+        fold=args.fold,
+        verify=not args.no_verify,
+    )
+
+
+def _example(text: str, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        shape = [int(size) for size in text.replace("x", ",").split(",")]
+    except ValueError:
+        raise ValueError(f"--shape {text!r} is not a list of sizes such as 1,3,224,224.") from None
+    generator = torch.Generator().manual_seed(0)
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(dtype)

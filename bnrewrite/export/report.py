@@ -1,0 +1,92 @@
+"""The result of an export, in numbers and in a form to read."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """An input or output of the exported graph.
+
+    Attributes:
+        name: its name in the file.
+        dtype: ONNX name of its element type, e.g. ``"float"`` or ``"float16"``.
+        shape: sizes; names for dynamic axes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What ``export_onnx`` wrote.
+
+    Attributes:
+        path: the file; None if none was asked for.
+        external_data: the file beside it that holds the weights; None if the model holds them.
+        opset: version of the standard operators.
+        ir_version: version of the file format.
+        num_nodes: nodes of the graph.
+        num_batch_norm: BatchNormalization nodes in the graph.
+        num_folded: BatchNorm layers folded into the layer before them.
+        num_batch_stats: BatchNorm layers without running statistics, computed from the batch.
+        verified: the batch sizes of the runs that onnxruntime and the model agreed on; empty if
+            nothing was compared.
+        unverified: why nothing was compared; "" if something was.
+        max_abs: largest absolute difference from the model; None if nothing was compared.
+        max_rel: largest difference relative to the scale of its output, likewise.
+        inputs: inputs of the graph.
+        outputs: outputs of the graph.
+        model: the ONNX model if no path was given.
+    """
+
+    path: str | None
+    external_data: str | None
+    opset: int
+    ir_version: int
+    num_nodes: int
+    num_batch_norm: int
+    num_folded: int
+    num_batch_stats: int
+    verified: tuple[int, ...]
+    unverified: str
+    max_abs: float | None
+    max_rel: float | None
+    inputs: tuple[TensorReport, ...]
+    outputs: tuple[TensorReport, ...]
+    model: "ModelProto | None" = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and strings, without the model."""
+        found = dataclasses.asdict(dataclasses.replace(self, model=None))
+        del found["model"]
+        return found
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path or 'ONNX model'}: opset {self.opset}, IR version {self.ir_version}, "
+            f"{self.num_nodes} nodes",
+            f"  BatchNormalization  {self.num_batch_norm} kept, {self.num_folded} folded, "
+            f"{self.num_batch_stats} computed from batch statistics",
+        ]
+        for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            lines.append(f"  {kind:18}  {', '.join(map(str, tensors))}")
+        if self.external_data:
+            lines.append(f"  weights             {self.external_data}")
+        if self.verified:
+            sizes = " and ".join(map(str, self.verified))
+            lines.append(
+                f"  verified            against the model with onnxruntime, batch size {sizes}: "
+                f"largest difference {self.max_abs:.2g}, {self.max_rel:.2g} of the output's scale"
+            )
+        else:
+            lines.append(f"  not verified        {self.unverified}; onnx.checker passed")
+        return "\n".join(lines)

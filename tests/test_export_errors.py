@@ -1,0 +1,319 @@
+"""Bad inputs: each is refused with a message that names the place and the way out."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnrewrite
+from bnrewrite import ExportError, export_onnx
+from tests.export_models import Block, random_image, randomize
+
+
+class Pair(nn.Module):
+    """Two inputs, of which the second is optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.bn(x) if y is None else self.bn(x) + y
+
+
+class AlwaysTraining(nn.Module):
+    """``F.batch_norm`` that would change its running statistics in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=True)
+
+
+class Branches(nn.Module):
+    """Control flow that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) if x.sum() > 0 else self.bn(-x)
+
+
+class Strange(nn.Module):
+    """Returns what its argument says."""
+
+    def __init__(self, result: object) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.result = result
+
+    def forward(self, x: Tensor) -> object:
+        return (self.bn(x), self.result) if self.result is not None else None
+
+
+def sequence(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+def with_buffer(name: str, value: float) -> nn.Module:
+    model = sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model.get_buffer(f"1.{name}")[1] = value
+    return model
+
+
+def without_buffer(name: str) -> nn.Module:
+    model = sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    setattr(model[1], name, None)
+    return model
+
+
+X = random_image()
+ONE_VALUE = torch.ones(1, 3, 1, 1)
+NO_STATS = nn.BatchNorm2d(3, track_running_stats=False)
+
+MODELS = {
+    "not a module": (lambda: 3, X, TypeError, "Module, but it is int"),
+    "exported program": (
+        lambda: torch.export.export(Block().eval(), (X,)), X, TypeError, "ExportedProgram",
+    ),
+    "always training": (
+        AlwaysTraining, X, ExportError, r"test_export_errors.py:\d+.*training=True and running",
+    ),
+    "data-dependent": (Branches, X, ExportError, "torch.export cannot trace.*control flow"),
+    "meta": (lambda: Block().to("meta"), X, ExportError, "conv1.weight is on the meta device"),
+    "lazy": (
+        lambda: sequence(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)), X, ExportError,
+        "0.weight is lazy",
+    ),
+    "bfloat16": (
+        lambda: Block().bfloat16(), X.bfloat16(), ExportError, "conv1.weight is bfloat16.*22",
+    ),
+    "NaN mean": (
+        lambda: with_buffer("running_mean", float("nan")), X, ExportError,
+        "1.running_mean holds NaN",
+    ),
+    "infinite var": (
+        lambda: with_buffer("running_var", float("inf")), X, ExportError,
+        "1.running_var holds NaN or inf",
+    ),
+    "negative var": (
+        lambda: with_buffer("running_var", -1.0), X, ExportError,
+        "1.running_var holds negative variances.*-1",
+    ),
+    "no mean": (
+        lambda: without_buffer("running_mean"), X, ExportError, "1 has no running_mean",
+    ),
+    "no var": (lambda: without_buffer("running_var"), X, ExportError, "1 has no running_var"),
+    "no features": (
+        lambda: sequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(0)), X, ExportError,
+        "1 has num_features=0",
+    ),
+    "one value": (
+        lambda: sequence(nn.Identity(), NO_STATS), ONE_VALUE, ExportError,
+        "in 1: .*more than 1 value per channel when batch statistics are used",
+    ),
+    "strange output": (
+        lambda: Strange(SimpleNamespace()), X, ExportError, "returns an object of type Simple",
+    ),
+    "no output": (lambda: Strange(None), X, ExportError, "returns no tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_that_cannot_be_exported_is_refused(name, tmp_path):
+    make, x, error, message = MODELS[name]
+    with pytest.raises(error, match=message) as caught:
+        export_onnx(make(), (x,), tmp_path / "m.onnx")
+    assert len(str(caught.value).splitlines()[0]) > 40
+    assert not list(tmp_path.iterdir())
+
+
+ARGUMENTS = {
+    "list": ([X], TypeError, "args must be a tensor or a tuple.*list"),
+    "array": ((X.numpy(),), ExportError, r"args\[0\] is of type ndarray.*from_numpy"),
+    "dict": (({"x": X},), ExportError, r"args\[0\] is of type dict.*kwargs="),
+    "list inside": ((X, [X]), ExportError, r"args\[1\] is of type list"),
+    "integers": ((X.long(),), ExportError, r"fails in eval mode.*image: \(2, 3, 8, 9\) int64"),
+    "meta": ((X.to("meta"),), ExportError, r"args\[0\] is a meta tensor"),
+    "complex": ((X.to(torch.complex64),), ExportError, r"args\[0\] is torch.complex64"),
+    "sparse": ((X.to_sparse(),), ExportError, r"args\[0\] is torch.sparse_coo"),
+    "empty batch": ((X[:0],), ExportError, r"args\[0\] has no elements.*\(0, 3, 8, 9\)"),
+    "empty space": ((X[:, :, :0],), ExportError, r"no elements.*\(2, 3, 0, 9\)"),
+    "nothing": ((), ExportError, "do not fit forward|no example input"),
+    "no tensor": ((3,), ExportError, "no example input"),
+    "too many": ((X, X), ExportError, "do not fit forward"),
+    "wrong shape": ((X[0, 0],), ExportError, "in conv1: RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_example_that_cannot_be_an_input_is_refused(name):
+    args, error, message = ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        export_onnx(Block(), args)
+
+
+OPTIONS = {
+    "opset too low": ({"opset_version": 14}, ExportError, "opset_version 14.*15 to 26"),
+    "opset too high": ({"opset_version": 27}, ExportError, "opset_version 27.*15 to 26"),
+    "opset zero": ({"opset_version": 0}, ExportError, "opset_version 0"),
+    "opset negative": ({"opset_version": -1}, ExportError, "opset_version -1"),
+    "opset bool": ({"opset_version": True}, TypeError, "opset_version.*True"),
+    "opset float": ({"opset_version": 18.0}, TypeError, "opset_version.*18.0"),
+    "input_names str": ({"input_names": "image"}, TypeError, "input_names.*str"),
+    "too many input_names": ({"input_names": ["a", "b"]}, ExportError, "2 name.*has 1 input"),
+    "too many output_names": ({"output_names": ["a", "b"]}, ExportError, "2 name.*has 1 output"),
+    "no output_names": ({"output_names": []}, ExportError, "0 name.*has 1 output"),
+    "name not str": ({"input_names": [1]}, TypeError, "input_names must hold strings"),
+    "empty name": ({"input_names": [""]}, ExportError, "empty name"),
+    "parameter's name": ({"input_names": ["fc.weight"]}, ExportError, "'fc.weight'.*parameter"),
+    "input is output": (
+        {"input_names": ["a"], "output_names": ["a"]}, ExportError, "'a'.*of an input",
+    ),
+    "kwargs no mapping": ({"kwargs": 3}, TypeError, "kwargs must map"),
+    "unknown kwarg": ({"kwargs": {"z": X}}, ExportError, "do not fit forward"),
+    "shapes no mapping": ({"dynamic_shapes": 3}, TypeError, "dynamic_shapes must map"),
+    "shapes str": ({"dynamic_shapes": "batch"}, TypeError, "dynamic_shapes must map"),
+    "wrong key": ({"dynamic_shapes": {"img": {0: "b"}}}, ExportError, "'img'.*are image"),
+    "too many shapes": ({"dynamic_shapes": [{}, {}]}, ExportError, "2 entries.*1 inputs"),
+    "axes no mapping": ({"dynamic_shapes": {"image": "b"}}, TypeError, "'image'.*str"),
+    "axis out of range": (
+        {"dynamic_shapes": {"image": {4: "b"}}}, ExportError, "axis 4 of 'image'.*4 axes",
+    ),
+    "axis negative": ({"dynamic_shapes": {"image": {-1: "b"}}}, ExportError, "axis -1 of 'image'"),
+    "axis str": ({"dynamic_shapes": {"image": {"0": "b"}}}, TypeError, "axis of 'image'"),
+    "axis value": ({"dynamic_shapes": {"image": {0: 1.5}}}, TypeError, "axis 0 of 'image'.*1.5"),
+    "axis fixed": ({"dynamic_shapes": {"image": {0: 3}}}, ExportError, "fixes axis 0 .*to 3"),
+    "wrong arity": ({"dynamic_shapes": {"image": ["b"]}}, ExportError, "1 axes for 'image'"),
+    "dynamic channel": (
+        {"dynamic_shapes": {"image": {0: "b", 1: "c"}}}, ExportError, "^axis 1 of 'image' cannot",
+    ),
+    "dynamic channel Dim": (
+        {"dynamic_shapes": {"image": {1: torch.export.Dim("c")}}}, ExportError, "^axis 1 of 'ima",
+    ),
+    "fold": ({"fold": 1}, TypeError, "fold must be True or False"),
+    "verify": ({"verify": "yes"}, TypeError, "verify must be True or False"),
+    "external_data": ({"external_data": "m"}, TypeError, "external_data must be"),
+    "rtol type": ({"rtol": "1"}, TypeError, "rtol must be a number"),
+    "rtol negative": ({"rtol": -1.0}, ValueError, "rtol must not be negative"),
+    "atol NaN": ({"atol": float("nan")}, ValueError, "atol must not be negative"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_cannot_be_met_is_refused(name):
+    options, error, message = OPTIONS[name]
+    with pytest.raises(error, match=message):
+        export_onnx(Block(), (X,), **options)
+
+
+def test_a_name_given_twice_is_refused():
+    x = torch.randn(3, 4)
+    with pytest.raises(ExportError, match="'a' more than once"):
+        export_onnx(Pair(), (x, x), input_names=["a", "a"])
+
+
+def test_two_names_for_one_axis_are_refused():
+    x = torch.randn(3, 4)
+    with pytest.raises(ExportError, match=r"axis 0 of 'y' is called 'b'.*called 'a'"):
+        export_onnx(Pair(), (x, x), dynamic_shapes={"x": {0: "a"}, "y": {0: "b"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("missing/m.onnx", ExportError, "directory of path does not exist"),
+        ("", ExportError, "path is empty"),
+        (".", ExportError, "path is a directory"),
+        ("m/", ExportError, "path is a directory"),
+        (3, TypeError, "path must be a path or None"),
+        (b"m.onnx", TypeError, "path must be"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused_before_the_model_runs(
+    path, error, message, tmp_path, monkeypatch
+):
+    class Untouchable(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model ran")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        export_onnx(Untouchable(), (X,), path)
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.warns(DeprecationWarning, match=r"torch\.jit"):
+        scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.raises(ExportError, match=r"scripted by TorchScript.*made from"):
+        export_onnx(scripted, (X,))
+
+
+def test_a_missing_kernel_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double()
+    with pytest.raises(ExportError, match=r"cannot load(.|\n)*Conv(.|\n)*verify=False"):
+        export_onnx(model, (X.double(),))
+    report = export_onnx(model, (X.double(),), verify=False)
+    assert (report.verified, report.unverified) == ((), "verify=False")
+
+
+def test_without_onnxruntime_the_report_says_that_nothing_was_compared(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    report = export_onnx(Block(), (X,))
+    assert report.max_abs is None
+    assert re.search("not verified +onnxruntime is not installed", str(report))
+
+
+def test_random_outputs_fail_the_comparison():
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    with pytest.raises(ExportError, match=r"output 0 \(output\) differs from the model by"):
+        export_onnx(Noise(), (X,))
+
+
+def test_a_wrong_graph_fails_the_comparison(tmp_path, monkeypatch):
+    from bnrewrite.export import pipeline
+
+    def damage(model):
+        weight = model.graph.initializers["bn1.weight"]
+        weight.const_value = type(weight.const_value)(torch.full((7,), 1.01), name="bn1.weight")
+        return 0
+
+    monkeypatch.setattr(pipeline, "fold_batch_norms", damage)
+    with pytest.raises(ExportError, match="differs from the model"):
+        export_onnx(randomize(Block()), (X,), tmp_path / "m.onnx", fold=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_are_not_finite_must_agree():
+    from bnrewrite.export.verify import Tolerance, compare
+
+    nan = torch.tensor([1.0, float("nan"), float("inf")])
+    tolerance = Tolerance(None, None)
+    assert compare([nan], [nan.numpy()], ["y"], tolerance).max_abs == 0
+    for wrong in ([1.0, 2.0, np.inf], [np.nan, 1.0, np.inf], [1.0, np.nan, -np.inf]):
+        with pytest.raises(ExportError, match=r"output 0 \(y\) has"):
+            compare([nan], [np.array(wrong, np.float32)], ["y"], tolerance)
+
+
+def test_a_failing_op_keeps_torch_s_text_as_the_cause():
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Branches(), (X,))
+    assert caught.value.__cause__ is not None
+
+
+def test_errors_are_those_of_the_package():
+    assert issubclass(ExportError, bnrewrite.BnRewriteError)
+    assert issubclass(ExportError, ValueError)
