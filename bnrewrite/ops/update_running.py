@@ -17,6 +17,7 @@ def _update_running(
 ) -> None:
     acc = reference.accumulate_dtype(torch.float32 if running_mean is None else running_mean.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum)
+    # eps is for the rstd only, which is not used here.
     table = statistics_table(totals, 0.0, acc, known_nonempty=False)
     track(table, totals, running, known_nonempty=False)
 
