@@ -22,9 +22,9 @@ from bnrewrite.kernels.statistics import statistics_table, track
 
 _aten = torch.ops.aten
 
-_PIECE = 1 << 19
-"""Values per piece: with its temporaries a piece stays in the second-level cache. Smaller pieces
-measured slower by the overhead of the calls."""
+_PIECE = 1 << 20
+"""Values per piece: with its temporaries a piece stays in cache. Smaller pieces measured slower by
+the overhead of the calls."""
 
 _REDUCE_PIECE = 1 << 19
 """Values per piece of a reduction over contiguous images. ATen walks them channel by channel, and
@@ -124,87 +124,74 @@ def normalize_backward(
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`.
 
-    With ``scale = weight * rstd`` and ``slope = rstd * mean_g_xhat`` the gradient is
+    With ``scale = weight * rstd`` and ``slope = scale * rstd * mean_g_xhat`` the gradient is the
+    difference of two affine maps, of g and of x, each of which is one call of ATen:
 
-        dx = scale * (g - mean_g) - scale * slope * (x - mean)
-           = scale * g - scale * slope * x + offset.
+        dx = scale * (g - mean_g) - slope * (x - mean)
 
-    The first form, for contiguous images, keeps more digits at large means; the second needs no
-    temporary. bfloat16 and float16 are widened piece by piece, so that they are rounded once.
+    In the dtype of the statistics the second one is a multiply-add on the result, once x is
+    centred or its mean is folded into the first one's offset. bfloat16 and float16 round both maps
+    and the difference, which costs at most 1.4 times ATen's error (measured on ResNet-50's shapes).
     """
     if x.numel() == 0:
         return torch.empty_like(x)
     mean = stats[0]
     scale, mean_grad, slope = channels.backward_table(stats, totals, weight, sums).unbind()
+    one, unused = _ones(x.size(1), scale.dtype), _ones(0, scale.dtype)
     if x.numel() <= _SMALL and x.dtype == stats.dtype:
-        one = _ones(x.size(1), scale.dtype)
         dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
         centred = x - reference.per_channel(mean, x)
         return dx.addcmul_(centred, reference.per_channel(slope, x), value=-1)
     dx = torch.empty_like(x)
-    grad_NCS, x_NCS, dx_NCS = _images(grad), _images(x), _images(dx)
-    if x.dtype == stats.dtype and not _channels_vectorise(x):
-        _apply_centred(grad_NCS, scale, mean_grad, x_NCS, slope, mean, dx_NCS)
+    if x.dtype == stats.dtype:
+        _apply_wide(grad, x, dx, mean, scale, mean_grad, slope)
         return dx
-    offset = torch.mul(slope, mean).addcmul_(scale, mean_grad, value=-1)
-    apply = _apply if x.dtype == stats.dtype else _apply_widened
-    apply(grad_NCS, scale.unsqueeze(1), offset.unsqueeze_(1), x_NCS, slope.unsqueeze_(1), dx_NCS)
+    step = max(1, _PIECE * x.size(0) // x.numel())
+    piece = torch.empty_like(x[:step])
+    for start in range(0, x.size(0), step):
+        rows = slice(start, start + step)
+        out = dx[rows]
+        other = piece[: out.size(0)]
+        torch.native_batch_norm(
+            grad[rows], scale, None, mean_grad, one, False, 0.0, 0.0, out=(out, unused, unused)
+        )
+        torch.native_batch_norm(
+            x[rows], slope, None, mean, one, False, 0.0, 0.0, out=(other, unused, unused)
+        )
+        out.sub_(other)
     return dx
 
 
-def _apply_centred(
-    grad_NCS: Tensor,
+def _apply_wide(
+    grad: Tensor,
+    x: Tensor,
+    dx: Tensor,
+    mean: Tensor,
     scale: Tensor,
     mean_grad: Tensor,
-    x_NCS: Tensor,
     slope: Tensor,
-    mean: Tensor,
-    dx_NCS: Tensor,
 ) -> None:
-    """``dx = scale * (grad - mean_grad) - slope * (x - mean)`` with ATen's affine map."""
-    one, unused = _ones(x_NCS.size(1), scale.dtype), _ones(0, scale.dtype)
-    slope_C1, mean_C1 = slope.unsqueeze(1), mean.unsqueeze(1)
-    for rows, centred in _pieces(x_NCS, 1, scale.dtype):
-        out = dx_NCS[rows]
-        torch.native_batch_norm(
-            grad_NCS[rows], scale, None, mean_grad, one, False, 0.0, 0.0, out=(out, unused, unused)
-        )
-        torch.sub(x_NCS[rows], mean_C1, out=centred)
-        out.addcmul_(centred, slope_C1, value=-1)
-
-
-def _apply(
-    grad_NCS: Tensor,
-    scale_C1: Tensor,
-    offset_C1: Tensor,
-    x_NCS: Tensor,
-    slope_C1: Tensor,
-    dx_NCS: Tensor,
-) -> None:
-    """``dx = scale * grad - slope * x + offset``."""
-    for (rows,) in _pieces(x_NCS, 0, scale_C1.dtype):
-        out = torch.addcmul(offset_C1, grad_NCS[rows], scale_C1, out=dx_NCS[rows])
-        out.addcmul_(x_NCS[rows], slope_C1, value=-1)
-
-
-def _apply_widened(
-    grad_NCS: Tensor,
-    scale_C1: Tensor,
-    offset_C1: Tensor,
-    x_NCS: Tensor,
-    slope_C1: Tensor,
-    dx_NCS: Tensor,
-) -> None:
-    """:func:`_apply` for dtypes that are narrower than their statistics."""
-    vectorise = _channels_vectorise(x_NCS)
-    for rows, wide_grad, wide_x in _pieces(x_NCS, 2, scale_C1.dtype):
-        wide_grad.copy_(grad_NCS[rows])
-        wide_x.copy_(x_NCS[rows])
+    """:func:`normalize_backward` into ``dx`` where all have the dtype of the statistics."""
+    zero, one, unused = (
+        torch.zeros_like(scale),
+        _ones(scale.numel(), scale.dtype),
+        _ones(0, x.dtype),
+    )
+    offset = torch.mul(slope, mean).addcmul_(scale, mean_grad, value=-1)
+    vectorise = _channels_vectorise(x)
+    grad, x, dx = _images(grad), _images(x), _images(dx)
+    slope_C1, scale_C1, offset_C1 = slope.unsqueeze(1), scale.unsqueeze(1), offset.unsqueeze(1)
+    step = max(1, _PIECE * x.size(0) // x.numel())
+    for start in range(0, x.size(0), step):
+        rows = slice(start, start + step)
+        out = dx[rows]
         if vectorise:
-            torch.addcmul(offset_C1, wide_grad, scale_C1, out=wide_grad)
+            torch.addcmul(offset_C1, grad[rows], scale_C1, out=out)
         else:
-            wide_grad.mul_(scale_C1).add_(offset_C1)
-        dx_NCS[rows].copy_(wide_grad.addcmul_(wide_x, slope_C1, value=-1))
+            torch.native_batch_norm(
+                grad[rows], scale, offset, zero, one, False, 0.0, 0.0, out=(out, unused, unused)
+            )
+        out.addcmul_(x[rows], slope_C1, value=-1)
 
 
 def _images(x: Tensor) -> Tensor:
