@@ -10,10 +10,12 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import bnrewrite
 from bnrewrite.commandline import CommandError, load_model
+from bnrewrite.report_page import to_html
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -62,6 +64,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     report.add_argument("model", metavar="MODULE:FACTORY", help="called without arguments")
     report.add_argument("--mode", default="sync", help="mode of all sites (default %(default)s)")
     report.add_argument("--json", action="store_true", help="print JSON instead of text")
+    report.add_argument("--html", metavar="FILE", help="write one self-contained page too")
     env = add("env", help="versions, devices and a self-check, for bug reports")
     env.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands
@@ -75,6 +78,11 @@ def _report(args: argparse.Namespace) -> int:
             report = bnrewrite.report(bnrewrite.convert(model, mode=args.mode))
     except ValueError as error:
         raise CommandError(str(error)) from error
+    if args.html:
+        try:
+            Path(args.html).write_text(to_html(report), encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"--html {args.html} cannot be written: {error.strerror}") from error
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)

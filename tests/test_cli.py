@@ -54,6 +54,16 @@ def test_bad_argument_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
+def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.html"
+    model = "bnrewrite.demo.network:DigitsNet"
+    assert cli.main(["report", model, "--html", str(page)]) == 0
+    assert "<h1>DigitsNet</h1>" in page.read_text()
+    assert "7 BatchNorm sites" in capsys.readouterr().out
+    assert cli.main(["report", model, "--html", str(tmp_path)]) == 2
+    assert "cannot be written: Is a directory" in capsys.readouterr().err
+
+
 def test_report_counts_the_sites(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "bnrewrite.demo.network:DigitsNet"]) == 0
     assert "DigitsNet: 7 BatchNorm sites" in capsys.readouterr().out

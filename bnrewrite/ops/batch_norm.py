@@ -123,10 +123,10 @@ class _BatchNorm(torch.autograd.Function):
 def _backward(ctx, grad, x, weight, stats, totals):
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
-    num_channels = sums.numel() // 2
     # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-    grad_weight = sums[num_channels:].to(weight.dtype) if needs_weight else None
-    grad_bias = sums[:num_channels].to(ctx.bias_dtype) if needs_bias else None
+    grad_bias, grad_weight = sums.chunk(2)
+    grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+    grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
     grad_x = None
     if needs_x:
         sums = all_reduce_sum(sums, ctx.group)
@@ -157,13 +157,12 @@ def _check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
             f"expected a floating-point input, got {input.dtype}. Convert it with .float().",
             per_channel,
         )
-    num_channels = input.size(1)
-    for name, tensor in zip(
-        ("weight", "bias", "running_mean", "running_var"), per_channel, strict=True
-    ):
-        if tensor is not None and (tensor.dim() != 1 or tensor.size(0) != num_channels):
+    shape = input.shape[1:2]
+    for index, tensor in enumerate(per_channel):
+        if tensor is not None and tensor.shape != shape:
+            name = ("weight", "bias", "running_mean", "running_var")[index]
             raise UnsupportedBatchNorm(
-                f"{name} has shape {tuple(tensor.shape)} but the input has {num_channels} "
+                f"{name} has shape {tuple(tensor.shape)} but the input has {shape[0]} "
                 f"channels: {tuple(input.shape)}. Check the layer that feeds it.",
                 per_channel,
             )
