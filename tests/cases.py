@@ -608,6 +608,24 @@ class FrozenByTrain(nn.Module):
 
 
 @case()
+class OnlyInTraining(Simple):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.bn(x) if self.training else x * 2
+
+
+@case()
+class OnlyInEvaluation(Simple):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn2 = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.conv(x))
+        return x if self.training else self.bn(x)
+
+
+@case()
 class ReadsChildFlag(Simple):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))

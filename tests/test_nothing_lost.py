@@ -120,6 +120,20 @@ def test_replacing_a_submodule_takes_effect() -> None:
     assert_same(plain, converted)
 
 
+def test_removing_a_submodule_takes_effect() -> None:
+    class Skipping(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if hasattr(self, "bn1") else self.conv1(x)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), Skipping()).double()
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    assert_same(plain, converted)
+    for model in (plain, converted):
+        del model[1].bn1
+    assert_same(plain, converted)
+
+
 def test_changing_an_attribute_takes_effect() -> None:
     plain, converted = pair()
     for model in (plain, converted):

@@ -123,7 +123,8 @@ def _capture_one(
     )
     target = OwnerGraph(recipe.name, module, graph, training, recipe.modes, recipe.group)
     reports = run_passes(target, recipe.passes)
-    if any(report.rewritten for report in reports.values()):
+    # The graph for evaluation serves an owner even if it has no site itself.
+    if not training or any(report.rewritten for report in reports.values()):
         captured.finish(module)
     return captured, reports
 
