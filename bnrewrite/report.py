@@ -100,7 +100,7 @@ class Report:
         for skip in self.skipped:
             place = f" ({skip.where})" if skip.where else ""
             lines.append(f"left: {skip.name}: {skip.reason}{place}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def report(model: nn.Module) -> Report:
