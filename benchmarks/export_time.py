@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from models import torchvision_model
 from torch import nn
 
 import bnrewrite
@@ -42,11 +43,9 @@ VARIANTS: tuple[Callable[[nn.Module, torch.Tensor, Path], None], ...] = (stock, 
 
 def measure(name: str, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of each variant, in the order of the runs."""
-    from torchvision import models
-
     torch.manual_seed(0)
-    model = models.get_model(name)
-    converted = bnrewrite.convert(models.get_model(name))
+    model = torchvision_model(name)
+    converted = bnrewrite.convert(torchvision_model(name))
     x = torch.randn(2, 3, 224, 224)
     seconds: dict[str, list[float]] = {variant.__name__: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,10 +66,6 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    # A CPU build of torch may lack the compiled operators that torchvision declares fakes for.
-    library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     print(f"CPU seconds, median [min-max] of {args.repeats}, torch {torch.__version__}")
     for name in args.models:
         seconds = measure(name, args.repeats)

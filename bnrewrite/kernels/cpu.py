@@ -8,10 +8,6 @@ writes y; normalize_backward_reduce reads g and x; normalize_backward reads g an
 """
 
 import functools
-import math
-import threading
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +28,6 @@ few images at a time keep what it jumps between in cache."""
 
 _SMALL = 1 << 15
 """Values below which one slow call costs less than several fast ones."""
-
-
-class _Scratch(threading.local):
-    """Temporaries that each thread keeps."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-
-_scratch = _Scratch()
 
 
 def moments(x: Tensor) -> Tensor:
@@ -204,36 +190,6 @@ def _images(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.size(1), 1)
 
 
-def _pieces(x_NCS: Tensor, count: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Slices of images, each with ``count`` temporaries of its shape, which the next ones reuse.
-
-    The temporaries outlive the call, because first touching fresh pages costs more than arithmetic.
-    """
-    num_images, *shape = x_NCS.shape
-    values = math.prod(shape)
-    step = min(num_images, max(1, _PIECE // values))
-    if step * values > _PIECE:
-        buffers = torch.empty(count, step * values, dtype=dtype)
-    else:
-        buffers = _scratch_buffers(dtype)
-    temporaries = [buffers[i, : step * values].view(step, *shape) for i in range(count)]
-    whole = num_images - num_images % step
-    for start in range(0, whole, step):
-        yield slice(start, start + step), *temporaries
-    if whole < num_images:
-        yield slice(whole, num_images), *(one[: num_images - whole] for one in temporaries)
-
-
-def _scratch_buffers(dtype: torch.dtype) -> Tensor:
-    """Room for two temporaries of one piece, kept by each thread."""
-    buffers = _scratch.buffers.get(dtype)
-    if buffers is None:
-        # A tensor made in inference mode could not be written to outside.
-        with torch.inference_mode(False):
-            buffers = _scratch.buffers[dtype] = torch.empty(2, _PIECE, dtype=dtype)
-    return buffers
-
-
 def _channels_vectorise(x: Tensor) -> bool:
     """Whether neighbouring values belong to neighbouring channels.
 
@@ -267,8 +223,12 @@ def _moments_by_rows(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
     """
     N, C, S = x_NCS.shape
     mean_NC, rest_NC, norm_NC = x_NCS.new_empty(3, N, C)
-    for part, centred in _pieces(x_NCS, 1, x_NCS.dtype):
+    step = max(1, min(N, _PIECE // (C * S)))
+    piece = x_NCS.new_empty(step, C, S)
+    for start in range(0, N, step):
+        part = slice(start, start + step)
         rows = x_NCS[part]
+        centred = piece[: rows.size(0)]
         torch.mean(rows, 2, out=mean_NC[part])
         torch.sub(rows, mean_NC[part].unsqueeze(2), out=centred)
         torch.sum(centred, 2, out=rest_NC[part])
