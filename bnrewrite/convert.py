@@ -13,8 +13,13 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
-from bnrewrite.capture.capture import Cache, Recipe, capture
+from bnrewrite.capture.candidates import (
+    mentions_batch_norm,
+    more_candidates,
+    owner_candidates,
+    sharing_candidates,
+)
+from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
 from bnrewrite.capture.owner import (
     attach_owner,
     detach_owner,
@@ -26,7 +31,9 @@ from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
+from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, joined
+from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
 
@@ -231,11 +238,16 @@ def _put_on(
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
     cache: Cache = {}
     tried = owner_candidates(model)
-    for name, module in tried.items():
-        _capture(name, module, conversion, cache)
+    captured = _capture_from_below(model, tried, conversion, cache)
+    for name in tried:
+        _note(name, tried[name], captured.pop(name), conversion)
+    for one in captured.values():
+        _note_reports(one, conversion)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(model, tried, _settled(conversion)):
-        _capture(name, module, conversion, cache, found_by_holding=False)
+        if name not in captured:
+            recipe = _recipe(name, conversion)
+            _note_reports(_attach(module, recipe, cache), conversion)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
@@ -248,12 +260,9 @@ def _put_on(
 
 
 def _settled(conversion: Conversion) -> set[str]:
-    """Names of sites that are in a graph, or that a pass has left with a reason."""
-    return {
-        one.name
-        for report in conversion.reports.values()
-        for one in (*report.rewritten, *report.skipped)
-    }
+    """Names of sites that are in a graph, or that were left with a reason."""
+    report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
+    return {one.name for one in (*report.rewritten, *report.skipped)}
 
 
 def _group_of(module: _BatchNorm, group: str) -> str:
@@ -262,38 +271,70 @@ def _group_of(module: _BatchNorm, group: str) -> str:
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
 
 
-def _capture(
-    name: str,
-    module: nn.Module,
-    conversion: Conversion,
-    cache: Cache,
-    *,
-    found_by_holding: bool = True,
-) -> None:
-    """Captures one module and makes it an owner if it owns a site.
+def _capture_from_below(
+    model: nn.Module, owners: dict[str, nn.Module], conversion: Conversion, cache: Cache
+) -> dict[str, Capture]:
+    """Captures the owners, and the modules whose children may share collectives, children first.
 
-    A module further up that cannot be traced is no news: it may have nothing to do with the site.
+    Returns:
+        What came of it by name, in the order of the model's modules.
     """
-    recipe = Recipe(name, conversion.modes, conversion.group, conversion.passes)
+    found: dict[str, Capture] = {}
+    shares = inline_children.__name__ in conversion.passes
+    sharing = sharing_candidates(model, owners) if shares else {}
+    untraced: set[str] = set()
+    for name, module in reversed(list(model.named_modules())):
+        if name not in owners and name not in sharing:
+            continue
+        recipe = dataclasses.replace(_recipe(name, conversion), untraced=tuple(sorted(untraced)))
+        one = found[name] = _attach(module, recipe, cache)
+        if one.train is not None:
+            untraced.difference_update(joined(name, path) for path in one.train.inlined)
+        elif one.refused is not None and name in sharing:
+            untraced.add(name)
+    return dict(reversed(found.items()))
+
+
+def _recipe(name: str, conversion: Conversion) -> Recipe:
+    return Recipe(name, conversion.modes, conversion.group, conversion.keep, conversion.passes)
+
+
+def _attach(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
+    """Captures one module and makes it an owner if it owns a site, or shares those below it."""
     captured = capture(module, recipe, cache)
+    state = owner_state_of(recipe, captured)
+    if state is not None or (is_site(module) and has_own_forward(module)):
+        attach_owner(module, state)
+    return captured
+
+
+def _note_reports(captured: Capture, conversion: Conversion) -> None:
     for pass_name, report in captured.reports.items():
         total = conversion.reports.setdefault(pass_name, PassReport())
         total.rewritten.extend(report.rewritten)
         total.skipped.extend(report.skipped)
-        conversion.skipped.extend(report.skipped)
-    if captured.refused is not None and found_by_holding:
-        conversion.skipped.append(Skip(name or "the model itself", captured.refused))
-        if not is_site(module) and mentions_batch_norm(original_class(module)):
-            warnings.warn(
-                f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
-                "its class mentions batch_norm: if its forward calls "
-                "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
-                "Use a BatchNorm module there, or make the forward traceable.",
-                stacklevel=4,
-            )
-    state = owner_state_of(recipe, captured)
-    if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state)
+        # What an optimising pass leaves is distributed all the same.
+        if pass_name == replace_batch_norm.__name__:
+            conversion.skipped.extend(report.skipped)
+
+
+def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversion) -> None:
+    """Notes what came of an owner.
+
+    That a module further up cannot be traced would be no news: it may not touch a site at all.
+    """
+    _note_reports(captured, conversion)
+    if captured.refused is None:
+        return
+    conversion.skipped.append(Skip(name or "the model itself", captured.refused))
+    if not is_site(module) and mentions_batch_norm(original_class(module)):
+        warnings.warn(
+            f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
+            "its class mentions batch_norm: if its forward calls "
+            "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
+            "Use a BatchNorm module there, or make the forward traceable.",
+            stacklevel=4,
+        )
 
 
 @contextlib.contextmanager
