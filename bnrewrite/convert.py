@@ -13,29 +13,18 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.candidates import (
-    mentions_batch_norm,
-    more_candidates,
-    owner_candidates,
-    sharing_candidates,
-)
-from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
-from bnrewrite.capture.owner import (
-    attach_owner,
-    detach_owner,
-    is_owner,
-    owner_state,
-    owner_state_of,
-)
+from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
+from bnrewrite.capture.capture import Cache, Capture, Recipe
+from bnrewrite.capture.model import capture_and_attach, capture_from_below
+from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, joined
-from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
+from bnrewrite.sites.floor import convert_site, is_site, revert_site
 
 _CONVERSION = "_bnrewrite_conversion"
 
@@ -238,7 +227,8 @@ def _put_on(
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
     cache: Cache = {}
     tried = owner_candidates(model)
-    captured = _capture_from_below(model, tried, conversion, cache)
+    recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
+    captured = capture_from_below(model, tried, recipe, cache)
     for name in tried:
         _note(name, tried[name], captured.pop(name), conversion)
     for one in captured.values():
@@ -246,8 +236,8 @@ def _put_on(
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(model, tried, _settled(conversion)):
         if name not in captured:
-            recipe = _recipe(name, conversion)
-            _note_reports(_attach(module, recipe, cache), conversion)
+            named = dataclasses.replace(recipe, name=name)
+            _note_reports(capture_and_attach(module, named, cache), conversion)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
@@ -269,43 +259,6 @@ def _group_of(module: _BatchNorm, group: str) -> str:
     """The group asked for, else the one that a ``torch.nn.SyncBatchNorm`` was made with."""
     own = getattr(module, "process_group", None) if isinstance(module, nn.SyncBatchNorm) else None
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
-
-
-def _capture_from_below(
-    model: nn.Module, owners: dict[str, nn.Module], conversion: Conversion, cache: Cache
-) -> dict[str, Capture]:
-    """Captures the owners, and the modules whose children may share collectives, children first.
-
-    Returns:
-        What came of it by name, in the order of the model's modules.
-    """
-    found: dict[str, Capture] = {}
-    shares = inline_children.__name__ in conversion.passes
-    sharing = sharing_candidates(model, owners) if shares else {}
-    untraced: set[str] = set()
-    for name, module in reversed(list(model.named_modules())):
-        if name not in owners and name not in sharing:
-            continue
-        recipe = dataclasses.replace(_recipe(name, conversion), untraced=tuple(sorted(untraced)))
-        one = found[name] = _attach(module, recipe, cache)
-        if one.train is not None:
-            untraced.difference_update(joined(name, path) for path in one.train.inlined)
-        elif one.refused is not None and name in sharing:
-            untraced.add(name)
-    return dict(reversed(found.items()))
-
-
-def _recipe(name: str, conversion: Conversion) -> Recipe:
-    return Recipe(name, conversion.modes, conversion.group, conversion.keep, conversion.passes)
-
-
-def _attach(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
-    """Captures one module and makes it an owner if it owns a site, or shares those below it."""
-    captured = capture(module, recipe, cache)
-    state = owner_state_of(recipe, captured)
-    if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state)
-    return captured
 
 
 def _note_reports(captured: Capture, conversion: Conversion) -> None:

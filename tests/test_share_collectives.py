@@ -209,7 +209,7 @@ def test_trains_like_the_unconverted_model(factory: Callable[[], nn.Module]) -> 
     assert_same_training(factory, lambda n: ((torch.randn(n, 3, 5, 5),), {}))
 
 
-def _step(model: nn.Module, x: Tensor) -> dict[str, Any]:
+def _step(model: Callable[..., Any], x: Tensor) -> dict[str, Any]:
     x = x.clone().requires_grad_()
     torch.manual_seed(3)
     out = model(x)
@@ -219,8 +219,8 @@ def _step(model: nn.Module, x: Tensor) -> dict[str, Any]:
     return {
         "out": out.detach(),
         "grad": x.grad,
-        "parameters": {name: p.grad for name, p in model.named_parameters()},
-        "buffers": {name: b.clone() for name, b in model.named_buffers()},
+        "parameters": {name: p.grad for name, p in model.named_parameters()},  # pyright: ignore
+        "buffers": {name: b.clone() for name, b in model.named_buffers()},  # pyright: ignore
     }
 
 

@@ -9,6 +9,7 @@ import time
 
 from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
 from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.passes.overlap_collectives import overlap_collectives
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.passes.share_collectives import share_collectives
 from bnrewrite.settings import disabled_passes, dump_directory
@@ -16,7 +17,7 @@ from bnrewrite.settings import disabled_passes, dump_directory
 log = logging.getLogger(__name__)
 
 REQUIRED: tuple[Pass, ...] = (replace_batch_norm,)
-OPTIMISING: tuple[Pass, ...] = (inline_children, share_collectives)
+OPTIMISING: tuple[Pass, ...] = (inline_children, share_collectives, overlap_collectives)
 
 
 def optimising_names(names: object) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from bnrewrite.modes import Sync
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.rounds import group_of
+from bnrewrite.passes.schedule import independent
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_hooks, has_own_forward, is_site, site_state
 
@@ -51,24 +52,12 @@ def _independent_calls(target: OwnerGraph) -> dict[str, fx.Node]:
     """
     nodes = list(target.graph.nodes)
     communicating = [node for node in nodes if communicates(target.owner, node)]
-    bit = {node: 1 << index for index, node in enumerate(communicating)}
-    above: dict[fx.Node, int] = {}
-    for node in nodes:
-        above[node] = bit.get(node, 0)
-        for source in node.all_input_nodes:
-            above[node] |= above[source]
-    below: dict[fx.Node, int] = {}
-    for node in reversed(nodes):
-        below[node] = bit.get(node, 0)
-        for user in node.users:
-            below[node] |= below[user]
-    everything = (1 << len(communicating)) - 1
-    independent = [node for node in nodes if above[node] | below[node] != everything]
-    if not any(node in bit for node in independent):
-        independent = []
+    apart = independent(nodes, communicating)
+    if not set(apart).intersection(communicating):
+        apart = []
     calls = {
         str(node.target): node
-        for node in independent
+        for node in apart
         if node.op == "call_module"
         and not is_known_leaf(target.owner.get_submodule(str(node.target)))
     }

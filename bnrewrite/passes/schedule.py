@@ -1,4 +1,4 @@
-"""Putting the nodes of a graph into another order that means the same."""
+"""Which nodes of a graph are independent, and putting them into another order."""
 
 import heapq
 from collections.abc import Callable, Iterable
@@ -61,3 +61,23 @@ def reorder(
     for node in order:
         if node is not end:
             end.prepend(node)
+
+
+def independent(nodes: list[fx.Node], of: list[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes``, all of a graph, whose values are independent of some node in ``of``.
+
+    Neither needs the other; a node is not independent of itself.
+    """
+    bit = {node: 1 << index for index, node in enumerate(of)}
+    above: dict[fx.Node, int] = {}
+    for node in nodes:
+        above[node] = bit.get(node, 0)
+        for source in node.all_input_nodes:
+            above[node] |= above[source]
+    below: dict[fx.Node, int] = {}
+    for node in reversed(nodes):
+        below[node] = bit.get(node, 0)
+        for user in node.users:
+            below[node] |= below[user]
+    everything = (1 << len(of)) - 1
+    return [node for node in nodes if above[node] | below[node] != everything]

@@ -38,14 +38,14 @@ def share_collectives(target: OwnerGraph, report: PassReport) -> None:
     for nodes in rounds.values():
         if len(nodes) > 1:
             report.rewritten.extend(node.meta["site"] for node in nodes)
-            _merge(target.graph, nodes)
+            merge(target.graph, nodes)
         else:
             site = nodes[0].meta["site"]
             reason = "no other site could join its collective"
             report.skipped.append(target.skip(site.name, reason, nodes[0], site.path))
 
 
-def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Puts two nodes in place of neighbouring ``batch_norm`` nodes."""
     columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
     inputs, weight, bias, running_mean, running_var, *others, group = columns
