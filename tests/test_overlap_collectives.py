@@ -10,7 +10,6 @@ from tests.models import Block
 from tests.ranks import RankPool
 from tests.test_share_collectives import Chain, Inception
 
-
 _NAMES = {"all_reduce": "launch", "wait_tensor": "wait", "convolution": "conv"}
 
 

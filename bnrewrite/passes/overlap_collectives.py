@@ -6,7 +6,8 @@
                                             c = relu(a)
 
 A collective is launched as soon as the inputs of its sites are there, what these need comes before
-other work, and it is waited for when nothing else is left to do. A site during whose collective nothing could run stays one call.
+other work, and it is waited for when nothing else is left to do. A site during whose collective
+nothing could run stays one call.
 """
 
 import copy
