@@ -141,9 +141,15 @@ class OwnerTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Refuses tensors that fx would make constants of."""
+        """Refuses tensors that fx would make constants of, and containers that it would change."""
         if type(a) is Tensor:
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
+        if (
+            isinstance(a, (dict, list, tuple))
+            and type(a) not in _CONTAINERS
+            and not hasattr(a, "_fields")
+        ):
+            self.refuse(f"makes a {type(a).__name__}, which a graph would turn into a plain one")
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -250,6 +256,11 @@ class OwnerTracer(fx.Tracer):
         self.assumptions.layers[path] = cls = original_class(layer)
         return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
 
+
+_CONTAINERS = (
+    dict, list, tuple, torch.Size, fx.immutable_collections.immutable_dict,
+    fx.immutable_collections.immutable_list,
+)  # fmt: skip
 
 _LAYERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
