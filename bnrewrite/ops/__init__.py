@@ -6,6 +6,9 @@ of the collectives between them, all visible to a compiler:
     forward    moments -> all-reduce -> normalize
     backward   normalize_backward_reduce -> all-reduce -> normalize_backward
 
+On the CPU an evaluation that shares its statistics with nobody is ``batch_norm_local`` and
+``batch_norm_local_backward`` instead, which join the phases of a direction.
+
 ``shuffle_batch_norm`` is the same for statistics that ranks borrow from each other, with a send in
 place of the all-reduce.
 """

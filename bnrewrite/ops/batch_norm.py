@@ -10,6 +10,7 @@ from torch import Tensor
 from bnrewrite import reference
 from bnrewrite.collectives import NO_GROUP, all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -78,14 +79,12 @@ def _batch_norm(
             f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
             (weight, bias, running_mean, running_var),
         )
-    return _BatchNorm.apply(
-        input.contiguous(memory_format=_memory_format(input)),
-        weight,
-        bias,
-        eps,
-        (running_mean, running_var, num_batches_tracked, momentum),
-        group,
-    )
+    memory_format = _memory_format(input)
+    input = input.contiguous(memory_format=memory_format)
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    if group == NO_GROUP and input.is_cpu:
+        return apply_batch_norm_local(input, weight, bias, eps, running, memory_format)
+    return _BatchNorm.apply(input, weight, bias, eps, running, group)
 
 
 LIBRARY.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
