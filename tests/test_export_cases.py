@@ -281,6 +281,32 @@ def test_external_data_lies_beside_the_model(tmp_path):
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
 
 
+def test_weights_of_a_replaced_model_go_with_it(tmp_path):
+    path, weights = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    model = randomize(Block())
+    export_onnx(model, (IMAGE,), path, external_data=True)
+    before = weights.read_bytes()
+    with pytest.raises(bnrewrite.ExportError, match="differs from the model"):
+        export_onnx(model, (IMAGE,), path, rtol=0.0, atol=0.0)
+    assert weights.read_bytes() == before
+    onnx.checker.check_model(str(path), full_check=True)
+    export_onnx(model, (IMAGE,), path)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize("model", [None, b"no model", "an ONNX model that holds its weights"])
+def test_a_file_that_the_replaced_model_does_not_name_stays(model, tmp_path):
+    path, other = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    if isinstance(model, bytes):
+        path.write_bytes(model)
+    elif model is not None:
+        export_onnx(Block(), (IMAGE,), path)
+    other.write_bytes(b"precious")
+    export_onnx(Block(), (IMAGE,), path)
+    assert other.read_bytes() == b"precious"
+
+
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "real.onnx").write_bytes(b"old")
     (tmp_path / "link.onnx").symlink_to(tmp_path / "real.onnx")
