@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import bnrewrite
 from bnrewrite import ExportReport, export_onnx
-from tests.export_models import Block, initializers, operators, random_image, randomize
+from tests.export_models import Block, Mixed, initializers, operators, random_image, randomize
 
 
 class Shared(nn.Module):
@@ -220,6 +220,27 @@ def test_bfloat16_from_opset_22_on():
         report = export_onnx(model, (IMAGE.bfloat16(),), opset_version=22, verify=False, fold=fold)
         assert report.inputs[0].dtype == "bfloat16"
         assert report.num_folded == fold
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("opset", [15, 18, 22])
+def test_every_batch_normalization_has_one_type(opset, fold):
+    """Runtimes other than onnxruntime refuse a float16 input with float32 parameters."""
+    model = randomize(Mixed())
+    report = export_onnx(model, (IMAGE.half(),), fold=fold, opset_version=opset)
+    assert report.model is not None
+    assert (report.num_batch_norm, report.num_batch_stats) == (1 if fold else 3, 1)
+    graph = onnx.shape_inference.infer_shapes(report.model).graph
+    types = {one.name: one.data_type for one in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    nodes = [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert len(nodes) == report.num_batch_norm
+    for node in nodes:
+        assert {types[name] for name in (*node.input, *node.output)} == {onnx.TensorProto.FLOAT}
+    found, state = initializers(report.model), model.state_dict()
+    for key in ("bn2.running_mean", "bn2.running_var", *([] if fold else ["bn1.weight"])):
+        assert torch.equal(found[key], state[key])
 
 
 @pytest.mark.parametrize("size", [1, 2])
