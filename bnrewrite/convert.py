@@ -29,6 +29,7 @@ from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
+from bnrewrite.sites.schedule import Schedule, schedule_of
 
 _CONVERSION = "_bnrewrite_conversion"
 
@@ -219,12 +220,13 @@ def _put_on(
     model: nn.Module, found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
     conversion = dataclasses.replace(wanted, reports={}, skipped=[])
+    schedule = Schedule(conversion.passes)
     for name, module in found:
         mode = wanted.modes.find(name)
         if mode is None:
             conversion.skipped.append(Skip(name, UNMATCHED))
         else:
-            convert_site(module, name, mode, _group_of(module, wanted.group))
+            convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
     for name, module in model.named_modules():
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
@@ -232,10 +234,10 @@ def _put_on(
     cache: Cache = {}
     tried = owner_candidates(model)
     for name, module in tried.items():
-        _capture(name, module, conversion, cache)
+        _capture(name, module, conversion, cache, schedule)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(model, tried, _settled(conversion)):
-        _capture(name, module, conversion, cache, found_by_holding=False)
+        _capture(name, module, conversion, cache, schedule, found_by_holding=False)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
@@ -267,6 +269,7 @@ def _capture(
     module: nn.Module,
     conversion: Conversion,
     cache: Cache,
+    schedule: Schedule,
     *,
     found_by_holding: bool = True,
 ) -> None:
@@ -293,7 +296,7 @@ def _capture(
             )
     state = owner_state_of(recipe, captured)
     if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state)
+        attach_owner(module, state, schedule)
 
 
 @contextlib.contextmanager
@@ -312,6 +315,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     for module in list(model.modules()):
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.ddp_buffers.put_back()
         if is_owner(module):
             detach_owner(module)
         if is_site(module):

@@ -99,12 +99,14 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, running, group):
         with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group)
+            totals = all_reduce_sum(MOMENTS(x), group, (weight, bias, *running))
             y, stats = NORMALIZE(x, totals, weight, bias, eps, *running)
         ctx.save_for_backward(x, weight, stats, totals)
         ctx.eps = eps
         ctx.group = group
         ctx.bias_dtype = None if bias is None else bias.dtype
+        # Only to name the site if a peer dies; a compiler has no use for it.
+        ctx.site = () if torch.compiler.is_compiling() else (weight, bias, *running)
         return y
 
     @staticmethod
@@ -113,7 +115,7 @@ class _BatchNorm(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_memory_format(x))
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
-            totals = all_reduce_sum(MOMENTS(x), ctx.group)
+            totals = all_reduce_sum(MOMENTS(x), ctx.group, ctx.site)
             stats = reference.statistics(totals, ctx.eps, stats.dtype)
             return _backward(ctx, grad, x, weight, stats, totals)
         with below_autograd():
@@ -129,7 +131,7 @@ def _backward(ctx, grad, x, weight, stats, totals):
     grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
     grad_x = None
     if needs_x:
-        sums = all_reduce_sum(sums, ctx.group)
+        sums = all_reduce_sum(sums, ctx.group, ctx.site)
         grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
     return grad_x, grad_weight, grad_bias, None, None, None
 
