@@ -80,7 +80,7 @@ def _batch_norm(
     if group == NO_GROUP and x.is_cpu:
         return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
     with below_autograd():
-        totals = all_reduce_sum(MOMENTS(x), group)
+        totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
     return normalize_sites([site], [x], totals, group)[0]
 
 
