@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from bnrewrite.agreement import Line
 from bnrewrite.capture.capture import Capture, Recipe, capture
 from bnrewrite.capture.captured import Captured
-from bnrewrite.collectives import NO_GROUP
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.replace_batch_norm import functional_name
 from bnrewrite.passes.rounds import Communication, communication

@@ -14,8 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.agreement import Line
-from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP, active_group, find_group
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
 from bnrewrite.naming import remember
 from bnrewrite.sites.classes import (
