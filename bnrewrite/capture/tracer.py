@@ -25,6 +25,7 @@ from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import Tracing
 
 
 class Refused(BnRewriteError):  # noqa: N818
@@ -211,6 +212,7 @@ class OwnerTracer(fx.Tracer):
 
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         with (
+            mock.patch.object(Tracing, "tracer", self),
             mock.patch.object(builtins, "isinstance", is_instance),
             mock.patch.object(nn.Module, "__getattribute__", getattribute, create=True),
             mock.patch.object(nn.Module, "__setattr__", setattribute),
