@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="only the smallest model of each family, of fewer than 100 million parameters",
     )
-    parser.add_argument("--minutes", type=float, help="start no model after this time")
+    parser.add_argument("--minutes", type=float, help="start no model after this much CPU time")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     specs: list[Spec] = []
@@ -74,11 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         specs = smallest_of_each_family(specs, below=10**8)
     rows: list[Row] = []
     conditions = _conditions(argv)
-    print(_header())
-    late = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    print(_header(), flush=True)
+    late = None if options.minutes is None else time.process_time() + 60 * options.minutes
     for row in _sweep_all(specs, late, with_export=options.export):
         rows.append(row)
         tqdm.write(_line(row))
+        sys.stdout.flush()
     summary = _summary(rows)
     print("\n" + "\n".join(f"{key}: {value}" for key, value in summary.items()))
     if options.json is not None:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:
     progress = tqdm(specs, unit="model")
     for spec in progress:
-        if late is not None and time.monotonic() > late:
+        if late is not None and time.process_time() > late:
             return
         progress.set_postfix_str(str(spec), refresh=False)
         row = sweep(spec)
