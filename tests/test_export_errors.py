@@ -321,6 +321,24 @@ def test_outputs_of_another_number_shape_or_dtype_fail_the_comparison():
         compare([torch.tensor([1, 2])], [np.array([1, 3])], ["y"], tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.float64, 1e-9)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_default_tolerance_is_relative_to_the_scale_of_the_output(dtype, rtol, scale):
+    from bnrewrite.export.verify import Tolerance, compare
+
+    wanted = torch.tensor([scale, scale / 100], dtype=dtype)
+    for factor, passes in ((0.7, True), (1.5, False)):
+        # The small value moves, by a part of what the large one would be allowed.
+        got = wanted + torch.tensor([0.0, factor * rtol * scale], dtype=dtype)
+        if passes:
+            assert compare([wanted], [got.numpy()], ["y"], Tolerance(None, None)).max_rel > 0
+        else:
+            with pytest.raises(ExportError, match="differs from the model by"):
+                compare([wanted], [got.numpy()], ["y"], Tolerance(None, None))
+
+
 def test_an_invalid_model_never_becomes_a_file(tmp_path, monkeypatch):
     from bnrewrite.export import pipeline
 
