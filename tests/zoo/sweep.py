@@ -95,7 +95,7 @@ def smallest_of_each_family(specs: list[Spec], *, below: int) -> list[Spec]:
     for spec in specs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = dataclasses.replace(spec, device="meta").build()
+            model = spec.build()
         if num_batch_norms(model):
             size = sum(parameter.numel() for parameter in model.parameters())
             family = f"{spec.suite}/{spec.family or spec.name}"
