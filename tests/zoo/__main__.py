@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,27 @@ _COLUMNS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the sweep; 0 if nothing escaped and no conversion failed."""
+    options = _options(argv)
+    torch.set_num_threads(1)
+    specs, missing = _specs(options.suite or SUITES, options.name)
+    if options.one_per_family:
+        specs = smallest_of_each_family(specs, below=10**8)
+    rows: list[Row] = []
+    conditions = _conditions(argv)
+    print(_header(), flush=True)
+    late = None if options.minutes is None else time.process_time() + 60 * options.minutes
+    for row in _sweep_all(specs, late, with_export=options.export):
+        rows.append(row)
+        tqdm.write(_line(row))
+        sys.stdout.flush()
+        if options.json is not None:
+            # After each model, so that a sweep that is broken off leaves what it found.
+            _store(options.json, {"conditions": conditions, "missing": missing}, specs, rows)
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in _summary(rows).items()))
+    return 0 if rows and all(row.passes for row in rows) else 1
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.zoo",
         description="Converts models and counts BatchNorm evaluations of one training forward: "
@@ -58,40 +79,32 @@ def main(argv: list[str] | None = None) -> int:
         help="only the smallest model of each family, of fewer than 100 million parameters",
     )
     parser.add_argument("--minutes", type=float, help="start no model after this much CPU time")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    return parser.parse_args(argv)
+
+
+def _specs(suites: Iterable[str], pattern: str) -> tuple[list[Spec], dict[str, str]]:
+    """The models asked for, and the collections that are not installed with the reason."""
     specs: list[Spec] = []
     missing: dict[str, str] = {}
-    for suite in options.suite or SUITES:
+    for suite in suites:
         try:
-            specs += [
-                one for name, one in specs_of(suite).items() if fnmatch.fnmatch(name, options.name)
-            ]
+            found = specs_of(suite)
         except MissingPackage as error:
             missing[suite] = str(error)
             print(f"{suite} is left out: {error}", file=sys.stderr)
-    if options.one_per_family:
-        specs = smallest_of_each_family(specs, below=10**8)
-    rows: list[Row] = []
-    conditions = _conditions(argv)
-    print(_header(), flush=True)
-    late = None if options.minutes is None else time.process_time() + 60 * options.minutes
-    for row in _sweep_all(specs, late, with_export=options.export):
-        rows.append(row)
-        tqdm.write(_line(row))
-        sys.stdout.flush()
-    summary = _summary(rows)
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in summary.items()))
-    if options.json is not None:
-        result = {"conditions": conditions, "missing": missing, "summary": summary}
-        if late is not None:
-            begun = {(row.suite, row.name) for row in rows}
-            rest = [str(spec) for spec in specs if (spec.suite, spec.name) not in begun]
-            result["not begun in time, or without BatchNorm"] = rest
-        result["rows"] = [row.to_dict() for row in rows]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(_compact(result), encoding="utf-8")
-    return 0 if rows and all(row.passes for row in rows) else 1
+            continue
+        specs += [spec for name, spec in found.items() if fnmatch.fnmatch(name, pattern)]
+    return specs, missing
+
+
+def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row]) -> None:
+    """Writes the rows with their summary, and what was asked for beyond the last of them."""
+    done = {f"{row.suite}/{row.name}" for row in rows}
+    names = [str(spec) for spec in specs]
+    rest = names[max(index for index, name in enumerate(names) if name in done) + 1 :]
+    result = {**result, "summary": _summary(rows), "not begun": rest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
 
 
 def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:
