@@ -23,7 +23,7 @@ LAYERS = (
     ("sites",),
     ("ops",),
     ("kernels", "collectives"),
-    ("reference", "modes", "settings", "commandline"),
+    ("reference", "activations", "modes", "settings", "commandline"),
     ("errors",),
 )
 """From top to bottom: a part imports from its own layer and from those below it."""

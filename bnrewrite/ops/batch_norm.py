@@ -64,20 +64,16 @@ def _batch_norm(
 
     Reference: Ioffe and Szegedy 2015 (https://arxiv.org/abs/1502.03167).
     """
-    _check(input, (weight, bias, running_mean, running_var))
+    tensors = (weight, bias, running_mean, running_var)
     if not training and running_mean is not None:
+        _check(input, tensors)
         return torch.ops.aten.batch_norm.default(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
+    check_statistics(input, tensors, group)
     if not (training and track_running_stats):
         running_mean = running_var = num_batches_tracked = None
-    if group == NO_GROUP and input.numel() == input.size(1):
-        raise UnsupportedBatchNorm(
-            f"expected more than 1 value per channel when training, got input size "
-            f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
-            (weight, bias, running_mean, running_var),
-        )
     return _BatchNorm.apply(
         input.contiguous(memory_format=_memory_format(input)),
         weight,
@@ -143,6 +139,26 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
         return torch.channels_last_3d
     return torch.contiguous_format
+
+
+def check_statistics(input: Tensor, tensors: tuple[Tensor | None, ...], group: str) -> None:
+    """Refuses an input of which no statistics can be taken.
+
+    Args:
+        input: what is to be normalised.
+        tensors: weight, bias, running_mean, running_var.
+        group: name of the process group, or "".
+
+    Raises:
+        UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
+    """
+    _check(input, tensors)
+    if group == NO_GROUP and input.numel() == input.size(1):
+        raise UnsupportedBatchNorm(
+            f"expected more than 1 value per channel when training, got input size "
+            f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
+            tensors,
+        )
 
 
 def _check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
