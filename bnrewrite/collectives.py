@@ -134,8 +134,24 @@ def all_reduce_sum(packed: Tensor, group: str) -> Tensor:
         return packed
     if torch.is_grad_enabled() and packed.requires_grad:
         return _AllReduceSum.apply(packed, group)
-    reduced = torch.ops._c10d_functional.all_reduce(packed, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+    return wait(start_all_reduce_sum(packed, group))
+
+
+def start_all_reduce_sum(packed: Tensor, group: str) -> Tensor:
+    """Launches :func:`all_reduce_sum`; the result may be read once :func:`wait` has returned it.
+
+    Not differentiable.
+
+    Args:
+        packed: (K,), float64, of the same size on every rank.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+    """
+    return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
+
+
+def wait(pending: Tensor) -> Tensor:
+    """The result of a collective that was launched."""
+    return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -171,7 +187,7 @@ def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) 
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
-    return torch.ops._c10d_functional.wait_tensor(received)
+    return wait(received)
 
 
 class _SendAround(torch.autograd.Function):
@@ -193,7 +209,7 @@ def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
     Not differentiable; see :func:`receive_from`.
     """
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
-    return torch.ops._c10d_functional.wait_tensor(table).view(world_size, -1)
+    return wait(table).view(world_size, -1)
 
 
 def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
@@ -258,5 +274,5 @@ def exchange_rows(rows: Tensor, group: str, num_sent: list[int], num_received: l
         [num * row_bytes for num in num_sent],
         group,
     )
-    received = torch.ops._c10d_functional.wait_tensor(received)
+    received = wait(received)
     return received.view(rows.dtype).view(-1, *rows.shape[1:])

@@ -16,7 +16,7 @@ LAYERS = (
     ("__main__",),
     ("cli", "demo"),
     ("environment",),
-    ("export", "report", "report_page", "shuffle_batch"),
+    ("compiler", "export", "report", "report_page", "shuffle_batch"),
     ("convert",),
     ("capture",),
     ("passes",),

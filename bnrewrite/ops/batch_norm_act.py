@@ -10,12 +10,13 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.batch_norm import BATCH_NORM, _memory_format, check_statistics
+from bnrewrite.ops.batch_norm import BATCH_NORM, check_statistics
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+from bnrewrite.ops.sites import Site, dense, memory_format
 
 LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -48,26 +49,16 @@ def _batch_norm_act(
     :data:`bnrewrite.activations.ACTIVATIONS`; ``slope`` is that of ``leaky_relu``.
     """
     activations.check_activation(activation, slope)
-    tensors = (weight, bias, running_mean, running_var)
+    site = Site(
+        input, weight, bias, running_mean, running_var, num_batches_tracked,
+        training, track_running_stats, momentum, eps,
+    )  # fmt: skip
     uses_batch = training or running_mean is None
     if not (uses_batch and _profits(input, residual, activation)):
-        y = BATCH_NORM(
-            input, *tensors, num_batches_tracked, training, track_running_stats, momentum, eps,
-            group,
-        )  # fmt: skip
-        return _compose(y, residual, activation, slope)
-    check_statistics(input, tensors, group)
-    if not (training and track_running_stats):
-        running_mean = running_var = num_batches_tracked = None
+        return _compose(BATCH_NORM(*site, group), residual, activation, slope)
+    check_statistics(site, group)
     return _BatchNormAct.apply(
-        input.contiguous(memory_format=_memory_format(input)),
-        weight,
-        bias,
-        residual,
-        eps,
-        (running_mean, running_var, num_batches_tracked, momentum),
-        group,
-        (activation, slope),
+        dense(input), weight, bias, residual, eps, site.running, group, (activation, slope)
     )
 
 
@@ -96,7 +87,7 @@ def recomputes(device: torch.device) -> bool:
 def _profits(input: Tensor, residual: Tensor | None, activation: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
     if residual is not None:
-        layout = _memory_format(input)
+        layout = memory_format(input)
         same = residual.shape == input.shape and residual.dtype == input.dtype
         if not (same and residual.device == input.device and input.dim() >= 2):
             return False
@@ -132,7 +123,7 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, stats, totals, kept = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_memory_format(x))
+        grad = grad.contiguous(memory_format=memory_format(x))
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
             totals = all_reduce_sum(MOMENTS(x), ctx.group)

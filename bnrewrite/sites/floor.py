@@ -262,10 +262,38 @@ def revert_site(module: nn.Module) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        (module._forward_hooks and _act(module._forward_hooks))
+        or (module._forward_pre_hooks and _act(module._forward_pre_hooks))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or torch.nn.modules.module._has_any_global_hook()
+        or module.__dict__.get("_compiled_call_impl") is not None
+        or has_global_hooks()
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does more than its forward."""
+    return bool(torch.nn.modules.module._has_any_global_hook()) and any(
+        _act(getattr(torch.nn.modules.module, name))
+        for name in (
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+        )
+    )
+
+
+def _act(hooks: dict[int, Any]) -> bool:
+    """Whether any of ``hooks`` may do something: torch's own trackers of modules only watch."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(_WATCHERS) for hook in hooks.values()
+    )
+
+
+_WATCHERS = (
+    "torch.distributed._tools.",
+    "torch.distributed.tensor.debug.",
+    "torch.utils.module_tracker",
+)
