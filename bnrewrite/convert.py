@@ -25,6 +25,7 @@ from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
+from bnrewrite.sites.schedule import Schedule, schedule_of
 
 _CONVERSION = "_bnrewrite_conversion"
 
@@ -215,12 +216,13 @@ def _put_on(
     model: nn.Module, found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
     conversion = dataclasses.replace(wanted, reports={}, skipped=[])
+    schedule = Schedule(conversion.passes)
     for name, module in found:
         mode = wanted.modes.find(name)
         if mode is None:
             conversion.skipped.append(Skip(name, UNMATCHED))
         else:
-            convert_site(module, name, mode, _group_of(module, wanted.group))
+            convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
     for name, module in model.named_modules():
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
@@ -228,7 +230,7 @@ def _put_on(
     cache: Cache = {}
     tried = owner_candidates(model)
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
-    captured = capture_from_below(model, tried, recipe, cache)
+    captured = capture_from_below(model, tried, recipe, cache, schedule)
     for name in tried:
         _note(name, tried[name], captured.pop(name), conversion)
     for one in captured.values():
@@ -237,7 +239,7 @@ def _put_on(
     for name, module in more_candidates(model, tried, _settled(conversion)):
         if name not in captured:
             named = dataclasses.replace(recipe, name=name)
-            _note_reports(capture_and_attach(module, named, cache), conversion)
+            _note_reports(capture_and_attach(module, named, cache, schedule), conversion)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
@@ -306,6 +308,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     for module in list(model.modules()):
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.ddp_buffers.put_back()
         if is_owner(module):
             detach_owner(module)
         if is_site(module):

@@ -3,6 +3,7 @@
 BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
 BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
 BNREWRITE_KERNELS=aten       uses ATen's kernels on GPUs, not those in Triton
+BNREWRITE_CHECK=0            ranks do not compare what they communicate before they start
 TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
 """
 
@@ -56,3 +57,15 @@ def kernels_setting() -> str:
     if value not in ("auto", "aten"):
         raise ValueError(f"BNREWRITE_KERNELS must be 'auto' or 'aten', but it is {value!r}.")
     return value
+
+
+def check_enabled() -> bool:
+    """Whether ranks agree on a schedule before its first collective.
+
+    Raises:
+        ValueError: BNREWRITE_CHECK is neither 0 nor 1.
+    """
+    value = os.environ.get("BNREWRITE_CHECK", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"BNREWRITE_CHECK={value} must be 0 or 1.")
+    return value == "1"

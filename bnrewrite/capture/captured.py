@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions, below
+from bnrewrite.collectives import active_group
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
@@ -53,6 +54,19 @@ class Captured:
         self.sites = sorted(
             path for path in prefixes - calls if path and is_site(owner.get_submodule(path))
         )
+
+    def order(self) -> tuple[tuple[str, ...], int]:
+        """Our ops with the paths of their sites, in order; how many functional ones communicate."""
+        found, functional = [], 0
+        for node in self.graph.nodes:
+            if getattr(node.target, "namespace", "") != "bnrewrite":
+                continue
+            sources = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
+            paths = dict.fromkeys(name.rpartition(".")[0] for name in sources if "." in name)
+            found.append(f"{node.target._opname}({', '.join(paths)})")
+            groups = [arg for arg in node.all_input_nodes if arg.target is active_group]
+            functional += not paths and bool(groups)
+        return tuple(found), functional
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The required arguments in order, or None if the call has another form."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import activations, reference
-from bnrewrite.collectives import all_reduce_sum
+from bnrewrite.collectives import NO_GROUP, all_reduce_sum
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import BATCH_NORM, check_statistics
 from bnrewrite.ops.library import LIBRARY, below_autograd
@@ -54,7 +54,7 @@ def _batch_norm_act(
         training, track_running_stats, momentum, eps,
     )  # fmt: skip
     uses_batch = training or running_mean is None
-    if not (uses_batch and _profits(input, residual, activation)):
+    if not (uses_batch and _profits(input, residual, activation, group)):
         return _compose(BATCH_NORM(*site, group), residual, activation, slope)
     check_statistics(site, group)
     return _BatchNormAct.apply(
@@ -84,8 +84,11 @@ def recomputes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _profits(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
+    if group == NO_GROUP and not recomputes(input.device):
+        # There one op does without phases what ``batch_norm`` has to do.
+        return False
     if residual is not None:
         layout = memory_format(input)
         same = residual.shape == input.shape and residual.dtype == input.dtype

@@ -64,7 +64,9 @@ def _start_batch_norm(
         return inputs[0].new_empty(0, dtype=torch.float64)
     with below_autograd():
         packed = join([MOMENTS(dense(inputs[i])) for i in taking_part])
-        return start_all_reduce_sum(packed, group[taking_part[0]])
+        first = taking_part[0]
+        site = (weight[first], bias[first], running_mean[first], running_var[first])
+        return start_all_reduce_sum(packed, group[first], site)
 
 
 def _finish_batch_norm(
@@ -117,7 +119,7 @@ def _finish_batch_norm(
         members = [sites[i] for i in taking_part]
         xs = [dense(site.input) for site in members]
         with below_autograd():
-            totals = wait(pending)
+            totals = wait(pending, group[taking_part[0]], members[0].per_channel)
         ys = normalize_sites(_counted(members), xs, totals, group[taking_part[0]])
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):

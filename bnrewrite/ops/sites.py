@@ -88,6 +88,8 @@ class _BatchNorm(torch.autograd.Function):
         ctx.eps = [eps for eps, _ in scalars]
         ctx.group = group
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        # Only to name the site if a peer dies; a compiler has no use for it.
+        ctx.site = () if torch.compiler.is_compiling() else (*tensors[1:3], *scalars[0][1])
         return tuple(ys)
 
     @staticmethod
@@ -102,7 +104,9 @@ class _BatchNorm(torch.autograd.Function):
         sizes = [2 * x.size(1) + 1 for x in xs]
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
-            parts = split(all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group), sizes)
+            parts = split(
+                all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.site), sizes
+            )
             stats = [
                 reference.statistics(total, eps, stat.dtype)
                 for total, eps, stat in zip(parts, ctx.eps, stats, strict=True)
@@ -126,7 +130,7 @@ def _backward(ctx, grads, xs, weights, stats, parts):
             results[3 * i + 2] = grad_bias.to(ctx.bias_dtypes[i])
     wanted = [i for i in range(num) if needs[3 * i]]
     if wanted:
-        total_sums = all_reduce_sum(join([sums[i] for i in wanted]), ctx.group)
+        total_sums = all_reduce_sum(join([sums[i] for i in wanted]), ctx.group, ctx.site)
         for i, total in zip(
             wanted, split(total_sums, [sums[i].numel() for i in wanted]), strict=True
         ):
