@@ -120,19 +120,8 @@ def activation_backward(
 ) -> Tensor:
     """Gradient of what was activated, ``grad * act'(z)``, which is the gradient of the residual.
 
-    Args:
-        grad: (N, C, *), gradient of the result.
-        x: (N, C, *), input of the forward pass.
-        stats: (2, C), ``acc``, mean and rstd of the forward pass.
-        weight: (C,) or None for ones.
-        bias: (C,) or None for zeros.
-        kept: what tells the derivative besides: the result, if the activation is one whose
-            derivative follows from it; else the residual; None if there was none.
-        activation: one of :data:`bnrewrite.activations.ACTIVATIONS`.
-        slope: of the activation, where it has one.
-
-    Returns:
-        (N, C, *), ``acc``.
+    ``kept`` is what the derivative needs besides what the forward pass was given: the result, if
+    the derivative follows from that, else the residual; None without one. Returns ``acc``.
     """
     if activation == "identity":
         return grad
@@ -156,13 +145,7 @@ def activation_backward_reduce(
     slope: float,
     write: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`normalize_backward_reduce` of the gradient of what was activated, and that gradient.
-
-    Args are those of :func:`activation_backward`, and ``write``: whether the gradient is wanted.
-
-    Returns:
-        (2C,), float64; (N, C, *) as ``x``, or (0,) if it is not wanted.
-    """
+    """Sums of the gradient of what was activated, and that gradient, (0,) if it is not wanted."""
     inner = activation_backward(grad, x, stats, weight, bias, kept, activation, slope)
     sums = normalize_backward_reduce(inner, x, stats)
     return sums, inner.to(x.dtype) if write else x.new_empty(0)

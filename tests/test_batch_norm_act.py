@@ -29,8 +29,11 @@ with_or_without_residual = pytest.mark.parametrize(
 
 @pytest.fixture(params=[False, True], ids=["kept", "recomputed"])
 def recomputes(request: pytest.FixtureRequest) -> Any:
-    """Both ways to split the work, whatever the device is."""
-    with mock.patch.object(batch_norm_act, "recomputes", return_value=request.param):
+    """Both ways to split the work, whatever the device is, and with nobody to share with."""
+    with (
+        mock.patch.object(batch_norm_act, "recomputes", return_value=request.param),
+        mock.patch.object(batch_norm_act, "NO_GROUP", "another name"),
+    ):
         yield request.param
 
 
