@@ -11,7 +11,8 @@ from bnrewrite.capture.captured import Captured
 from bnrewrite.collectives import NO_GROUP
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.modes import Frozen
-from bnrewrite.passes.replace_batch_norm import functional_name
+from bnrewrite.passes.base import joined
+from bnrewrite.passes.rounds import Communication, communication
 from bnrewrite.sites.classes import Converted, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
@@ -21,7 +22,7 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
-from bnrewrite.sites.schedule import EVERY_GROUP, SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_owner"
 
@@ -47,12 +48,17 @@ class OwnerState:
     def lines(self, training: bool, *, is_site: bool) -> list[tuple[str, Line]]:
         """What the ranks of a group must have in common about this owner."""
         name = f"the graph of {self.recipe.name or 'the model itself'}"
-        order, functional = self.train.order()
+        order = self.train.order()
         lines = [(EVERY_GROUP if training else NO_GROUP, (name, "; ".join(order)))]
-        group = self.recipe.group if training and functional else NO_GROUP
-        site = functional_name(self.recipe.name, 0)
-        if functional and not is_site:
-            lines.append((group, (site, f"{functional} call(s) of F.batch_norm")))
+        if is_site:
+            return lines
+        for site in self.train.functional_sites():
+            # Graphs are shared by modules of one structure, whose sites have names of their own.
+            name = joined(self.recipe.name, site.name.rpartition(".")[2])
+            communicates = training and site.mode is not None and site.mode.communicates
+            group = self.recipe.group if communicates else NO_GROUP
+            said = f"{site.mode}, a call of F.batch_norm" if training else EVALUATES
+            lines.append((group, (name, said)))
         return lines
 
     def __deepcopy__(self, memo: dict) -> "OwnerState":
@@ -141,12 +147,11 @@ def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     return OwnerState(recipe, captured.train, captured.eval)
 
 
-def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
+def attach_owner(module: nn.Module, state: OwnerState | None) -> None:
     """Turns a module into an owner, in place; None leaves it on the floor with interception."""
     module.__dict__[_STATE] = state
     recipe = floor_recipe(module) if is_site(module) else (None,)
     change_class(module, (OwnerForward, *recipe))
-    schedule.enter(module)
 
 
 def is_owner(module: nn.Module) -> bool:
@@ -157,6 +162,25 @@ def is_owner(module: nn.Module) -> bool:
 def owner_state(module: nn.Module) -> OwnerState | None:
     """The captured graphs of an owner."""
     return module.__dict__[_STATE]
+
+
+def communication_of(module: nn.Module) -> Communication:
+    """What ``module`` communicates in a training step, with the graphs that it runs."""
+    state = owner_state(module) if is_owner(module) else None
+    total = Communication()
+    if state is not None:
+        for node in state.train.graph.nodes:
+            total = total.plus(
+                communication(node, lambda path: communication_of(module.get_submodule(path)))
+            )
+    elif is_site(module):
+        mode = site_state(module).mode
+        if mode.communicates:
+            total = Communication(1, int(mode.communicates_backward), 1)
+    else:
+        for child in module.children():
+            total = total.plus(communication_of(child))
+    return total
 
 
 def detach_owner(module: nn.Module) -> None:

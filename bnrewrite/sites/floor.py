@@ -26,7 +26,7 @@ from bnrewrite.sites.classes import (
     restore_class,
 )
 from bnrewrite.sites.evaluate import evaluate, site_number
-from bnrewrite.sites.schedule import SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_site"
 
@@ -90,7 +90,7 @@ class SiteForward(Converted):
         if state.group == NO_GROUP:
             return [(NO_GROUP, (name, f"{state.mode}, which communicates nothing"))]
         if not module.training:
-            return [(NO_GROUP, (name, "it evaluates (training=False) and communicates nothing"))]
+            return [(NO_GROUP, (name, EVALUATES))]
         weight = module.weight
         gradient = "" if weight is None or weight.requires_grad else ", its weight frozen"
         return [(state.group, (name, f"{state.mode}, {module.num_features} channels{gradient}"))]
@@ -247,7 +247,7 @@ def site_state(module: nn.Module) -> SiteState:
     return module.__dict__[_STATE]
 
 
-def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule: Schedule) -> None:
+def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
     """Turns a BatchNorm module into a site, in place."""
     sync_group = None
     if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
@@ -265,7 +265,6 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule
         become = module.cls_to_become
         module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
-    schedule.enter(module)
     remember(module, name)
 
 
@@ -297,10 +296,38 @@ def revert_site(module: nn.Module) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        (module._forward_hooks and _act(module._forward_hooks))
+        or (module._forward_pre_hooks and _act(module._forward_pre_hooks))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or torch.nn.modules.module._has_any_global_hook()
+        or module.__dict__.get("_compiled_call_impl") is not None
+        or has_global_hooks()
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does more than its forward."""
+    return bool(torch.nn.modules.module._has_any_global_hook()) and any(
+        _act(getattr(torch.nn.modules.module, name))
+        for name in (
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+        )
+    )
+
+
+def _act(hooks: dict[int, Any]) -> bool:
+    """Whether any of ``hooks`` may do something: torch's own trackers of modules only watch."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(_WATCHERS) for hook in hooks.values()
+    )
+
+
+_WATCHERS = (
+    "torch.distributed._tools.",
+    "torch.distributed.tensor.debug.",
+    "torch.utils.module_tracker",
+)

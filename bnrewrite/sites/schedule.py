@@ -24,6 +24,9 @@ from bnrewrite.sites.ddp_buffers import DDPBuffers
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
 
+EVALUATES = "it evaluates (training=False) and communicates nothing"
+"""What a site says of itself outside training."""
+
 EVERY_GROUP = "*"
 """Stands, in what a member says of itself, for all groups in which the schedule communicates."""
 
