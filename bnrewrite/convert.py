@@ -222,8 +222,7 @@ def _put_on(
         if mode is None:
             conversion.skipped.append(Skip(name, UNMATCHED))
         else:
-            convert_site(module, name, mode, _group_of(module, wanted.group))
-            schedule.enter(module)
+            convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
     for name, module in model.named_modules():
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
@@ -231,7 +230,7 @@ def _put_on(
     cache: Cache = {}
     tried = owner_candidates(model)
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
-    captured = capture_from_below(model, tried, recipe, cache)
+    captured = capture_from_below(model, tried, recipe, cache, schedule)
     for name in tried:
         _note(name, tried[name], captured.pop(name), conversion)
     for one in captured.values():
@@ -240,9 +239,7 @@ def _put_on(
     for name, module in more_candidates(model, tried, _settled(conversion)):
         if name not in captured:
             named = dataclasses.replace(recipe, name=name)
-            _note_reports(capture_and_attach(module, named, cache), conversion)
-    for module in filter(is_owner, model.modules()):
-        schedule.enter(module)
+            _note_reports(capture_and_attach(module, named, cache, schedule), conversion)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",

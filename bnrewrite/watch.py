@@ -57,7 +57,7 @@ def launch(packed: Tensor, group: dist.ProcessGroup, site: tuple[Any, ...]) -> T
         work = group.allreduce([reduced])
     except RuntimeError as error:
         raise peer_error("all-reduce", group, site, 0.0, error) from error
-    reduced.__dict__[_WORK] = _Work(work, group, site, started)
+    setattr(reduced, _WORK, _Work(work, group, site, started))
     return reduced
 
 

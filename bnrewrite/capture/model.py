@@ -10,10 +10,15 @@ from bnrewrite.capture.owner import attach_owner, owner_state_of
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.sites.floor import has_own_forward, is_site
+from bnrewrite.sites.schedule import Schedule
 
 
 def capture_from_below(
-    model: nn.Module, owners: dict[str, nn.Module], recipe: Recipe, cache: Cache
+    model: nn.Module,
+    owners: dict[str, nn.Module],
+    recipe: Recipe,
+    cache: Cache,
+    schedule: Schedule,
 ) -> dict[str, Capture]:
     """Captures the owners, and the modules whose children may share collectives, children first.
 
@@ -22,6 +27,7 @@ def capture_from_below(
         owners: modules that may own a site, by qualified name.
         recipe: what to do, but for the names.
         cache: captures made so far; it is added to.
+        schedule: of the conversion; what is captured enters it.
 
     Returns:
         What came of each module by name, in the order of the model's modules.
@@ -34,7 +40,7 @@ def capture_from_below(
         if name not in owners and name not in sharing:
             continue
         named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
-        one = found[name] = capture_and_attach(module, named, cache)
+        one = found[name] = capture_and_attach(module, named, cache, schedule)
         if one.train is not None:
             untraced.difference_update(joined(name, path) for path in one.train.inlined)
         elif one.refused is not None and name in sharing:
@@ -42,10 +48,12 @@ def capture_from_below(
     return dict(reversed(found.items()))
 
 
-def capture_and_attach(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
+def capture_and_attach(
+    module: nn.Module, recipe: Recipe, cache: Cache, schedule: Schedule
+) -> Capture:
     """Captures one module and makes it an owner if it owns a site, or shares those below it."""
     captured = capture(module, recipe, cache)
     state = owner_state_of(recipe, captured)
     if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state)
+        attach_owner(module, state, schedule)
     return captured

@@ -147,11 +147,12 @@ def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     return OwnerState(recipe, captured.train, captured.eval)
 
 
-def attach_owner(module: nn.Module, state: OwnerState | None) -> None:
+def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
     """Turns a module into an owner, in place; None leaves it on the floor with interception."""
     module.__dict__[_STATE] = state
     recipe = floor_recipe(module) if is_site(module) else (None,)
     change_class(module, (OwnerForward, *recipe))
+    schedule.enter(module)
 
 
 def is_owner(module: nn.Module) -> bool:

@@ -9,6 +9,9 @@ of the collectives between them, all visible to a compiler:
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
 their collectives.
 
+On the CPU an evaluation that shares its statistics with nobody is ``batch_norm_local`` and
+``batch_norm_local_backward`` instead, which join the phases of a direction.
+
 ``shuffle_batch_norm`` is the same for statistics that ranks borrow from each other, with a send in
 place of the all-reduce.
 """

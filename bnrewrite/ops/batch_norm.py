@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bnrewrite.collectives import NO_GROUP, all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.sites import Site, dense, normalize_sites
+from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
 
 LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -76,8 +77,10 @@ def _batch_norm(
             site.per_channel,
         )
     x = dense(input)
+    if group == NO_GROUP and x.is_cpu:
+        return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
     with below_autograd():
-        totals = all_reduce_sum(MOMENTS(x), group)
+        totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
     return normalize_sites([site], [x], totals, group)[0]
 
 

@@ -247,7 +247,7 @@ def site_state(module: nn.Module) -> SiteState:
     return module.__dict__[_STATE]
 
 
-def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
+def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule: Schedule) -> None:
     """Turns a BatchNorm module into a site, in place."""
     sync_group = None
     if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
@@ -265,6 +265,7 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
         become = module.cls_to_become
         module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
+    schedule.enter(module)
     remember(module, name)
 
 
