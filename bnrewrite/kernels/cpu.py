@@ -54,10 +54,11 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     if known_nonempty:
         table = channels.statistics_table(totals, eps, acc)

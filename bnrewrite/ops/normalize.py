@@ -19,8 +19,9 @@ def _fallback(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = statistics_table(totals, eps, torch.float64, known_nonempty=known_nonempty)
     track(table, totals, running, known_nonempty=known_nonempty)
@@ -41,7 +42,7 @@ def _definition(
 NORMALIZE = define_phase(
     "normalize(Tensor x, Tensor totals, Tensor? weight, Tensor? bias, float eps, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "float? momentum) -> (Tensor, Tensor)",
+    "float? momentum, bool skip_nonfinite=False) -> (Tensor, Tensor)",
     cpu=cpu.normalize,
     cuda=cuda.normalize,
     fake=_fake,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.collectives import NO_GROUP, start_all_reduce_sum, wait
+from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
@@ -27,8 +28,8 @@ LIBRARY.define(
 LIBRARY.define(
     "finish_batch_norm(Tensor pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
     "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
-    "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group) "
-    "-> Tensor[]"
+    "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group, "
+    "bool[] skip_nonfinite) -> Tensor[]"
 )
 
 
@@ -81,6 +82,7 @@ def _finish_batch_norm(
     momentum: list[float | None],
     eps: list[float],
     group: list[str],
+    skip_nonfinite: list[bool],
 ) -> list[Tensor]:
     """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
 
@@ -97,6 +99,7 @@ def _finish_batch_norm(
         momentum: as ``training``.
         eps: as ``training``.
         group: the same as ``start_batch_norm`` was given.
+        skip_nonfinite: as ``training``.
 
     Returns:
         K tensors (N, C_k, *), in the dtypes and memory formats of ``inputs``.
@@ -108,7 +111,7 @@ def _finish_batch_norm(
         Site(*each)
         for each in zip(
             inputs, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, track_running_stats, momentum, eps,
+            training, track_running_stats, momentum, eps, skip_nonfinite,
             strict=True,
         )
     ]  # fmt: skip
@@ -123,19 +126,25 @@ def _finish_batch_norm(
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):
         if i not in results:
-            results[i] = BATCH_NORM(*site, NO_GROUP)
+            results[i] = BATCH_NORM(*site[:-1], NO_GROUP, site.skip_nonfinite)
     return [results[i] for i in range(len(sites))]
 
 
 def _counted(sites: Sequence[Site]) -> Sequence[Site]:
     """The sites after one call has counted the batch for all of them, where one call can.
 
-    Cumulative averages need the count of their own evaluation, and an empty batch may not count.
+    Cumulative averages need the count of their own evaluation, and an empty batch, one that is not
+    finite or one that is evaluated again may not count, which only kernels know.
     """
+    if recomputes():
+        return sites
     counters: dict[int, Tensor] = {}
     for site in sites:
         counter = site.running[2]
-        if counter is None or site.momentum is None or site.input.numel() == 0:
+        # Of a counter that is no plain tensor a compiler makes a graph.
+        if counter is None or type(counter) is not Tensor:
+            return sites
+        if site.momentum is None or site.input.numel() == 0 or site.skip_nonfinite:
             return sites
         counters[id(counter)] = counter
     if len(counters) < len(sites):

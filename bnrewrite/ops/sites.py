@@ -32,6 +32,7 @@ class Site(NamedTuple):
     track_running_stats: bool
     momentum: float | None
     eps: float
+    skip_nonfinite: bool = False
 
     @property
     def per_channel(self) -> tuple[Tensor | None, ...]:
@@ -42,8 +43,9 @@ class Site(NamedTuple):
     def running(self) -> Running:
         """What this evaluation moves."""
         if not (self.training and self.track_running_stats):
-            return (None, None, None, self.momentum)
-        return (self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+            return (None, None, None, self.momentum, False)
+        tensors = (self.running_mean, self.running_var, self.num_batches_tracked)
+        return (*tensors, self.momentum, self.skip_nonfinite)
 
     def check(self) -> None:
         """Raises ``UnsupportedBatchNorm`` if a size or dtype does not fit."""
