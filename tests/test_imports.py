@@ -23,6 +23,7 @@ LAYERS = (
     ("sites",),
     ("ops",),
     ("kernels", "collectives"),
+    ("watch",),
     ("agreement", "naming"),
     ("activations", "groups", "reference", "modes", "settings", "commandline"),
     ("errors",),

@@ -23,7 +23,7 @@ LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
     "bool track_running_stats, float? momentum, float eps, str group, Tensor? residual, "
-    "str activation, float slope) -> Tensor"
+    "str activation, float slope, bool skip_nonfinite=False) -> Tensor"
 )
 
 
@@ -42,6 +42,7 @@ def _batch_norm_act(
     residual: Tensor | None,
     activation: str,
     slope: float,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """``act(batch_norm(input, ...) + residual)``.
 
@@ -52,11 +53,11 @@ def _batch_norm_act(
     activations.check_activation(activation, slope)
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, track_running_stats, momentum, eps,
+        training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
     uses_batch = training or running_mean is None
     if not (uses_batch and _profits(input, residual, activation, group)):
-        return _compose(BATCH_NORM(*site, group), residual, activation, slope)
+        return _compose(BATCH_NORM(*site[:-1], group, skip_nonfinite), residual, activation, slope)
     check_statistics(site, group)
     return _BatchNormAct.apply(
         dense(input), weight, bias, residual, eps, site.running, group, (activation, slope)
@@ -109,7 +110,7 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, eps, running, group, act):
         activation, _ = act
         with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group)
+            totals = all_reduce_sum(MOMENTS(x), group, (weight, bias, *running[:3]))
             y, stats = NORMALIZE(x, totals, weight, bias, eps, *running, residual, *act)
         kept = residual
         if activation == "identity":
@@ -122,6 +123,8 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.eps = eps
         ctx.group = group
         ctx.act = act
+        # Only to name the site if a peer dies; a compiler has no use for it.
+        ctx.site = () if torch.compiler.is_compiling() else (weight, bias, *running[:3])
         return y
 
     @staticmethod
@@ -130,7 +133,7 @@ class _BatchNormAct(torch.autograd.Function):
         grad = grad.contiguous(memory_format=memory_format(x))
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
-            totals = all_reduce_sum(MOMENTS(x), ctx.group)
+            totals = all_reduce_sum(MOMENTS(x), ctx.group, ctx.site)
             stats = reference.statistics(totals, ctx.eps, stats.dtype)
             return _backward(ctx, grad, x, weight, bias, stats, totals, kept)
         with below_autograd():
@@ -153,7 +156,7 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
     grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
     grad_x = None
     if needs_x:
-        sums = all_reduce_sum(sums, ctx.group)
+        sums = all_reduce_sum(sums, ctx.group, ctx.site)
         if act[0] == "identity":
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
         else:

@@ -213,10 +213,10 @@ def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
             if activation_of(target.owner, node) is not None:
                 for name in activation.flags:
                     target.flags[path, name] = getattr(module, name)
+    *arguments, skip_nonfinite = site.args
+    epilogue = (chain.residual, activation.name, activation.slope)
     with target.graph.inserting_before(last):
-        new = target.graph.call_function(
-            BATCH_NORM_ACT, (*site.args, chain.residual, activation.name, activation.slope)
-        )
+        new = target.graph.call_function(BATCH_NORM_ACT, (*arguments, *epilogue, skip_nonfinite))
     new.meta.update(site.meta)
     new.stack_trace = site.stack_trace
     last.replace_all_uses_with(new)
