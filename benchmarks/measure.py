@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, description of the machine, result files."""
 
 import argparse
+import ctypes
 import datetime
 import json
 import math
@@ -14,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import bnrewrite.ops.batch_norm
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1, warmup: int = 2
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 1,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant: A B C, A B C, ..., so that a busy machine slows all alike.
 
@@ -28,14 +38,16 @@ def interleaved(
         rounds: how often each variant is timed.
         calls: calls per timing.
         warmup: untimed rounds before.
+        clock: seconds; where one thread computes and nobody waits, ``time.process_time`` leaves out
+            what other programs on the machine take.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(-warmup, rounds):
         for name, function in variants.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 function()
-            elapsed = (time.perf_counter() - start) / calls
+            elapsed = (clock() - start) / calls
             if index >= 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -69,11 +81,36 @@ def machine() -> dict[str, Any]:
     }
 
 
-def arguments(doc: str | None, *, rounds: int) -> argparse.Namespace:
-    """The command line that every benchmark has."""
+def leave_out_collectives() -> None:
+    """Makes this process rank 0 of two, whose all-reduces of statistics are left out."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    bnrewrite.ops.batch_norm.all_reduce_sum = lambda packed, group: packed
+
+
+def keep_freed_memory() -> str:
+    """Tells the C library to keep freed memory for the next tensor; says whether it does.
+
+    By default glibc returns a tensor of 32 MB and more to the system, and smaller ones when the top
+    of its heap has grown past a limit. The next tensor is then mapped page by page, which takes
+    several times as long as BatchNorm, and whether that happens to one variant or to the other
+    depends on a few bytes in between.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1):
+        return "freed memory is kept"
+    return "as the system has it"
+
+
+def arguments(
+    doc: str | None, *, rounds: int, switches: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """The command line that every benchmark has, with further ``switches`` and their help."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="timings of each variant")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser.parse_args()
 
 

@@ -1,15 +1,19 @@
 """Distributed BatchNorm for PyTorch by rewriting graphs.
 
 ``convert`` makes the BatchNorm of a model distributed, ``report`` says what was rewritten,
-``revert`` undoes it, ``graphs`` shows the rewritten graphs, ``export_onnx`` writes the eval graph.
+``revert`` undoes it, ``check`` compares the ranks, ``graphs`` shows the rewritten graphs,
+``export_onnx`` writes the eval graph.
 """
 
+from bnrewrite.check import check
 from bnrewrite.convert import convert, graphs, revert
 from bnrewrite.errors import (
     BnRewriteError,
     CaptureError,
     ExportError,
     GroupError,
+    PeerError,
+    ScheduleError,
     UnsupportedBatchNorm,
 )
 from bnrewrite.export.api import export_onnx
@@ -28,10 +32,13 @@ __all__ = [
     "Frozen",
     "GroupError",
     "Local",
+    "PeerError",
     "Report",
+    "ScheduleError",
     "Shuffle",
     "Sync",
     "UnsupportedBatchNorm",
+    "check",
     "convert",
     "export_onnx",
     "graphs",

@@ -1,15 +1,23 @@
-"""The only file that communicates: process groups by name, and what ranks send each other.
+"""The only file that sends tensors: process groups by name, and what ranks send each other.
 
 Collectives are torch's functional collectives, so that a compiled graph shows each of them, and
 they are created in program order, which is the same on every rank.
 """
+
+import contextlib
+import itertools
+import time
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bnrewrite.errors import GroupError
+from bnrewrite.agreement import describe_group, join_open_round
+from bnrewrite.errors import BnRewriteError, GroupError, PeerError
+from bnrewrite.naming import site_of
 
 NO_GROUP = ""
 """Name that stands for "nothing to communicate"."""
@@ -123,32 +131,121 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_reduce_sum(packed: Tensor, group: str) -> Tensor:
+def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
     """Sum of ``packed`` over the ranks of ``group``: the same bits on every rank.
 
     Args:
         packed: (K,), float64, of the same size on every rank.
         group: a name from :func:`active_group`; ``NO_GROUP`` returns ``packed`` itself.
+        site: tensors of the site, by which an error finds its name.
+
+    Raises:
+        PeerError: another rank died, stalled or left; only outside of compiled graphs.
+        ScheduleError: another rank has left the schedule that the ranks agreed on.
     """
     if group == NO_GROUP:
         return packed
     if torch.is_grad_enabled() and packed.requires_grad:
-        return _AllReduceSum.apply(packed, group)
-    reduced = torch.ops._c10d_functional.all_reduce(packed, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+        return _AllReduceSum.apply(packed, group, site)
+    return wait(start_all_reduce_sum(packed, group, site), group, site)
+
+
+def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
+    """Launches :func:`all_reduce_sum`; the result may be read once :func:`wait` has returned it.
+
+    Not differentiable. Arguments and errors are those of :func:`all_reduce_sum`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
+    start = time.monotonic()
+    try:
+        if not packed.is_cpu or type(packed) is not Tensor or _is_traced():
+            return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
+        reduced = packed.clone()
+        _under_way[reduced.data_ptr()] = find_group(group).allreduce([reduced]), reduced
+        return reduced
+    except RuntimeError as error:
+        if isinstance(error, BnRewriteError):
+            raise
+        raise peer_error("all-reduce", group, site, time.monotonic() - start, error) from error
+
+
+_under_way: dict[int, tuple[Any, Tensor]] = {}
+"""Collectives on the CPU that were launched, with their results, by the address of these."""
+
+
+def wait(pending: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
+    """The result of a collective over ``group`` that was launched.
+
+    Raises:
+        PeerError: another rank died, stalled or left; only outside of compiled graphs.
+        ScheduleError: another rank has left the schedule that the ranks agreed on.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops._c10d_functional.wait_tensor(pending)
+    start = time.monotonic()
+    try:
+        if _under_way and pending.is_cpu and type(pending) is Tensor:
+            work, _ = _under_way.pop(pending.data_ptr(), (None, None))
+            if work is not None:
+                _watch(work, group)
+                return pending
+        return torch.ops._c10d_functional.wait_tensor(pending)
+    except RuntimeError as error:
+        if isinstance(error, BnRewriteError):
+            raise
+        raise peer_error("all-reduce", group, site, time.monotonic() - start, error) from error
+
+
+_SUSPICIOUS_S = 2.0
+"""How long a collective takes before its ranks ask each other what they are doing."""
+
+
+def _is_traced() -> bool:
+    """Whether something looks at the ops that run, so that collectives must be functional ones."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _watch(work: Any, group: str) -> None:
+    """Waits for a collective on the CPU, and notices if others wait for an agreement meanwhile."""
+    for patience in itertools.chain((_SUSPICIOUS_S,) * 2, itertools.repeat(1.0)):
+        try:
+            work.wait(timedelta(seconds=patience))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            join_open_round(group)
+
+
+def peer_error(
+    what: str, group: str, site: tuple[Any, ...], waited_s: float, error: RuntimeError
+) -> PeerError:
+    """The error for a collective that failed with ``error``."""
+    ranks, this = [], -1
+    with contextlib.suppress(BnRewriteError, KeyError, ValueError):
+        ranks, this = dist.get_process_group_ranks(find_group(group)), dist.get_rank()
+    return PeerError(
+        f"{site_of(site)}: the {what} over {describe_group(group)} (ranks {ranks}, this is rank "
+        f"{this}) failed after {waited_s:.1f} s: another rank died, stalled or left. The group "
+        "cannot be used any more; the model can: call torch.distributed.destroy_process_group(), "
+        "form a new group of the ranks that are left and go on. What the backend says: "
+        f"{error}"
+    )
 
 
 class _AllReduceSum(torch.autograd.Function):
     """All-reduce whose gradient is the all-reduce of the gradients, to any order."""
 
     @staticmethod
-    def forward(ctx, packed: Tensor, group: str) -> Tensor:
+    def forward(ctx, packed: Tensor, group: str, site: tuple[Any, ...]) -> Tensor:
         ctx.group = group
-        return all_reduce_sum(packed.detach(), group)
+        ctx.site = site
+        return all_reduce_sum(packed.detach(), group, site)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grad.contiguous(), ctx.group), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce_sum(grad.contiguous(), ctx.group, ctx.site), None, None
 
 
 def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) -> Tensor:

@@ -14,21 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
-from bnrewrite.capture.capture import Cache, Recipe, capture
-from bnrewrite.capture.owner import (
-    attach_owner,
-    detach_owner,
-    is_owner,
-    owner_state,
-    owner_state_of,
-)
+from bnrewrite.capture.capture import Cache, Capture, Recipe
+from bnrewrite.capture.model import capture_and_attach, capture_from_below
+from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
+from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import convert_site, has_own_forward, is_site, revert_site
+from bnrewrite.sites.floor import convert_site, is_site, revert_site
+from bnrewrite.sites.schedule import Schedule, schedule_of
 
 _CONVERSION = "_bnrewrite_conversion"
 
@@ -219,23 +216,30 @@ def _put_on(
     model: nn.Module, found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
     conversion = dataclasses.replace(wanted, reports={}, skipped=[])
+    schedule = Schedule(conversion.passes)
     for name, module in found:
         mode = wanted.modes.find(name)
         if mode is None:
             conversion.skipped.append(Skip(name, UNMATCHED))
         else:
-            convert_site(module, name, mode, _group_of(module, wanted.group))
+            convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
     for name, module in model.named_modules():
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
     cache: Cache = {}
     tried = owner_candidates(model)
-    for name, module in tried.items():
-        _capture(name, module, conversion, cache)
+    recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
+    captured = capture_from_below(model, tried, recipe, cache, schedule)
+    for name in tried:
+        _note(name, tried[name], captured.pop(name), conversion)
+    for one in captured.values():
+        _note_reports(one, conversion)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(model, tried, _settled(conversion)):
-        _capture(name, module, conversion, cache, found_by_holding=False)
+        if name not in captured:
+            named = dataclasses.replace(recipe, name=name)
+            _note_reports(capture_and_attach(module, named, cache, schedule), conversion)
     model.__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
@@ -248,12 +252,9 @@ def _put_on(
 
 
 def _settled(conversion: Conversion) -> set[str]:
-    """Names of sites that are in a graph, or that a pass has left with a reason."""
-    return {
-        one.name
-        for report in conversion.reports.values()
-        for one in (*report.rewritten, *report.skipped)
-    }
+    """Names of sites that are in a graph, or that were left with a reason."""
+    report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
+    return {one.name for one in (*report.rewritten, *report.skipped)}
 
 
 def _group_of(module: _BatchNorm, group: str) -> str:
@@ -262,38 +263,33 @@ def _group_of(module: _BatchNorm, group: str) -> str:
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
 
 
-def _capture(
-    name: str,
-    module: nn.Module,
-    conversion: Conversion,
-    cache: Cache,
-    *,
-    found_by_holding: bool = True,
-) -> None:
-    """Captures one module and makes it an owner if it owns a site.
-
-    A module further up that cannot be traced is no news: it may have nothing to do with the site.
-    """
-    recipe = Recipe(name, conversion.modes, conversion.group, conversion.passes)
-    captured = capture(module, recipe, cache)
+def _note_reports(captured: Capture, conversion: Conversion) -> None:
     for pass_name, report in captured.reports.items():
         total = conversion.reports.setdefault(pass_name, PassReport())
         total.rewritten.extend(report.rewritten)
         total.skipped.extend(report.skipped)
-        conversion.skipped.extend(report.skipped)
-    if captured.refused is not None and found_by_holding:
-        conversion.skipped.append(Skip(name or "the model itself", captured.refused))
-        if not is_site(module) and mentions_batch_norm(original_class(module)):
-            warnings.warn(
-                f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
-                "its class mentions batch_norm: if its forward calls "
-                "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
-                "Use a BatchNorm module there, or make the forward traceable.",
-                stacklevel=4,
-            )
-    state = owner_state_of(recipe, captured)
-    if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state)
+        # What an optimising pass leaves is distributed all the same.
+        if pass_name == replace_batch_norm.__name__:
+            conversion.skipped.extend(report.skipped)
+
+
+def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversion) -> None:
+    """Notes what came of an owner.
+
+    That a module further up cannot be traced would be no news: it may not touch a site at all.
+    """
+    _note_reports(captured, conversion)
+    if captured.refused is None:
+        return
+    conversion.skipped.append(Skip(name or "the model itself", captured.refused))
+    if not is_site(module) and mentions_batch_norm(original_class(module)):
+        warnings.warn(
+            f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
+            "its class mentions batch_norm: if its forward calls "
+            "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
+            "Use a BatchNorm module there, or make the forward traceable.",
+            stacklevel=4,
+        )
 
 
 @contextlib.contextmanager
@@ -312,6 +308,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _take_off(model: nn.Module) -> None:
     for module in list(model.modules()):
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.ddp_buffers.put_back()
         if is_owner(module):
             detach_owner(module)
         if is_site(module):

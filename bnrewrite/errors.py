@@ -30,5 +30,13 @@ class GroupError(BnRewriteError, RuntimeError):
     """The process group of a site does not exist, or this rank is not a member of it."""
 
 
+class ScheduleError(BnRewriteError, RuntimeError):
+    """Ranks of a group are about to communicate different things."""
+
+
+class PeerError(BnRewriteError, RuntimeError):
+    """Another rank of the group died, stalled or left, so a collective cannot be completed."""
+
+
 class ExportError(BnRewriteError, ValueError):
     """The model cannot be exported to ONNX, or the exported graph failed a check."""

@@ -139,6 +139,48 @@ def normalize_backward(
     return (centred * per_channel(scale, x)).to(x.dtype)
 
 
+def batch_norm_local(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole BatchNorm by the statistics of ``x`` alone: :func:`normalize` by :func:`moments`.
+
+    Args:
+        x: (N, C, *), floating point. N may be zero.
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        y, as ``x`` in shape, dtype and memory format; mean and rstd, (C,), ``acc``.
+    """
+    y, stats = normalize(x, moments(x), weight, bias, eps)
+    mean, rstd = stats.unbind()
+    return y, mean, rstd
+
+
+def batch_norm_local_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`batch_norm_local`.
+
+    Args:
+        grad: (N, C, *), gradient of the output.
+        x: (N, C, *), input of the forward pass.
+        mean: (C,), ``acc``, of the forward pass.
+        rstd: (C,), ``acc``, of the forward pass.
+        weight: (C,) or None for ones.
+
+    Returns:
+        Gradients of x, as ``x``, and of weight and bias, (C,), ``acc``.
+    """
+    stats = torch.stack([mean, rstd])
+    sums = normalize_backward_reduce(grad, x, stats)
+    count = sums.new_full((1,), x.numel() // max(x.size(1), 1))
+    dx = normalize_backward(grad, x, stats, count, weight, sums)
+    grad_bias, grad_weight = sums.to(stats.dtype).chunk(2)
+    return dx, grad_weight, grad_bias
+
+
 def shuffle_backward(
     grad: Tensor,
     x: Tensor,

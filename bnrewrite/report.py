@@ -1,16 +1,16 @@
 """``report``: what a conversion rewrote, what it left and why, and what a step communicates."""
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.owner import is_owner, owner_state
+from bnrewrite.capture.owner import communication_of, is_owner, owner_state
 from bnrewrite.collectives import world_size
-from bnrewrite.convert import conversion_of
-from bnrewrite.passes.base import Rewrite, Skip
+from bnrewrite.convert import Conversion, conversion_of
+from bnrewrite.passes.base import PassReport, Rewrite, Skip
+from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import is_site, site_state
 
 
@@ -58,6 +58,7 @@ class Report:
         num_owners_train_eval: of these, how many need different graphs in training and evaluation.
         collectives_forward: collectives of a training forward, with more than one rank.
         collectives_backward: collectives of a backward, with more than one rank.
+        num_communicating: evaluations of a training step that take part in them.
         world_size: ranks of the default process group now; 1 without one.
     """
 
@@ -69,6 +70,7 @@ class Report:
     num_owners_train_eval: int
     collectives_forward: int
     collectives_backward: int
+    num_communicating: int
     world_size: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class Report:
         lines.append(
             f"collectives per step: {self.collectives_forward} forward + "
             f"{self.collectives_backward} backward"
+            + f" for {self.num_communicating} evaluations"
             + ("" if self.world_size > 1 else " (none with a single rank)")
         )
         for skip in self.skipped:
@@ -125,16 +128,13 @@ def report(model: nn.Module) -> Report:
             "report on the model that it returned, not on a wrapper or a part of it."
         )
     rewritten: dict[str, Rewrite] = {}
-    num_calls: Counter[str] = Counter()
-    for one in conversion.reports["replace_batch_norm"].rewritten if conversion.reports else ():
+    for one in _found(conversion, replace_batch_norm.__name__).rewritten:
         rewritten.setdefault(one.name, one)
-        num_calls[one.name] += 1
-    modules = [module for module in model.modules() if is_site(module)]
     sites = [
-        _module_site(module, rewritten.pop(site_state(module).name, None)) for module in modules
+        _module_site(module, rewritten.pop(site_state(module).name, None))
+        for module in model.modules()
+        if is_site(module)
     ]
-    modes = [site_state(module).mode for module in modules]
-    modes += [one.mode for one in rewritten.values()]
     sites += [
         SiteReport(
             name=one.name,
@@ -145,27 +145,33 @@ def report(model: nn.Module) -> Report:
             where=one.where,
         )
         for one in rewritten.values()
+        if one.mode is not None
     ]
     states = [owner_state(module) for module in model.modules() if is_owner(module)]
-    calls = [max(num_calls[site.name], 1) for site in sites]
+    communication = communication_of(model)
     return Report(
         model=type(model).__name__,
         sites=tuple(sites),
-        passes=tuple(
-            PassSummary(name, len({one.name for one in done.rewritten}), tuple(done.skipped))
-            for name, done in conversion.reports.items()
-        ),
+        passes=tuple(_summary(name, done) for name, done in conversion.reports.items()),
         skipped=tuple(conversion.skipped),
         num_owners=sum(state is not None for state in states),
         num_owners_train_eval=sum(state is not None and state.differs for state in states),
-        collectives_forward=sum(
-            num for num, mode in zip(calls, modes, strict=True) if mode.communicates
-        ),
-        collectives_backward=sum(
-            num for num, mode in zip(calls, modes, strict=True) if mode.communicates_backward
-        ),
+        collectives_forward=communication.forward,
+        collectives_backward=communication.backward,
+        num_communicating=communication.evaluations,
         world_size=world_size(),
     )
+
+
+def _summary(name: str, done: PassReport) -> PassSummary:
+    """What a pass did; what it left in one graph and rewrote in a larger one is not left."""
+    rewritten = {one.name for one in done.rewritten}
+    left = {skip.name: skip for skip in done.skipped if skip.name not in rewritten}
+    return PassSummary(name, len(rewritten), tuple(left.values()))
+
+
+def _found(conversion: Conversion, name: str) -> PassReport:
+    return conversion.reports.get(name, PassReport())
 
 
 def _module_site(module: nn.Module, rewrite: Rewrite | None) -> SiteReport:

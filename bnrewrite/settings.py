@@ -2,6 +2,7 @@
 
 BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
 BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
+BNREWRITE_CHECK=0            ranks do not compare what they communicate before they start
 TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
 """
 
@@ -43,3 +44,15 @@ def dump_directory() -> Path | None:
     except OSError as error:
         raise ValueError(f"BNREWRITE_DUMP={name} cannot become a directory: {error}.") from error
     return path
+
+
+def check_enabled() -> bool:
+    """Whether ranks agree on a schedule before its first collective.
+
+    Raises:
+        ValueError: BNREWRITE_CHECK is neither 0 nor 1.
+    """
+    value = os.environ.get("BNREWRITE_CHECK", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"BNREWRITE_CHECK={value} must be 0 or 1.")
+    return value == "1"

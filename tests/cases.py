@@ -786,3 +786,55 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
+
+
+class _Output(dict):
+    """Values by name and by position, as model libraries return them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = block()
+        self.right = block()
+
+    def forward(self, x: Tensor) -> Any:
+        return _Output(left=self.left(x), right=self.right(x))
+
+
+@case()
+class OutputOfItsOwnClass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = _Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branches(x)
+        return out[0] + out["right"]
+
+
+@case()
+class BranchesInLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(block() for _ in range(3))
+        self.merge = _MergeLists()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.merge([branch(x) for branch in self.branches])
+        return first * second
+
+
+class _MergeLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(4)
+        self.second = nn.BatchNorm2d(4)
+
+    def forward(self, values: list[Tensor]) -> list[Tensor]:
+        values[0] = self.first(values[0] + values[2])
+        values.append(self.second(values[1]))
+        return [values[0], values[3]]

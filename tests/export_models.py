@@ -26,6 +26,22 @@ class Block(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Mixed(nn.Module):
+    """float16 convolutions, BatchNorm of every kind in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3).half()
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 1).half()
+        self.bn2 = nn.BatchNorm2d(4, affine=False)
+        self.bn3 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.bn3(self.bn2(self.conv2(x)) + self.bn2(x))
+
+
 def randomize(model: Any, seed: int = 0) -> Any:
     """Running statistics and affine parameters that are neither zero nor one."""
     generator = torch.Generator().manual_seed(seed)

@@ -27,9 +27,13 @@ class Block(nn.Module):
 
 
 class ResidualNet(nn.Module):
-    """Stem, two residual blocks and a head with a BatchNorm1d: seven sites."""
+    """Stem, two residual blocks and a head with a BatchNorm1d: seven sites.
+
+    The projection of the second block does not depend on its other sites and shares a collective.
+    """
 
     NUM_SITES = 7
+    NUM_ROUNDS = 6
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()

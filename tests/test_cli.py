@@ -73,7 +73,9 @@ def test_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "bnrewrite.demo.network:DigitsNet", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["sites"]) == 7
-    assert report["collectives_forward"] == 7
+    assert report["num_communicating"] == 7
+    # In both blocks the projection does not depend on the other sites.
+    assert report["collectives_forward"] == 5
 
 
 def test_report_of_a_model_without_batch_norm_says_what_was_looked_for(

@@ -226,7 +226,7 @@ def test_a_model_that_was_compiled_before_the_group_synchronises_after(
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
-def _visible(rank: int, world_size: int) -> list[list[str]]:
+def _visible(rank: int = 0, world_size: int = 1) -> list[list[str]]:
     """Names of the ops in the forward and the backward graph of a compiled model."""
     graphs: list[list[str]] = []
 
@@ -262,6 +262,15 @@ def test_phases_and_collectives_are_visible_in_compiled_graphs(ranks: RankPool) 
                 assert len(calls) == 2, (name, graph)
             assert sum("all_reduce" in name for name in graph) == 2
             assert sum("wait_tensor" in name for name in graph) == 2
+
+
+def test_a_site_that_shares_with_nobody_is_one_op_each_way() -> None:
+    for graph, name in zip(
+        _visible(), ("batch_norm_local", "batch_norm_local_backward"), strict=True
+    ):
+        ours = [n for n in graph if n.startswith("bnrewrite.")]
+        assert ours == [f"bnrewrite.{name}.default"] * 2
+        assert not any("all_reduce" in n for n in graph)
 
 
 def test_a_residual_network_compiles_with_inductor() -> None:

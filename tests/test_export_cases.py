@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import bnrewrite
 from bnrewrite import ExportReport, export_onnx
-from tests.export_models import Block, initializers, operators, random_image, randomize
+from tests.export_models import Block, Mixed, initializers, operators, random_image, randomize
 
 
 class Shared(nn.Module):
@@ -222,6 +222,27 @@ def test_bfloat16_from_opset_22_on():
         assert report.num_folded == fold
 
 
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("opset", [15, 18, 22])
+def test_every_batch_normalization_has_one_type(opset, fold):
+    """Runtimes other than onnxruntime refuse a float16 input with float32 parameters."""
+    model = randomize(Mixed())
+    report = export_onnx(model, (IMAGE.half(),), fold=fold, opset_version=opset)
+    assert report.model is not None
+    assert (report.num_batch_norm, report.num_batch_stats) == (1 if fold else 3, 1)
+    graph = onnx.shape_inference.infer_shapes(report.model).graph
+    types = {one.name: one.data_type for one in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    nodes = [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert len(nodes) == report.num_batch_norm
+    for node in nodes:
+        assert {types[name] for name in (*node.input, *node.output)} == {onnx.TensorProto.FLOAT}
+    found, state = initializers(report.model), model.state_dict()
+    for key in ("bn2.running_mean", "bn2.running_var", *([] if fold else ["bn1.weight"])):
+        assert torch.equal(found[key], state[key])
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_dynamic_batch_and_space_have_the_names_given(size):
     model = randomize(layers(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
@@ -279,6 +300,32 @@ def test_external_data_lies_beside_the_model(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert (tmp_path / "m.onnx").stat().st_size < (tmp_path / "m.onnx.data").stat().st_size / 10
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+
+
+def test_weights_of_a_replaced_model_go_with_it(tmp_path):
+    path, weights = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    model = randomize(Block())
+    export_onnx(model, (IMAGE,), path, external_data=True)
+    before = weights.read_bytes()
+    with pytest.raises(bnrewrite.ExportError, match="differs from the model"):
+        export_onnx(model, (IMAGE,), path, rtol=0.0, atol=0.0)
+    assert weights.read_bytes() == before
+    onnx.checker.check_model(str(path), full_check=True)
+    export_onnx(model, (IMAGE,), path)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize("model", [None, b"no model", "an ONNX model that holds its weights"])
+def test_a_file_that_the_replaced_model_does_not_name_stays(model, tmp_path):
+    path, other = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    if isinstance(model, bytes):
+        path.write_bytes(model)
+    elif model is not None:
+        export_onnx(Block(), (IMAGE,), path)
+    other.write_bytes(b"precious")
+    export_onnx(Block(), (IMAGE,), path)
+    assert other.read_bytes() == b"precious"
 
 
 def test_a_link_is_followed(tmp_path):

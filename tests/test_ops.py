@@ -2,17 +2,19 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm_local import BATCH_NORM_LOCAL, BATCH_NORM_LOCAL_BACKWARD
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
@@ -23,6 +25,19 @@ SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)
 LONG = [(2, 3, 5500), (3, 5, 63, 37), (2, 4, 13, 17, 21)]
 """Shapes whose rows are long enough for the kernel that sums along rows."""
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=["alone", "in a group of one"])
+def group(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Group argument of the op: without one it is one op each way, with one phases."""
+    if request.param == "alone":
+        yield ""
+        return
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    default = dist.group.WORLD
+    assert default is not None
+    yield default.group_name
+    dist.destroy_process_group()
 
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -74,6 +89,22 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         "normalize_backward without weight": (
             NORMALIZE_BACKWARD,
             (t["grad"], t["x"], t["stats"], t["totals"], None, t["sums"]),
+        ),
+        "batch_norm_local": (
+            BATCH_NORM_LOCAL,
+            (t["x"], t["weight"], t["bias"], EPS, *running, 0.1),
+        ),
+        "batch_norm_local without anything optional": (
+            BATCH_NORM_LOCAL,
+            (t["x"], None, None, EPS, None, None, None, None),
+        ),
+        "batch_norm_local_backward": (
+            BATCH_NORM_LOCAL_BACKWARD,
+            (t["grad"], t["x"], *t["stats"].clone().unbind(), t["weight"]),
+        ),
+        "batch_norm_local_backward without weight": (
+            BATCH_NORM_LOCAL_BACKWARD,
+            (t["grad"], t["x"], *t["stats"].clone().unbind(), None),
         ),
     }
 
@@ -173,13 +204,15 @@ class TestDerivatives:
     @pytest.mark.parametrize("shape", [(4, 2), (3, 3, 4), (2, 1, 2, 3), (2, 2, 1, 2, 3)], ids=str)
     @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "neither"])
     @pytest.mark.parametrize("order", [1, 2])
-    def test_gradcheck_of_batch_norm(self, shape: tuple[int, ...], affine: str, order: int) -> None:
+    def test_gradcheck_of_batch_norm(
+        self, shape: tuple[int, ...], affine: str, order: int, group: str
+    ) -> None:
         t = _tensors(shape)
         weight = t["weight"].requires_grad_() if "weight" in affine else None
         bias = t["bias"].requires_grad_() if "bias" in affine else None
 
         def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return BATCH_NORM(x, weight, bias, None, None, None, True, True, 0.1, EPS, "")
+            return BATCH_NORM(x, weight, bias, None, None, None, True, True, 0.1, EPS, group)
 
         check = gradcheck if order == 1 else gradgradcheck
         inputs: Any = (t["x"].requires_grad_(), weight, bias)
@@ -197,12 +230,14 @@ class TestDerivatives:
         assert gradgradcheck(function, args)
 
     @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)), ids=str)
-    def test_only_gradients_that_are_asked_for(self, frozen: tuple[bool, bool, bool]) -> None:
+    def test_only_gradients_that_are_asked_for(
+        self, frozen: tuple[bool, bool, bool], group: str
+    ) -> None:
         t = _tensors((4, 3, 5))
         args = [t[name] for name in ("x", "weight", "bias")]
         for arg, is_frozen in zip(args, frozen, strict=True):
             arg.requires_grad_(not is_frozen)
-        y = BATCH_NORM(*args, None, None, None, True, True, 0.1, EPS, "")
+        y = BATCH_NORM(*args, None, None, None, True, True, 0.1, EPS, group)
         assert y.requires_grad == (not all(frozen))
         if y.requires_grad:
             y.backward(t["grad"])
@@ -228,14 +263,19 @@ class TestDerivatives:
 
 
 def _evaluate(
-    x: Tensor, grad: Tensor, parameters: list[Tensor | None], running: list[Tensor], ours: bool
+    x: Tensor,
+    grad: Tensor,
+    parameters: list[Tensor | None],
+    running: list[Tensor],
+    *,
+    group: str | None = None,
 ) -> list[Tensor]:
-    """y, dx, dweight, dbias, running_mean, running_var in training."""
+    """y, dx, dweight, dbias, running_mean, running_var in training; torch's own with no group."""
     x = x.detach().requires_grad_()
     parameters = [None if p is None else p.detach().clone().requires_grad_() for p in parameters]
     running = [tensor.clone() for tensor in running]
-    if ours:
-        y = BATCH_NORM(x, *parameters, *running, True, True, 0.3, EPS, "")
+    if group is not None:
+        y = BATCH_NORM(x, *parameters, *running, True, True, 0.3, EPS, group)
     else:
         weight, bias = parameters
         y = F.batch_norm(x, running[0], running[1], weight, bias, True, 0.3, EPS)
@@ -245,7 +285,7 @@ def _evaluate(
 
 
 def _assert_as_precise_as_torch(
-    x: Tensor, grad: Tensor, parameters: list[Tensor | None], running: list[Tensor]
+    x: Tensor, grad: Tensor, parameters: list[Tensor | None], running: list[Tensor], group: str
 ) -> None:
     """Errors against float64 are at most twice those of torch's own kernels in the same dtype.
 
@@ -259,10 +299,9 @@ def _assert_as_precise_as_torch(
         grad.double(),
         [None if p is None else p.double() for p in parameters],
         [t.double() if t.is_floating_point() else t for t in running],
-        ours=False,
     )
-    ours = _evaluate(x, grad, parameters, running, ours=True)
-    theirs = _evaluate(x, grad, parameters, running, ours=False)
+    ours = _evaluate(x, grad, parameters, running, group=group)
+    theirs = _evaluate(x, grad, parameters, running)
     dims = reference.reduced_dims(x)
     mean, var = x.double().mean(dims), x.double().var(dims, correction=0)
     largest_grad = grad.double().abs().max().item()
@@ -295,36 +334,42 @@ class TestNumbers:
 
     @pytest.mark.parametrize("shape", SHAPES + LONG, ids=str)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-    def test_every_shape_and_dtype(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def test_every_shape_and_dtype(
+        self, shape: tuple[int, ...], dtype: torch.dtype, group: str
+    ) -> None:
         t = _tensors(shape, dtype)
         acc = reference.accumulate_dtype(dtype)
         _assert_as_precise_as_torch(
-            t["x"], t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc)
+            t["x"], t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc), group
         )
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("affine", ["weight and bias", "weight", "neither"])
     @pytest.mark.parametrize("shape", [(3, 5, 63, 37), (2, 3, 4)], ids=str)
     def test_without_weight_or_bias(
-        self, affine: str, dtype: torch.dtype, shape: tuple[int, ...]
+        self, affine: str, dtype: torch.dtype, shape: tuple[int, ...], group: str
     ) -> None:
         t = _tensors(shape, dtype)
         acc = reference.accumulate_dtype(dtype)
         weight = t["weight"] if "weight" in affine else None
         bias = t["bias"] if "bias" in affine else None
-        _assert_as_precise_as_torch(t["x"], t["grad"], [weight, bias], _running(shape[1], acc))
+        _assert_as_precise_as_torch(
+            t["x"], t["grad"], [weight, bias], _running(shape[1], acc), group
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_parameters_and_statistics_of_half_precision(self, dtype: torch.dtype) -> None:
+    def test_parameters_and_statistics_of_half_precision(
+        self, dtype: torch.dtype, group: str
+    ) -> None:
         t = _tensors((4, 3, 7, 9), dtype)
         parameters: list[Tensor | None] = [t["weight"].to(dtype), t["bias"].to(dtype)]
-        _assert_as_precise_as_torch(t["x"], t["grad"], parameters, _running(3, dtype))
+        _assert_as_precise_as_torch(t["x"], t["grad"], parameters, _running(3, dtype), group)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 7), (3, 5, 63, 37)], ids=str)
     @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
     def test_a_mean_of_ten_thousand_deviations_loses_no_more_digits_than_torch(
-        self, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+        self, dtype: torch.dtype, shape: tuple[int, ...], layout: str, group: str
     ) -> None:
         t = _tensors(shape, dtype)
         x = t["x"] + 2e4
@@ -332,35 +377,37 @@ class TestNumbers:
             x = x.contiguous(memory_format=torch.channels_last)
             t["grad"] = t["grad"].contiguous(memory_format=torch.channels_last)
         acc = reference.accumulate_dtype(dtype)
-        _assert_as_precise_as_torch(x, t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc))
+        _assert_as_precise_as_torch(
+            x, t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc), group
+        )
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 3, 63, 63)], ids=str)
     def test_a_bad_value_spoils_its_channel_and_no_other(
-        self, value: float, shape: tuple[int, ...]
+        self, value: float, shape: tuple[int, ...], group: str
     ) -> None:
         t = _tensors(shape, torch.float32)
-        clean = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, "")
+        clean = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, group)
         t["x"][1, 1, 2] = value
-        y = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, "")
+        y = BATCH_NORM(t["x"], *[None] * 5, True, True, 0.1, EPS, group)
         expected = F.batch_norm(t["x"], None, None, training=True, eps=EPS)
         assert torch.equal(y.isnan(), expected.isnan())
         torch.testing.assert_close(y[:, ::2], clean[:, ::2], rtol=0, atol=0)
 
-    def test_a_constant_channel_gives_the_bias(self) -> None:
+    def test_a_constant_channel_gives_the_bias(self, group: str) -> None:
         x = torch.full((4, 2, 5), 123.456)
         bias = torch.tensor([1.0, -2.0])
-        y = BATCH_NORM(x, torch.ones(2), bias, None, None, None, True, True, 0.1, EPS, "")
+        y = BATCH_NORM(x, torch.ones(2), bias, None, None, None, True, True, 0.1, EPS, group)
         expected = F.batch_norm(x, None, None, torch.ones(2), bias, True, 0.1, EPS)
         # 123.456 in float32 has steps of 8e-6, which rstd = 1 / sqrt(eps) magnifies by 32.
         torch.testing.assert_close(y, expected, rtol=0, atol=5e-4)
 
-    def test_an_empty_batch_changes_nothing(self) -> None:
+    def test_an_empty_batch_changes_nothing(self, group: str) -> None:
         running = _running(3, torch.float32)
         before = [tensor.clone() for tensor in running]
         x = torch.empty(0, 3, 4, 5, requires_grad=True)
         weight = torch.ones(3, requires_grad=True)
-        y = BATCH_NORM(x, weight, torch.zeros(3), *running, True, True, 0.1, EPS, "")
+        y = BATCH_NORM(x, weight, torch.zeros(3), *running, True, True, 0.1, EPS, group)
         assert y.shape == x.shape
         y.sum().backward()
         assert torch.equal(weight.grad, torch.zeros(3))  # pyright: ignore[reportArgumentType]
@@ -395,7 +442,7 @@ class TestLayouts:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 5, 63, 37)], ids=str)
     def test_strides_do_not_change_results(
-        self, layout: str, layout_grad: str, shape: tuple[int, ...]
+        self, layout: str, layout_grad: str, shape: tuple[int, ...], group: str
     ) -> None:
         t = _tensors(shape)
         parameters: list[Tensor | None] = [t["weight"], t["bias"]]
@@ -406,10 +453,10 @@ class TestLayouts:
         else:
             strided = _layouts(grad)[layout_grad]
         running = _running(shape[1])
-        expected = _evaluate(t["x"], grad, parameters, running, ours=False)
+        expected = _evaluate(t["x"], grad, parameters, running)
         x = _layouts(t["x"])[layout]
         assert torch.equal(x, t["x"])
-        results = _evaluate(x, strided, parameters, running, ours=True)
+        results = _evaluate(x, strided, parameters, running, group=group)
         for result, true in zip(results, expected, strict=True):
             torch.testing.assert_close(result, true, rtol=1e-10, atol=1e-10)
 
@@ -417,12 +464,12 @@ class TestLayouts:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_memory_format_and_dtype_are_those_of_torch(
-        self, layout: str, dtype: torch.dtype, training: bool
+        self, layout: str, dtype: torch.dtype, training: bool, group: str
     ) -> None:
         x = _layouts(torch.randn(2, 3, 4, 5).to(dtype))[layout].detach().requires_grad_()
         acc = reference.accumulate_dtype(dtype)
         running = _running(3, acc)
-        y = BATCH_NORM(x, None, None, *running, training, True, 0.1, EPS, "")
+        y = BATCH_NORM(x, None, None, *running, training, True, 0.1, EPS, group)
         expected = F.batch_norm(x, running[0], running[1], None, None, training, 0.1, EPS)
         assert y.dtype == dtype
         assert y.stride() == expected.stride()
@@ -430,20 +477,20 @@ class TestLayouts:
         assert x.grad is not None
         assert x.grad.dtype == dtype
 
-    def test_channels_last_3d(self) -> None:
+    def test_channels_last_3d(self, group: str) -> None:
         t = _tensors((2, 3, 4, 5, 6), torch.float32)
         x = t["x"].contiguous(memory_format=torch.channels_last_3d)
-        y = BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, "")
+        y = BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, group)
         assert y.is_contiguous(memory_format=torch.channels_last_3d)
         _assert_as_precise_as_torch(
-            x, t["grad"], [t["weight"], t["bias"]], _running(3, torch.float32)
+            x, t["grad"], [t["weight"], t["bias"]], _running(3, torch.float32), group
         )
 
-    def test_input_is_left_alone(self) -> None:
+    def test_input_is_left_alone(self, group: str) -> None:
         for layout in LAYOUTS:
             x = _layouts(torch.randn(2, 3, 4, 5))[layout]
             before = x.clone()
-            BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, "")
+            BATCH_NORM(x, *[None] * 5, True, True, 0.1, EPS, group)
             assert torch.equal(x, before)
 
 
@@ -456,7 +503,13 @@ class TestRunningStatistics:
     @pytest.mark.parametrize("buffers", [True, False], ids=["buffers", "no buffers"])
     @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
     def test_every_combination_is_that_of_the_module(
-        self, momentum: float | None, track: bool, training: bool, buffers: bool, affine: bool
+        self,
+        momentum: float | None,
+        track: bool,
+        training: bool,
+        buffers: bool,
+        affine: bool,
+        group: str,
     ) -> None:
         bn = torch.nn.BatchNorm1d(3, EPS, momentum, affine, buffers, dtype=torch.float64)
         bn.train(training).track_running_stats = track
@@ -466,7 +519,7 @@ class TestRunningStatistics:
             x = torch.randn(5, 3, 4, dtype=torch.float64) + 1
             y = BATCH_NORM(
                 x, same.weight, same.bias, same.running_mean, same.running_var,
-                same.num_batches_tracked, training, track, momentum, EPS, "",
+                same.num_batches_tracked, training, track, momentum, EPS, group,
             )  # fmt: skip
             torch.testing.assert_close(y, bn(x), rtol=1e-12, atol=1e-12)
         for mine, its in zip(same.buffers(), bn.buffers(), strict=True):
@@ -476,14 +529,14 @@ class TestRunningStatistics:
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("momentum", [0.25, None])
     def test_statistics_may_have_another_precision(
-        self, dtype: torch.dtype, running_dtype: torch.dtype, momentum: float | None
+        self, dtype: torch.dtype, running_dtype: torch.dtype, momentum: float | None, group: str
     ) -> None:
         x = torch.randn(4, 3, 5).to(dtype)
         mean, var, count = _running(3, running_dtype)
         factor = 0.25  # momentum, or the average of the fourth batch
         expected_mean = mean.double().lerp(x.double().mean((0, 2)), factor)
         expected_var = var.double().lerp(x.double().var((0, 2)), factor)
-        BATCH_NORM(x, None, None, mean, var, count, True, True, momentum, EPS, "")
+        BATCH_NORM(x, None, None, mean, var, count, True, True, momentum, EPS, group)
         assert mean.dtype == running_dtype
         # The buffer rounds once; the batch statistics are those of float32 at worst.
         tolerance = max(torch.finfo(running_dtype).eps, 1e-6)

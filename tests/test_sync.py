@@ -322,7 +322,7 @@ def test_sub_groups_share_their_own_statistics(ranks: RankPool, kind: str) -> No
                 "output": output.detach()[rows],
                 "gradient": x.grad[rows],
                 "buffers": dict(model.named_buffers()),
-                "collectives": 2 * ResidualNet.NUM_SITES,
+                "collectives": 2 * ResidualNet.NUM_ROUNDS,
                 "names": 1,
             }
             _close(results[rank], expected, f"rank {rank}")
@@ -436,6 +436,7 @@ def _collectives(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
     counts = {}
     for name in MODELS:
         counts[name] = _count(bnrewrite.convert(MODELS[name]()), x)
+    counts["not shared"] = _count(bnrewrite.convert(_residual_net(), passes=()), x)
     model = bnrewrite.convert(_residual_net())
     counts["input without gradient"] = _count(model, x.detach())
     counts["eval"] = _count(model.eval(), x)
@@ -455,19 +456,20 @@ def _collectives(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def test_one_collective_forward_and_one_backward_per_site(ranks: RankPool) -> None:
+def test_one_collective_forward_and_one_backward_per_round(ranks: RankPool) -> None:
     expected = {
-        "residual": (7, 7),
-        "momentum None": (7, 7),
-        "one layer evaluates": (6, 6),
-        "frozen weights": (7, 7),
+        "residual": (6, 6),
+        "momentum None": (6, 6),
+        "one layer evaluates": (5, 5),
+        "frozen weights": (6, 6),
         "no running statistics": (2, 2),
         "subclasses and F.batch_norm": (3, 3),
-        "input without gradient": (7, 7),
+        "not shared": (7, 7),
+        "input without gradient": (6, 6),
         "eval": (0, 0),
         "eval, 2d layers train": (6, 6),
         "eval without running statistics": (0, 0),
-        "no_grad": (7, 0),
+        "no_grad": (6, 0),
         "local": (0, 0),
         "frozen": (0, 0),
         "layer1": (2, 2),
@@ -491,7 +493,6 @@ def test_a_group_of_one_rank_communicates_nothing(ranks: RankPool) -> None:
 
 
 def _counted_by_torch(rank: int, world_size: int) -> dict[Any, int]:
-    # CommDebugMode installs global module hooks, so this is the floor and not the graph.
     model = bnrewrite.convert(_residual_net())
     with CommDebugMode() as comm, torch.no_grad():
         model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
@@ -499,7 +500,7 @@ def _counted_by_torch(rank: int, world_size: int) -> dict[Any, int]:
 
 
 def test_collectives_are_functional_all_reduces_that_torch_counts(ranks: RankPool) -> None:
-    expected = {"c10d_functional.all_reduce": ResidualNet.NUM_SITES}
+    expected = {"c10d_functional.all_reduce": ResidualNet.NUM_ROUNDS}
     assert ranks.run(_counted_by_torch, 2) == [expected] * 2
 
 
@@ -512,7 +513,7 @@ def _reported(rank: int, world_size: int) -> list[tuple[int, int, int]]:
 
 
 def test_report_counts_the_collectives_of_a_step(ranks: RankPool) -> None:
-    expected = [(n, n, 2) for n in (7, 7, 7, 7, 2, 3)]
+    expected = [(n, n, 2) for n in (6, 6, 6, 6, 2, 3)]
     assert ranks.run(_reported, 2) == [expected] * 2
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import has_hooks
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -27,6 +30,8 @@ class Assumptions:
         lengths: modules whose children were enumerated, with how many there were.
         containers: lists, sets and dicts that were read, with copies from before the trace.
         reads_training: whether any ``training`` flag was read.
+        classes: modules whose forwards became part of the graph, by path, with their classes.
+        layers: modules whose results were taken for tensors, by path, with their classes.
     """
 
     constants: dict[Place, Any] = dataclasses.field(default_factory=dict)
@@ -36,6 +41,8 @@ class Assumptions:
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
     containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     reads_training: bool = False
+    classes: dict[str, type] = dataclasses.field(default_factory=dict)
+    layers: dict[str, type] = dataclasses.field(default_factory=dict)
 
     def note(self, path: str, module: nn.Module, name: str, value: Any) -> None:
         """Notes that the traced code read the attribute ``name`` of ``module``."""
@@ -61,7 +68,18 @@ class Assumptions:
                 (self.absent if members[name] is None else self.present).add((path, name))
 
     def hold(self, owner: nn.Module) -> bool:
-        """Whether the graph still does what the forward of the owner would do."""
+        """Whether the graph still does what the forward of the owner would do.
+
+        Raises:
+            AttributeError: a module that the trace has seen is gone.
+        """
+        for path, cls in self.classes.items():
+            module = below(owner, path)
+            if original_class(module) is not cls or has_hooks(module):
+                return False
+        for path, cls in self.layers.items():
+            if original_class(below(owner, path)) is not cls:
+                return False
         for (path, name), before in self.constants.items():
             values = below(owner, path).__dict__
             if name not in values or not _same(values[name], before):
@@ -99,9 +117,14 @@ class Assumptions:
 
 
 def below(module: Any, path: str) -> Any:
-    """The submodule at ``path``; "" is the module itself."""
+    """The submodule at ``path``; "" is the module itself.
+
+    Raises:
+        AttributeError: there is none.
+    """
     for name in path.split(".") if path else ():
-        module = getattr(module, name)
+        child = module._modules.get(name)
+        module = getattr(module, name) if child is None else child
     return module
 
 

@@ -54,6 +54,28 @@ def more_candidates(
                 yield name, modules[name]
 
 
+def sharing_candidates(model: nn.Module, owners: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules of ``model`` by qualified name, no owners, that call children which communicate.
+
+    Only these can have such children run side by side. Sequences run theirs one after the other.
+    """
+    communicating: set[str] = set()
+    for name, module in model.named_modules():
+        if is_site(module) and site_state(module).mode.communicates:
+            while name:
+                name = name.rpartition(".")[0]
+                communicating.add(name)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name in communicating
+        and name not in owners
+        and not is_site(module)
+        and has_forward(module)
+        and original_class(module).forward is not nn.Sequential.forward
+    }
+
+
 def has_forward(module: nn.Module) -> bool:
     """Whether the class of ``module`` defines a forward at all."""
     return original_class(module).forward is not nn.Module.forward

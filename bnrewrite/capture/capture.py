@@ -1,18 +1,20 @@
 """Capturing one module: trace its forward, run the passes, make the graph callable."""
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.tracer import OwnerTracer, Refused, required_arguments
 from bnrewrite.modes import ModeTable
-from bnrewrite.passes import run_passes
-from bnrewrite.passes.base import OwnerGraph, PassReport
+from bnrewrite.passes import run_optimising, run_required
+from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.replace_batch_norm import functional_name
 from bnrewrite.sites.classes import converted_class, original_class
 from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
@@ -20,12 +22,23 @@ from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an owner was captured, in plain values, so that a loaded model can be captured again."""
+    """How an owner was captured, in plain values, so that a loaded model can be captured again.
+
+    Attributes:
+        name: qualified name of the owner.
+        modes: which mode each site gets.
+        group: name of the process group of communicating sites.
+        keep: patterns of modules that must stay callable units.
+        passes: names of the optimising passes to run.
+        untraced: names of modules with sites that could not be traced by themselves.
+    """
 
     name: str
     modes: ModeTable
     group: str
+    keep: tuple[str, ...]
     passes: tuple[str, ...]
+    untraced: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,36 +91,56 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
 
 def _capture(module: nn.Module, recipe: Recipe) -> Capture:
     flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
-    converted = type(module)
-    module.__class__ = _without_owner(module)
     try:
-        train, reports = _capture_one(module, recipe, flags, training=True)
-        if not any(report.rewritten for report in reports.values()):
+        train, reports = _trace(module, recipe, flags, training=True)
+        owns_site = any(report.rewritten for report in reports.values())
+        optimised, more = _optimise(module, recipe, flags, train)
+        reports |= more
+        if not owns_site and optimised is train:
             return Capture(None, None, reports)
         eval = train
         if train.assumptions.reads_training:
-            eval, _ = _capture_one(module, recipe, flags, training=False)
+            eval, _ = _trace(module, recipe, flags, training=False)
+            train.finish(module)
+            eval.finish(module)
             if eval.code == train.code and eval.assumptions == train.assumptions:
                 eval = train
+        for one in (optimised, eval):
+            if one.function is None:
+                one.finish(module)
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
     finally:
         for child, training in flags.items():
             child.__dict__["training"] = training
-        module.__class__ = converted
-    return Capture(train, eval, reports)
+    return Capture(optimised, eval, reports)
 
 
-def _capture_one(
-    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], *, training: bool
+def _trace(
+    module: nn.Module,
+    recipe: Recipe,
+    flags: dict[nn.Module, bool],
+    *,
+    training: bool,
+    through: Collection[str] = (),
 ) -> tuple[Captured, dict[str, PassReport]]:
+    """The graph of ``module``'s forward with its BatchNorm calls replaced."""
+    tracer = OwnerTracer(through)
     for child in flags:
         child.__dict__["training"] = training
-    tracer = OwnerTracer()
-    graph = tracer.trace(module)
+    traced = [module, *map(module.get_submodule, through)]
+    classes = [type(one) for one in traced]
+    for one in traced:
+        one.__class__ = _without_owner(one)
+    try:
+        graph = tracer.trace(module)
+    finally:
+        for one, cls in zip(traced, classes, strict=True):
+            one.__class__ = cls
     forward = original_class(module).forward
     captured = Captured(
         graph=graph,
+        training=training,
         arguments=required_arguments(forward),
         defaults={
             parameter.name: parameter.default
@@ -121,12 +154,56 @@ def _capture_one(
         ],
         assumptions=tracer.assumptions,
     )
-    target = OwnerGraph(recipe.name, module, graph, training, recipe.modes, recipe.group)
-    reports = run_passes(target, recipe.passes)
-    # The graph for evaluation serves an owner even if it has no site itself.
-    if not training or any(report.rewritten for report in reports.values()):
-        captured.finish(module)
-    return captured, reports
+    return captured, run_required(_target(module, recipe, captured))
+
+
+def _target(module: nn.Module, recipe: Recipe, captured: Captured) -> OwnerGraph:
+    return OwnerGraph(
+        recipe.name,
+        module,
+        captured.graph,
+        captured.training,
+        recipe.modes,
+        recipe.group,
+        recipe.keep,
+        recipe.untraced,
+    )
+
+
+def _optimise(
+    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], plain: Captured
+) -> tuple[Captured, dict[str, PassReport]]:
+    """What the optimising passes make of a training graph; the graph itself if they gain nothing.
+
+    Without a gain nothing is inlined either.
+    """
+    latest = plain
+
+    def retrace(through: set[str]) -> tuple[fx.Graph, set[str]] | None:
+        nonlocal latest
+        while through:
+            try:
+                latest, _ = _trace(module, recipe, flags, training=True, through=through)
+            except Refused as refused:
+                lost = {path for path in through if f"{path}.".startswith(f"{refused.scope}.")}
+                if not lost:
+                    return None
+                through = through - lost
+            else:
+                return latest.graph, through
+        return None
+
+    target = _target(module, recipe, dataclasses.replace(plain, graph=copy.deepcopy(plain.graph)))
+    target.retrace = retrace
+    reports = run_optimising(target, recipe.passes)
+    gains = [name for name, report in reports.items() if name != "inline_children"]
+    if not any(reports[name].rewritten for name in gains):
+        if "inline_children" in reports:
+            reports["inline_children"].rewritten.clear()
+        return plain, reports
+    assumptions = copy.copy(latest.assumptions)
+    assumptions.constants = {**assumptions.constants, **target.flags}
+    return dataclasses.replace(latest, graph=target.graph, assumptions=assumptions), reports
 
 
 def _without_owner(module: nn.Module) -> type:
@@ -138,15 +215,26 @@ def _without_owner(module: nn.Module) -> type:
 
 def _structure(module: nn.Module, recipe: Recipe) -> Any:
     """What must be equal for two modules to share a graph, besides what their traces read."""
+    first: dict[int, int] = {}
+    inside = tuple(
+        (path, original_class(child), first.setdefault(id(child), len(first)), has_hooks(child))
+        for path, child in module.named_modules(remove_duplicate=False)
+    )
     sites = [
-        (path, original_class(child), state.mode, state.group, has_hooks(child))
+        (path, state.mode, state.group, first.setdefault(id(child.running_mean), len(first)))
         for path, child in module.named_modules(remove_duplicate=False)
         if is_site(child) and (state := site_state(child))
     ]
     functional = tuple(
         recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
     )
-    return original_class(module), tuple(_children(module, "")), tuple(sites), functional
+    marked = tuple(
+        (path, name in recipe.untraced)
+        for path, _ in module.named_modules()
+        if (name := joined(recipe.name, path)) in recipe.untraced
+        or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
+    )
+    return inside, tuple(sites), functional, marked
 
 
 _FUNCTIONAL = 8
@@ -154,21 +242,14 @@ _FUNCTIONAL = 8
 that tell the ninth from the eighth rarer."""
 
 
-def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, type | None]]:
-    for name, child in module._modules.items():
-        yield prefix + name, None if child is None else original_class(child)
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            yield from _children(child, f"{prefix}{name}.")
-
-
 def _renamed(earlier: Capture, module: nn.Module, recipe: Recipe) -> Capture:
-    def name_of(name: str, path: str | None) -> str:
+    def name_of(name: str, path: str | None, owner: str) -> str:
         if path is not None:
-            return site_state(module.get_submodule(path)).name
+            child = module.get_submodule(path)
+            return site_state(child).name if is_site(child) else joined(recipe.name, path)
         if is_site(module):
             return site_state(module).name
-        local = name.rpartition(".")[2]
-        return f"{recipe.name}.{local}" if recipe.name else local
+        return joined(recipe.name, name.removeprefix(f"{owner}."))
 
     reports = {
         name: report.renamed(recipe.name, name_of) for name, report in earlier.reports.items()

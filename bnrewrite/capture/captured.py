@@ -1,14 +1,14 @@
 """A captured graph: how it is called, when it stands for the forward, and the code it became."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions, below
-from bnrewrite.sites.floor import has_hooks, is_site
+from bnrewrite.collectives import active_group
+from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
 @dataclasses.dataclass
@@ -17,6 +17,7 @@ class Captured:
 
     Attributes:
         graph: the graph; its attributes are those of the owner.
+        training: the mode in which the owner was traced.
         arguments: names of the required arguments, in order.
         defaults: optional arguments and the values they must keep.
         tensor_arguments: positions of the arguments that must be tensors.
@@ -26,6 +27,7 @@ class Captured:
     """
 
     graph: fx.Graph
+    training: bool
     arguments: list[str]
     defaults: dict[str, Any]
     tensor_arguments: list[int]
@@ -33,6 +35,11 @@ class Captured:
     sites: list[str] = dataclasses.field(default_factory=list)
     code: str = ""
     function: Callable[..., Any] | None = None
+
+    @property
+    def inlined(self) -> Collection[str]:
+        """Paths of the modules whose forwards are part of the graph."""
+        return self.assumptions.classes.keys()
 
     def finish(self, owner: nn.Module) -> None:
         """Makes the function from the rewritten graph, as ``fx.GraphModule`` does."""
@@ -47,6 +54,19 @@ class Captured:
         self.sites = sorted(
             path for path in prefixes - calls if path and is_site(owner.get_submodule(path))
         )
+
+    def order(self) -> tuple[tuple[str, ...], int]:
+        """Our ops with the paths of their sites, in order; how many functional ones communicate."""
+        found, functional = [], 0
+        for node in self.graph.nodes:
+            if getattr(node.target, "namespace", "") != "bnrewrite":
+                continue
+            sources = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
+            paths = dict.fromkeys(name.rpartition(".")[0] for name in sources if "." in name)
+            found.append(f"{node.target._opname}({', '.join(paths)})")
+            groups = [arg for arg in node.all_input_nodes if arg.target is active_group]
+            functional += not paths and bool(groups)
+        return tuple(found), functional
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The required arguments in order, or None if the call has another form."""
@@ -71,7 +91,7 @@ class Captured:
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all that was baked in is still as it was, and no site has grown a hook."""
-        if torch.nn.modules.module._has_any_global_hook():
+        if has_global_hooks():
             return False
         try:
             if not self.assumptions.hold(owner):

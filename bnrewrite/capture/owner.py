@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from bnrewrite.agreement import Line
 from bnrewrite.capture.capture import Capture, Recipe, capture
 from bnrewrite.capture.captured import Captured
+from bnrewrite.collectives import NO_GROUP
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.modes import Frozen
+from bnrewrite.passes.replace_batch_norm import functional_name
+from bnrewrite.passes.rounds import Communication, communication
 from bnrewrite.sites.classes import Converted, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
@@ -18,6 +22,7 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
+from bnrewrite.sites.schedule import EVERY_GROUP, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_owner"
 
@@ -40,6 +45,17 @@ class OwnerState:
         """Whether training and evaluation need graphs of their own."""
         return self.train is not self.eval
 
+    def lines(self, training: bool, *, is_site: bool) -> list[tuple[str, Line]]:
+        """What the ranks of a group must have in common about this owner."""
+        name = f"the graph of {self.recipe.name or 'the model itself'}"
+        order, functional = self.train.order()
+        lines = [(EVERY_GROUP if training else NO_GROUP, (name, "; ".join(order)))]
+        group = self.recipe.group if training and functional else NO_GROUP
+        site = functional_name(self.recipe.name, 0)
+        if functional and not is_site:
+            lines.append((group, (site, f"{functional} call(s) of F.batch_norm")))
+        return lines
+
     def __deepcopy__(self, memo: dict) -> "OwnerState":
         return self
 
@@ -58,6 +74,7 @@ class OwnerForward(Converted):
     """``forward`` of an owner."""
 
     _bnrewrite_owner: OwnerState | None
+    _bnrewrite_schedule: Schedule
 
     @property
     def _bnrewrite_number(self) -> int:
@@ -67,12 +84,28 @@ class OwnerForward(Converted):
             return site_state(module).number
         return self._bnrewrite_owner.number  # pyright: ignore[reportOptionalMemberAccess]
 
+    def _bnrewrite_lines(self) -> list[tuple[str, Line]]:
+        """What the ranks of a group must have in common about this owner, and site if it is one."""
+        module: Any = self
+        own = super()._bnrewrite_lines() if is_site(module) else []  # pyright: ignore
+        state = self._bnrewrite_owner
+        if state is None:
+            return own
+        return own + state.lines(module.training, is_site=is_site(module))
+
+    def _bnrewrite_equal_buffers(self, group: str) -> list[Tensor]:
+        """Buffers that are equal on all ranks; those of functional calls may be anything."""
+        module: Any = self
+        return super()._bnrewrite_equal_buffers(group) if is_site(module) else []  # pyright: ignore
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured graph where it stands for this call, else the original forward."""
         module: Any = self
         state = self._bnrewrite_owner
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)
         training = module.training and not frozen
+        if training:
+            self._bnrewrite_schedule.before_collectives()
         if state is not None:
             captured = state.train if training else state.eval
             values = captured.bind(args, kwargs)
@@ -109,11 +142,12 @@ def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     return OwnerState(recipe, captured.train, captured.eval)
 
 
-def attach_owner(module: nn.Module, state: OwnerState | None) -> None:
+def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
     """Turns a module into an owner, in place; None leaves it on the floor with interception."""
     module.__dict__[_STATE] = state
     recipe = floor_recipe(module) if is_site(module) else (None,)
     change_class(module, (OwnerForward, *recipe))
+    schedule.enter(module)
 
 
 def is_owner(module: nn.Module) -> bool:
@@ -126,12 +160,32 @@ def owner_state(module: nn.Module) -> OwnerState | None:
     return module.__dict__[_STATE]
 
 
+def communication_of(module: nn.Module) -> Communication:
+    """What ``module`` communicates in a training step, with the graphs that it runs."""
+    state = owner_state(module) if is_owner(module) else None
+    total = Communication()
+    if state is not None:
+        for node in state.train.graph.nodes:
+            total = total.plus(
+                communication(node, lambda path: communication_of(module.get_submodule(path)))
+            )
+    elif is_site(module):
+        mode = site_state(module).mode
+        if mode.communicates:
+            total = Communication(1, int(mode.communicates_backward), 1)
+    else:
+        for child in module.children():
+            total = total.plus(communication_of(child))
+    return total
+
+
 def detach_owner(module: nn.Module) -> None:
     """Exact inverse of :func:`attach_owner`."""
     del module.__dict__[_STATE]
     if is_site(module):
         change_class(module, floor_recipe(module))
     else:
+        del module.__dict__[SCHEDULE]
         restore_class(module)
 
 

@@ -13,7 +13,7 @@ import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -25,15 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.sites.classes import original_class
 
 
 class Refused(BnRewriteError):  # noqa: N818
     """A forward that a captured graph would change; the message says why and where.
 
-    ``assumptions`` is what the trace had read when it ended.
+    ``assumptions`` is what the trace had read when it ended, ``scope`` the path of the module whose
+    forward was at fault.
     """
 
     assumptions: Assumptions | None = None
+    scope: str = ""
 
 
 class _Proxy(fx.Proxy):
@@ -41,14 +44,20 @@ class _Proxy(fx.Proxy):
 
 
 class OwnerTracer(fx.Tracer):
-    """Traces the forward of one module; every child is a leaf.
+    """Traces the forward of one module; children are leaves, but for those to trace through.
 
     After :meth:`trace`, ``assumptions`` is what it took for granted, and ``tensor_arguments`` are
-    the arguments that were asked whether they are tensors.
+    the arguments that were asked whether they are tensors. Nodes have the path of the module whose
+    forward made them as ``meta["scope"]``.
+
+    Args:
+        through: paths of children whose forwards become part of the graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through: Collection[str] = ()) -> None:
         super().__init__(param_shapes_constant=False)
+        self._through = through
+        self._scopes = [""]
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
         self.tensor_arguments: set[str] = set()
@@ -59,6 +68,7 @@ class OwnerTracer(fx.Tracer):
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
         if self.refusal is None:
             self.refusal = Refused(f"{reason}{_where()}")
+            self.refusal.scope = self._scopes[-1]
         raise self.refusal
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -77,6 +87,7 @@ class OwnerTracer(fx.Tracer):
                 where = _where_of(error, forward)
                 text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
                 self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{where}")
+                self.refusal.scope = self._scopes[-1]
             self.assumptions.restore_containers()
             self.refusal.assumptions = self.assumptions
             raise self.refusal from error
@@ -90,8 +101,8 @@ class OwnerTracer(fx.Tracer):
     # What fx.Tracer asks of its subclasses
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child stays a call."""
-        return True
+        """Children stay calls, but for those to trace through."""
+        return module_qualified_name not in self._through
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that takes notes."""
@@ -119,6 +130,7 @@ class OwnerTracer(fx.Tracer):
             if now != before:
                 self.refuse(f"enters {name}")
         node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = self._scopes[-1]
         # fx can record whole stacks, which costs more than the trace; one line is what is read.
         frame = _user_frame() if node.op in ("call_module", "call_function") else None
         if frame is not None:
@@ -129,15 +141,29 @@ class OwnerTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Refuses tensors that fx would make constants of."""
+        """Refuses tensors that fx would make constants of, and containers that it would change."""
         if type(a) is Tensor:
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
+        if (
+            isinstance(a, (dict, list, tuple))
+            and type(a) not in _CONTAINERS
+            and not hasattr(a, "_fields")
+        ):
+            self.refuse(f"makes a {type(a).__name__}, which a graph would turn into a plain one")
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """A leaf call; what fx reads of the module on the way is not the forward's doing."""
+        """A call; what fx reads of the module on the way is not the forward's doing."""
         with self._paused():
-            return super().call_module(m, forward, args, kwargs)
+            path = self.path_of_module(m)
+            if path not in self._through:
+                return super().call_module(m, forward, args, kwargs)
+        self.assumptions.classes[path] = original_class(m)
+        self._scopes.append(path)
+        result = forward(*args, **kwargs)
+        # After an error the innermost scope is what it is about, so there is no "finally".
+        self._scopes.pop()
+        return result
 
     # Watching the traced code
 
@@ -211,10 +237,37 @@ class OwnerTracer(fx.Tracer):
 
     def _passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
         """The answer to ``isinstance``: arguments are taken for tensors until a call differs."""
-        if proxy.node.op != "placeholder":
+        if proxy.node.op == "placeholder":
+            self.tensor_arguments.add(proxy.node.name)
+        elif not self._is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
-        self.tensor_arguments.add(proxy.node.name)
         return issubclass(Tensor, classes)
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        """Whether ``node`` calls a layer of torch's that makes a tensor."""
+        if node.op != "call_module":
+            return False
+        path = str(node.target)
+        layer = self.root.get_submodule(path)  # pyright: ignore
+        while original_class(layer) is nn.Sequential and len(layer):  # pyright: ignore
+            self.assumptions.layers[path] = nn.Sequential
+            name, layer = list(layer.named_children())[-1]
+            path = f"{path}.{name}"
+        self.assumptions.layers[path] = cls = original_class(layer)
+        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
+
+
+_CONTAINERS = (
+    dict, list, tuple, torch.Size, fx.immutable_collections.immutable_dict,
+    fx.immutable_collections.immutable_list,
+)  # fmt: skip
+
+_LAYERS = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh,
+    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample,
+)  # fmt: skip
+"""Layers that make a tensor of whatever they accept."""
 
 
 class _RefuseEffects(TorchDispatchMode):

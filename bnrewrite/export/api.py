@@ -69,7 +69,8 @@ def export_onnx(
         ExportError: the model cannot be exported, or the result failed a check.
         ImportError: onnx or onnxscript is not installed.
 
-    A failed call leaves an existing file as it was.
+    A failed call leaves an existing file as it was. A successful one replaces it, with the file of
+    weights beside it that it names.
     """
     check_model(model)
     target = arguments.check_path(path)

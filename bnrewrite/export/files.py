@@ -1,15 +1,20 @@
 """The file appears when everything passed: a temporary folder beside it, then a rename."""
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
+from onnx import external_data_helper
 
 from bnrewrite.errors import ExportError
+
+log = logging.getLogger(__name__)
 
 PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes that a protobuf message can hold, less room for the graph itself."""
@@ -20,7 +25,8 @@ def staged(target: Path | None) -> Iterator[Path]:
     """A path to write a model to; what lies there at the end takes the place of ``target``.
 
     The folder of the path is on the same file system, so the replacement is one rename per file.
-    If the block raises, ``target`` stays as it was and nothing is left behind.
+    If the block raises, ``target`` stays as it was and nothing is left behind. Weights that the
+    model at ``target`` kept beside it go with it.
     """
     parent = None if target is None else target.parent
     folder = Path(tempfile.mkdtemp(prefix=".bnrewrite-export-", dir=parent))
@@ -28,11 +34,34 @@ def staged(target: Path | None) -> Iterator[Path]:
     try:
         yield folder / name
         if target is not None:
+            replaced = _weights_beside(target)
             # The weights first: a model must never name a file that is not there yet.
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == name):
+            paths = sorted(folder.iterdir(), key=lambda path: path.name == name)
+            for path in paths:
                 os.replace(path, target.parent / path.name)
+            if replaced is not None and replaced.name not in [path.name for path in paths]:
+                replaced.unlink()
+                log.info("removed %s, the weights of the replaced model", replaced.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _weights_beside(target: Path) -> Path | None:
+    """The file with the weights of the model that lies at ``target``, as :func:`write` names it.
+
+    None unless that model says so itself: another file of this name is not ours to remove.
+    """
+    weights = target.parent / data_name(target)
+    if not weights.is_file() or not target.is_file():
+        return None
+    try:
+        model = onnx.load(target, load_external_data=False)
+    except Exception as error:
+        log.debug("%s is no ONNX model: %s", target, error)
+        return None
+    outside = filter(external_data_helper.uses_external_data, model.graph.initializer)
+    places = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
+    return weights if weights.name in places else None
 
 
 def uses_external_data(model: ir.Model, wanted: bool | None) -> bool:

@@ -59,7 +59,11 @@ def _fold(graph: ir.Graph, node: ir.Node) -> str | None:
     dtype = _array(weight).dtype
     # What overflows or divides by zero shows as an infinity or NaN, and is checked.
     with np.errstate(all="ignore"):
-        new_weight = (_array(weight).astype(np.float64) * scales).astype(dtype)
+        # In place: weights may take gigabytes.
+        wide = _array(weight).astype(np.float64)
+        wide *= scales
+        new_weight = wide.astype(dtype)
+        del wide
         old_bias = 0.0 if bias is None else _array(bias).astype(np.float64)
         new_bias = (scale * old_bias + shift).astype(dtype)
     if not _is_finite(new_weight) or not _is_finite(new_bias):
@@ -75,7 +79,7 @@ def _array(value: ir.Value) -> np.ndarray:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array.astype(np.float64)).all())
+    return bool(np.isfinite(array).all())
 
 
 def _affine(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:

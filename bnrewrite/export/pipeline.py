@@ -15,6 +15,7 @@ from bnrewrite.export.cleanup import clean
 from bnrewrite.export.dynamic import Axes
 from bnrewrite.export.evaluate import Outputs, evaluate
 from bnrewrite.export.fold import fold_batch_norms
+from bnrewrite.export.mixed import widen_batch_norms
 from bnrewrite.export.plain import plain_copy
 from bnrewrite.export.report import ExportReport, TensorReport
 from bnrewrite.export.second import second_example
@@ -77,6 +78,7 @@ def run(job: Job, target: Path | None) -> ExportReport:
     clean(model, named, fold_weights=job.fold)
     num_folded = fold_batch_norms(model) if job.fold else 0
     names.name_batch_norms(model, named)
+    widen_batch_norms(model, named)
     names.name_inputs(model, job.inputs)
     names.name_outputs(model, job.outputs)
     names.name_axes(model, job.inputs, job.axes)

@@ -35,7 +35,7 @@ def moments(x: Tensor) -> Tensor:
     num_channels = x.size(1)
     if x.numel() == 0:
         return torch.zeros(2 * num_channels + 1, dtype=torch.float64)
-    if _has_long_rows(x):
+    if has_long_rows(x):
         mean, var = _moments_by_rows(x.flatten(2))
     else:
         # ATen insists on running statistics; with momentum 1 it only writes them.
@@ -120,7 +120,7 @@ def normalize_backward(
         return torch.empty_like(x)
     mean = stats[0]
     scale, mean_grad, slope = channels.backward_table(stats, totals, weight, sums).unbind()
-    one, unused = _ones(x.size(1), scale.dtype), _ones(0, scale.dtype)
+    one, unused = ones(x.size(1), scale.dtype), ones(0, scale.dtype)
     if x.numel() <= _SMALL and x.dtype == stats.dtype:
         dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
         centred = x - reference.per_channel(mean, x)
@@ -157,8 +157,8 @@ def _apply_wide(
     """:func:`normalize_backward` into ``dx`` where all have the dtype of the statistics."""
     zero, one, unused = (
         torch.zeros_like(scale),
-        _ones(scale.numel(), scale.dtype),
-        _ones(0, x.dtype),
+        ones(scale.numel(), scale.dtype),
+        ones(0, x.dtype),
     )
     offset = torch.mul(slope, mean).addcmul_(scale, mean_grad, value=-1)
     vectorise = _channels_vectorise(x)
@@ -196,12 +196,12 @@ def _channels_vectorise(x: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _ones(size: int, dtype: torch.dtype) -> Tensor:
+def ones(size: int, dtype: torch.dtype) -> Tensor:
     """Constant ones; they are only read."""
     return torch.ones(size, dtype=dtype)
 
 
-def _has_long_rows(x: Tensor) -> bool:
+def has_long_rows(x: Tensor) -> bool:
     """Whether sums along rows beat ATen's per-channel loops, which are scalar for this layout."""
     return (
         x.dim() > 2

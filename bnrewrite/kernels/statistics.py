@@ -60,8 +60,8 @@ def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bo
     if isinstance(factor, float) and running_mean.dtype == running_var.dtype == table.dtype:
         torch._foreach_lerp_((running_mean, running_var), (mean, unbiased), factor)
     else:
-        _lerp(running_mean, mean, factor)
-        _lerp(running_var, unbiased, factor)
+        lerp(running_mean, mean, factor)
+        lerp(running_var, unbiased, factor)
 
 
 def _factor(
@@ -74,7 +74,8 @@ def _factor(
     return num_batches_tracked.clamp_min(1).to(acc).reciprocal_()
 
 
-def _lerp(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
+def lerp(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
+    """Moves ``running`` towards ``batch`` in place, whatever the dtypes of the two."""
     if running.dtype == batch.dtype:
         running.lerp_(batch, factor)
         return

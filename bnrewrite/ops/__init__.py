@@ -6,9 +6,16 @@ of the collectives between them, all visible to a compiler:
     forward    moments -> all-reduce -> normalize
     backward   normalize_backward_reduce -> all-reduce -> normalize_backward
 
+``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
+their collectives.
+
+On the CPU an evaluation that shares its statistics with nobody is ``batch_norm_local`` and
+``batch_norm_local_backward`` instead, which join the phases of a direction.
+
 ``shuffle_batch_norm`` is the same for statistics that ranks borrow from each other, with a send in
 place of the all-reduce.
 """
 
 from bnrewrite.ops import batch_norm as batch_norm
+from bnrewrite.ops import shared_batch_norm as shared_batch_norm
 from bnrewrite.ops import shuffle_batch_norm as shuffle_batch_norm

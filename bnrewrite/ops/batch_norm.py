@@ -7,16 +7,12 @@ that the package docstring lists, with the autograd of this file around them.
 import torch
 from torch import Tensor
 
-from bnrewrite import reference
 from bnrewrite.collectives import NO_GROUP, all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.normalize import NORMALIZE
-from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
-from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
 
 LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -64,110 +60,30 @@ def _batch_norm(
 
     Reference: Ioffe and Szegedy 2015 (https://arxiv.org/abs/1502.03167).
     """
-    _check(input, (weight, bias, running_mean, running_var))
+    site = Site(
+        input, weight, bias, running_mean, running_var, num_batches_tracked,
+        training, track_running_stats, momentum, eps,
+    )  # fmt: skip
+    site.check()
     if not training and running_mean is not None:
         return torch.ops.aten.batch_norm.default(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
-    if not (training and track_running_stats):
-        running_mean = running_var = num_batches_tracked = None
     if group == NO_GROUP and input.numel() == input.size(1):
         raise UnsupportedBatchNorm(
             f"expected more than 1 value per channel when training, got input size "
             f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
-            (weight, bias, running_mean, running_var),
+            site.per_channel,
         )
-    return _BatchNorm.apply(
-        input.contiguous(memory_format=_memory_format(input)),
-        weight,
-        bias,
-        eps,
-        (running_mean, running_var, num_batches_tracked, momentum),
-        group,
-    )
+    x = dense(input)
+    if group == NO_GROUP and x.is_cpu:
+        return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
+    with below_autograd():
+        totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
+    return normalize_sites([site], [x], totals, group)[0]
 
 
 LIBRARY.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
 
 BATCH_NORM = torch.ops.bnrewrite.batch_norm.default
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Statistics, collective, normalisation; the gradient is that of the global batch."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, running, group):
-        with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group)
-            y, stats = NORMALIZE(x, totals, weight, bias, eps, *running)
-        ctx.save_for_backward(x, weight, stats, totals)
-        ctx.eps = eps
-        ctx.group = group
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, stats, totals = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_memory_format(x))
-        if torch.is_grad_enabled():
-            # create_graph: the statistics depend on x too, and every phase is differentiable.
-            totals = all_reduce_sum(MOMENTS(x), ctx.group)
-            stats = reference.statistics(totals, ctx.eps, stats.dtype)
-            return _backward(ctx, grad, x, weight, stats, totals)
-        with below_autograd():
-            return _backward(ctx, grad, x, weight, stats, totals)
-
-
-def _backward(ctx, grad, x, weight, stats, totals):
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
-    # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-    grad_bias, grad_weight = sums.chunk(2)
-    grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-    grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
-    grad_x = None
-    if needs_x:
-        sums = all_reduce_sum(sums, ctx.group)
-        grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
-    return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last if ``x`` is laid out so, else contiguous."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
-
-
-def _check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
-    if input.dim() < 2:
-        raise UnsupportedBatchNorm(
-            f"expected an input of shape (N, C, *), got {input.dim()} dimension(s): "
-            f"{tuple(input.shape)}. Add the missing dimension with unsqueeze().",
-            per_channel,
-        )
-    if input.dtype not in _FLOATS:
-        raise UnsupportedBatchNorm(
-            f"expected a floating-point input, got {input.dtype}. Convert it with .float().",
-            per_channel,
-        )
-    shape = input.shape[1:2]
-    for index, tensor in enumerate(per_channel):
-        if tensor is not None and tensor.shape != shape:
-            name = ("weight", "bias", "running_mean", "running_var")[index]
-            raise UnsupportedBatchNorm(
-                f"{name} has shape {tuple(tensor.shape)} but the input has {shape[0]} "
-                f"channels: {tuple(input.shape)}. Check the layer that feeds it.",
-                per_channel,
-            )
-    if (per_channel[2] is None) != (per_channel[3] is None):
-        raise UnsupportedBatchNorm(
-            "running_mean and running_var must be given together, or neither of them.",
-            per_channel,
-        )

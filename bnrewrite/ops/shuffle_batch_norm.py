@@ -19,13 +19,14 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 from bnrewrite import reference
 from bnrewrite.collectives import NO_GROUP, all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
-from bnrewrite.ops.batch_norm import BATCH_NORM, _check, _memory_format
+from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
 from bnrewrite.ops.shuffle_backward import SHUFFLE_BACKWARD
 from bnrewrite.ops.shuffle_peers import SHUFFLE_PEERS
+from bnrewrite.ops.sites import check, dense, memory_format
 from bnrewrite.ops.update_running import UPDATE_RUNNING
 
 LIBRARY.define(
@@ -111,7 +112,7 @@ def _shuffle_batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training,
             track_running_stats, momentum, eps, NO_GROUP,
         )  # fmt: skip
-    _check(input, (weight, bias, running_mean, running_var))
+    check(input, (weight, bias, running_mean, running_var))
     if not track_running_stats:
         running_mean = running_var = num_batches_tracked = None
     if input.numel() == input.size(1):
@@ -139,7 +140,7 @@ def _shuffle_batch_norm(
         seed=seed,
     )
     return _ShuffleBatchNorm.apply(
-        input.contiguous(memory_format=_memory_format(input)),
+        dense(input),
         weight,
         bias,
         eps,
@@ -192,7 +193,7 @@ class _ShuffleBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, stats, own, alone, peers = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_memory_format(x))
+        grad = grad.contiguous(memory_format=memory_format(x))
         if not torch.is_grad_enabled():
             with below_autograd():
                 return _backward(ctx, grad, x, weight, stats, own, alone, peers)

@@ -8,13 +8,16 @@ import logging
 import time
 
 from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
+from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.passes.overlap_collectives import overlap_collectives
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.passes.share_collectives import share_collectives
 from bnrewrite.settings import disabled_passes, dump_directory
 
 log = logging.getLogger(__name__)
 
 REQUIRED: tuple[Pass, ...] = (replace_batch_norm,)
-OPTIMISING: tuple[Pass, ...] = ()
+OPTIMISING: tuple[Pass, ...] = (inline_children, share_collectives, overlap_collectives)
 
 
 def optimising_names(names: object) -> tuple[str, ...]:
@@ -44,14 +47,22 @@ def optimising_names(names: object) -> tuple[str, ...]:
     return tuple(name for name in known if name in names and name not in disabled)
 
 
-def run_passes(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassReport]:
-    """Runs the required passes and the named ones on one graph, in order."""
-    reports: dict[str, PassReport] = {}
+def run_required(target: OwnerGraph) -> dict[str, PassReport]:
+    """Runs what conversion means on one graph."""
     _dump(target, 0, "captured")
-    for one in (*REQUIRED, *OPTIMISING):
+    return _run(target, REQUIRED, 1)
+
+
+def run_optimising(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassReport]:
+    """Runs the named passes on one graph, in order, after the required ones."""
+    passes = tuple(one for one in OPTIMISING if one.__name__ in names)
+    return _run(target, passes, 1 + len(REQUIRED))
+
+
+def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, PassReport]:
+    reports: dict[str, PassReport] = {}
+    for one in passes:
         name = one.__name__
-        if one in OPTIMISING and name not in names:
-            continue
         start = time.perf_counter()
         report = reports[name] = PassReport()
         one(target, report)
@@ -65,7 +76,8 @@ def run_passes(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassRepo
             len(report.skipped),
             1e3 * (time.perf_counter() - start),
         )
-        _dump(target, len(reports), name)
+        _dump(target, index, name)
+        index += 1
     return reports
 
 

@@ -15,31 +15,32 @@ UNMATCHED = "no pattern of mode matches it"
 class Skip:
     """Something a pass left as it was: which, why, and where in the user's code.
 
-    ``path`` leads from the owner to the BatchNorm module that ``name`` names, where there is one.
+    ``path`` leads from ``owner`` to the module that ``name`` names, where there is one.
     """
 
     name: str
     reason: str
     where: str | None = None
     path: str | None = None
+    owner: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """A site that a pass rewrote.
+    """A site that a pass rewrote, or another module.
 
     Attributes:
-        name: qualified name of the site.
+        name: qualified name.
         owner: qualified name of the module whose graph contains it; "" is the root.
-        path: attribute path of the BatchNorm module below the owner; None for a functional call.
-        mode: the mode of the site.
+        path: attribute path of the module below the owner; None for a functional call.
+        mode: the mode of the site; None if it is another module than a site.
         where: file and line of the call, where known.
     """
 
     name: str
     owner: str
     path: str | None
-    mode: Mode
+    mode: Mode | None
     where: str | None
 
 
@@ -50,19 +51,22 @@ class PassReport:
     rewritten: list[Rewrite] = dataclasses.field(default_factory=list)
     skipped: list[Skip] = dataclasses.field(default_factory=list)
 
-    def renamed(self, owner: str, name_of: Callable[[str, str | None], str]) -> "PassReport":
+    def renamed(self, owner: str, name_of: Callable[[str, str | None, str], str]) -> "PassReport":
         """The same report about another owner with the same graph.
 
         Args:
             owner: qualified name of the other owner.
-            name_of: the name of a site there, from its name and path here.
+            name_of: the name of a site there, from its name, its path and its owner here.
         """
         return PassReport(
             [
-                dataclasses.replace(one, name=name_of(one.name, one.path), owner=owner)
+                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
                 for one in self.rewritten
             ],
-            [dataclasses.replace(one, name=name_of(one.name, one.path)) for one in self.skipped],
+            [
+                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
+                for one in self.skipped
+            ],
         )
 
 
@@ -77,6 +81,12 @@ class OwnerGraph:
         training: the mode in which the owner was traced.
         modes: which mode each site gets.
         group: name of the process group of communicating sites.
+        keep: patterns of modules that must stay callable units.
+        untraced: names of modules with sites that could not be traced by themselves.
+        retrace: traces the owner again, and through the children at some paths, and gives the new
+            graph with its BatchNorm calls replaced; None if the owner cannot be traced so. It
+            returns the paths that it went through.
+        flags: attributes that a pass relied on, by path and name, with their values.
     """
 
     name: str
@@ -85,6 +95,23 @@ class OwnerGraph:
     training: bool
     modes: ModeTable
     group: str
+    keep: tuple[str, ...] = ()
+    untraced: tuple[str, ...] = ()
+    retrace: Callable[[set[str]], tuple[fx.Graph, set[str]] | None] | None = None
+    flags: dict[tuple[str, str], object] = dataclasses.field(default_factory=dict)
+
+    def skip(self, name: str, reason: str, node: fx.Node | None, path: str | None) -> Skip:
+        """What a pass reports of something that it leaves; ``node`` and ``path`` say where."""
+        return Skip(name, reason, None if node is None else where(node), path, self.name)
+
+    def qualified(self, path: str) -> str:
+        """The qualified name of the module at ``path`` below the owner."""
+        return joined(self.name, path)
+
+
+def joined(*names: str) -> str:
+    """A qualified name of parts, of which some may be empty."""
+    return ".".join(filter(None, names))
 
 
 Pass = Callable[[OwnerGraph, PassReport], None]

@@ -10,6 +10,7 @@ depend on no argument of the forward standardises weights; it is no site and sta
 """
 
 import operator
+from collections import Counter
 from typing import Any
 
 from torch import fx
@@ -36,17 +37,19 @@ from bnrewrite.sites.floor import (
 
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     """Replaces the BatchNorm calls of one owner's graph."""
-    num_functional = 0
+    num_functional: Counter[str] = Counter()
     for node in _candidates(target):
+        scope = node.meta.get("scope", "")
+        home = target.owner.get_submodule(scope)
         if node.op == "call_module":
             match = _match_module(target, node)
-        elif is_site(target.owner):
-            path = "" if node.target is own_batch_norm else None
-            state = site_state(target.owner)
-            match = _Site(target.name, path, state.mode, state.group)
+        elif is_site(home):
+            path = scope if node.target is own_batch_norm else None
+            state = site_state(home)
+            match = _Site(state.name, path, state.mode, state.group, scope)
         else:
-            match = _match_functional(target, node, num_functional)
-            num_functional += 1
+            match = _match_functional(target, node, scope, num_functional[scope])
+            num_functional[scope] += 1
         if isinstance(match, Skip):
             report.skipped.append(match)
             continue
@@ -61,23 +64,27 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
         new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)
         target.graph.erase_node(node)
-        report.rewritten.append(
-            Rewrite(match.name, target.name, match.path, match.mode, where(new))
-        )
+        site = Rewrite(match.name, target.name, match.path, match.mode, where(new))
+        new.meta["site"] = site
+        report.rewritten.append(site)
 
 
 class _Site:
     """A call to rewrite: ``path`` leads to its BatchNorm module, None for a functional call.
 
     ``group`` is that of the site, which a ``torch.nn.SyncBatchNorm`` may have brought along;
-    ``index`` counts the functional calls of an owner.
+    ``scope`` leads to the module whose forward makes the call, and ``index`` counts the functional
+    calls there.
     """
 
-    def __init__(self, name: str, path: str | None, mode: Mode, group: str, index: int = 0) -> None:
+    def __init__(
+        self, name: str, path: str | None, mode: Mode, group: str, scope: str = "", index: int = 0
+    ) -> None:
         self.name = name
         self.path = path
         self.mode = mode
         self.group = group
+        self.scope = scope
         self.index = index
 
 
@@ -112,25 +119,25 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     state = site_state(module)
     if is_uninitialised(module):
         reason = "it is lazy: a call until the model is converted after its first batch"
-        return Skip(state.name, reason, where(node), path)
+        return target.skip(state.name, reason, node, path)
     if has_hooks(module):
-        return Skip(state.name, "it has hooks, which only a call runs", where(node), path)
+        return target.skip(state.name, "it has hooks, which only a call runs", node, path)
     if len(node.args) + len(node.kwargs) != 1:
-        return Skip(state.name, "it is called with more than one argument", where(node), path)
+        return target.skip(state.name, "it is called with more than one argument", node, path)
     return _Site(state.name, path, state.mode, state.group)
 
 
-def _match_functional(target: OwnerGraph, node: fx.Node, index: int) -> _Site | Skip:
-    name = functional_name(target.name, index)
+def _match_functional(target: OwnerGraph, node: fx.Node, scope: str, index: int) -> _Site | Skip:
+    name = functional_name(target.qualified(scope), index)
     mode = target.modes.find(name)
     if mode is None:
-        return Skip(name, UNMATCHED, where(node))
+        return target.skip(name, UNMATCHED, node, None)
     if (
         isinstance(mode, Frozen)
         and functional_arguments(node.target, node.args, node.kwargs)[1] is None
     ):
-        return Skip(name, "it has no running statistics that could be frozen", where(node))
-    return _Site(name, None, mode, target.group, index)
+        return target.skip(name, "it has no running statistics that could be frozen", node, None)
+    return _Site(name, None, mode, target.group, scope, index)
 
 
 def functional_name(owner: str, index: int) -> str:
@@ -182,7 +189,8 @@ def _shuffle_arguments(
     else:
         place = graph.call_function(place_in, (group,))
         if mode.schedule == "random":
-            prefix = f"{site.path}." if site.path else ""
+            path = site.scope if site.path is None else site.path
+            prefix = f"{path}." if path else ""
             number = graph.get_attr(f"{prefix}_bnrewrite_number")
             if site.index:
                 number = graph.call_function(operator.add, (number, site.index))

@@ -9,12 +9,28 @@ from typing import Any
 from torch import nn
 
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.sites.schedule import SCHEDULE, schedule_of
 
 
 class Converted:
     """First base of every class that conversion puts on a module."""
 
     _bnrewrite_original: type[nn.Module]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            attributes = self.__dict__
+            schedule = attributes.get(SCHEDULE)
+            if schedule is not None and attributes.get("training") is not value:
+                schedule.change()
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore
+        module: Any = self
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.enter(module)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so copies and pickles name the original and the mixins.

@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from bnrewrite.agreement import Line
 from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
-from bnrewrite.modes import Frozen, Mode
+from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
+from bnrewrite.naming import remember
 from bnrewrite.sites.classes import (
     Converted,
     change_class,
@@ -24,6 +26,7 @@ from bnrewrite.sites.classes import (
     restore_class,
 )
 from bnrewrite.sites.evaluate import evaluate, site_number
+from bnrewrite.sites.schedule import SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_site"
 
@@ -73,10 +76,37 @@ class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
     _bnrewrite_site: SiteState
+    _bnrewrite_schedule: Schedule
 
     @property
     def _bnrewrite_number(self) -> int:
         return self._bnrewrite_site.number
+
+    def _bnrewrite_lines(self) -> list[tuple[str, Line]]:
+        """What the ranks of a group must have in common about this site."""
+        module: Any = self
+        state = self._bnrewrite_site
+        name = state.name or "the model itself"
+        if state.group == NO_GROUP:
+            return [(NO_GROUP, (name, f"{state.mode}, which communicates nothing"))]
+        if not module.training:
+            return [(NO_GROUP, (name, "it evaluates (training=False) and communicates nothing"))]
+        weight = module.weight
+        gradient = "" if weight is None or weight.requires_grad else ", its weight frozen"
+        return [(state.group, (name, f"{state.mode}, {module.num_features} channels{gradient}"))]
+
+    def _bnrewrite_equal_buffers(self, group: str) -> list[Tensor]:
+        """Buffers that are equal on all ranks of ``group``, since all update them alike."""
+        module: Any = self
+        state = self._bnrewrite_site
+        follows_all = isinstance(state.mode, Sync) or (
+            isinstance(state.mode, Shuffle) and state.mode.running == "group"
+        )
+        # The own forward of a subclass may update them by itself.
+        if not follows_all or has_own_forward(module) or active_group(state.group, True) != group:
+            return []
+        buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
+        return [buffer for buffer in buffers if buffer is not None]
 
     def _check_input_dim(self, input: Tensor) -> None:
         # While a subclass that checks its input is traced, there are no dimensions to check.
@@ -93,6 +123,8 @@ class SiteForward(Converted):
         state = self._bnrewrite_site
         module._check_input_dim(input)
         training = module.training and not isinstance(state.mode, Frozen)
+        if training:
+            self._bnrewrite_schedule.before_collectives()
         try:
             return evaluate(
                 state.mode,
@@ -215,7 +247,7 @@ def site_state(module: nn.Module) -> SiteState:
     return module.__dict__[_STATE]
 
 
-def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
+def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule: Schedule) -> None:
     """Turns a BatchNorm module into a site, in place."""
     sync_group = None
     if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
@@ -233,6 +265,8 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str) -> None:
         become = module.cls_to_become
         module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
+    schedule.enter(module)
+    remember(module, name)
 
 
 def is_uninitialised(module: nn.Module) -> bool:
@@ -245,6 +279,7 @@ def revert_site(module: nn.Module) -> None:
     state = site_state(module)
     restore_class(module)
     del module.__dict__[_STATE]
+    del module.__dict__[SCHEDULE]
     module.__dict__.pop("cls_to_become", None)
     if state.sync_group is None:
         return
@@ -262,10 +297,38 @@ def revert_site(module: nn.Module) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        (module._forward_hooks and _act(module._forward_hooks))
+        or (module._forward_pre_hooks and _act(module._forward_pre_hooks))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or torch.nn.modules.module._has_any_global_hook()
+        or module.__dict__.get("_compiled_call_impl") is not None
+        or has_global_hooks()
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does more than its forward."""
+    return bool(torch.nn.modules.module._has_any_global_hook()) and any(
+        _act(getattr(torch.nn.modules.module, name))
+        for name in (
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+        )
+    )
+
+
+def _act(hooks: dict[int, Any]) -> bool:
+    """Whether any of ``hooks`` may do something: torch's own trackers of modules only watch."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(_WATCHERS) for hook in hooks.values()
+    )
+
+
+_WATCHERS = (
+    "torch.distributed._tools.",
+    "torch.distributed.tensor.debug.",
+    "torch.utils.module_tracker",
+)

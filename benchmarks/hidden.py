@@ -1,0 +1,136 @@
+"""Running graphs of AOTAutograd node by node with a clock: what hides a collective, and how much."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from bnrewrite.compiler import HideCollectives, split_convolution_backward
+
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+
+Span = tuple[fx.Node, float, float]
+"""A node and when it ran, in seconds of ``time.perf_counter``."""
+
+
+class Clock(fx.Interpreter):
+    """Runs a graph and notes when each node ran."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.spans: list[Span] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As ``fx.Interpreter``, with the clock."""
+        start = time.perf_counter()
+        result = super().run_node(n)
+        if n.op == "call_function":
+            self.spans.append((n, start, time.perf_counter()))
+        return result
+
+
+def clocked_backend(clocks: list[Clock], *, scheduled: bool) -> Callable[..., Any]:
+    """A backend of ``torch.compile`` that runs its graphs under clocks: forward, then backward."""
+
+    def compiler(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        if scheduled:
+            HideCollectives()(module.graph)
+        else:
+            split_convolution_backward(module.graph)
+        module.recompile()
+        clock = Clock(module)
+        clocks.append(clock)
+
+        def run(args: list[Any]) -> Any:
+            inputs = list(args)
+            args.clear()
+            clock.spans = []
+            return clock.run(*inputs)
+
+        run._boxed_call = True  # pyright: ignore
+        return run
+
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+
+
+def is_launch(node: fx.Node) -> bool:
+    """Whether ``node`` launches a collective."""
+    return "all_reduce" in str(node.target)
+
+
+def is_weight_gradient(node: fx.Node) -> bool:
+    """Whether ``node`` is the weight half of a convolution's backward."""
+    return node.target is _CONVOLUTION_BACKWARD and not node.args[-1][0]  # pyright: ignore
+
+
+def waits(spans: list[Span]) -> list[float]:
+    """Seconds that each wait for a collective of this graph took, in order."""
+    return [
+        end - start
+        for node, start, end in spans
+        if node.target is _WAIT and is_launch(node.args[0])  # pyright: ignore
+    ]
+
+
+def coverable(spans: list[Span]) -> list[float]:
+    """Seconds of the weight gradients that are ready when each collective is launched.
+
+    ``spans`` are those of the unscheduled graph: a weight gradient can cover the collective that
+    comes after it.
+    """
+    found, pending = [], 0.0
+    for node, start, end in spans:
+        if is_weight_gradient(node):
+            pending += end - start
+        elif is_launch(node):
+            found.append(pending)
+            pending = 0.0
+    return found
+
+
+def hidden_share(
+    model: nn.Module, images: Tensor, labels: Tensor, delay: float, rounds: int
+) -> float:
+    """Share of the latency that weight gradients can cover that they do cover, in backward.
+
+    Args:
+        model: a converted model.
+        images: (N, C, H, W).
+        labels: (N,).
+        delay: seconds that every collective takes.
+        rounds: steps of either schedule; medians of each collective count.
+    """
+    covers = _medians(model, images, labels, rounds, coverable, scheduled=False)
+    exposed = _medians(model, images, labels, rounds, waits, scheduled=True)
+    possible = sum(min(delay, seconds) for seconds in covers)
+    return sum(max(0.0, delay - seconds) for seconds in exposed) / possible
+
+
+def _medians(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    rounds: int,
+    measure: Callable[[list[Span]], list[float]],
+    *,
+    scheduled: bool,
+) -> list[float]:
+    """Medians over steps of what ``measure`` says of each collective of the backward."""
+    clocks: list[Clock] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=clocked_backend(clocks, scheduled=scheduled))
+    found = []
+    for index in range(rounds + 2):
+        _step(compiled, images, labels)
+        if index >= 2:
+            found.append(measure(clocks[1].spans))
+    return [statistics.median(values) for values in zip(*found, strict=True)]
+
+
+def _step(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> None:
+    nn.functional.cross_entropy(model(images), labels).backward()

@@ -1,0 +1,293 @@
+"""Agreement of the ranks of a group about what they communicate, before they do.
+
+Ranks whose collectives differ wait for each other, or mix numbers that have nothing to do with each
+other. So before the first collective of a changed schedule each rank publishes its view in the
+group's store, and the first rank of the group compares them:
+
+    every rank      publishes the digest and the text of its view of round k
+    rank 0          compares the digests and publishes the verdict of round k
+    every rank      reads the verdict: goes on, or raises and shows both texts
+
+A store answers within its time-outs whatever the other ranks do, which no collective does. Only
+plain text travels, and nothing that is read is executed or unpickled.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+import weakref
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any
+
+import torch.distributed as dist
+
+from bnrewrite.errors import PeerError, ScheduleError
+
+Line = tuple[str, str]
+"""Name of a site, or of another thing to agree upon, and what the rank says about it."""
+
+_GRACE_S = 1.5
+"""How long a view with collectives outlives one of the same model without: the rank may be late."""
+
+_LONGEST_TEXT = 300
+"""Characters of one line in an error message; names are what another rank chose to send."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one rank is about to communicate in one group.
+
+    Attributes:
+        model: which model it is about, equal for conversions of one model with other modes.
+        lines: what must be the same on all ranks, in order.
+        others: what need not, to explain a difference.
+        empty: nothing is communicated. Such a view waits for nobody for long, since the ranks may
+            have other things to do.
+    """
+
+    model: str
+    lines: tuple[Line, ...]
+    others: tuple[Line, ...] = ()
+    empty: bool = False
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the lines."""
+        return hashlib.sha256(json.dumps(self.lines).encode()).hexdigest()
+
+    def record(self, *, final: bool) -> bytes:
+        """What the others compare."""
+        return json.dumps([self.digest, self.model, final]).encode()
+
+    def text(self) -> bytes:
+        """What the others read if they differ."""
+        return json.dumps([self.lines, self.others]).encode()
+
+
+class _Group:
+    """This process's place in a group, and how many rounds the group has behind it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        # Weak: a group that is destroyed shall let go of its connections.
+        self._group = weakref.ref(group)
+        self.name = group.group_name
+        self.rank = group.rank()
+        self.size = group.size()
+        self.timeout_s = _timeout_s(group)
+        self.round = 0
+        self.last: View | None = None
+
+    @property
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_process_group_store(self._group())  # pyright: ignore
+
+    def is_of(self, group: dist.ProcessGroup) -> bool:
+        return self._group() is group
+
+    def __str__(self) -> str:
+        return f"{describe_group(self.name)} ({self.size} ranks, this is rank {self.rank})"
+
+    def key(self, what: object) -> str:
+        return f"bnrewrite/{self.round}/{what}"
+
+    def has(self, what: object) -> bool:
+        return self._store.check([self.key(what)])
+
+    def get(self, what: object) -> Any:
+        return json.loads(self._store.get(self.key(what)))
+
+    def set(self, what: object, value: bytes) -> None:
+        # Every backend of store takes text; some bindings take no bytes.
+        self._store.set(self.key(what), value.decode())
+
+    def close_round(self) -> None:
+        """Goes on to the next round; the last rank to leave this one clears it up."""
+        if self._store.add(self.key("done"), 1) == self.size:
+            for rank in range(self.size):
+                self._store.delete_key(self.key(rank))
+                self._store.delete_key(self.key(f"{rank}/text"))
+            for what in ("open", "verdict", "done"):
+                self._store.delete_key(self.key(what))
+        self.round += 1
+
+
+_groups: dict[str, _Group] = {}
+
+
+def _place(name: str) -> _Group:
+    """What is known of the group called ``name``; names return when a world is formed anew."""
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    known = _groups.get(name)
+    if known is None or not known.is_of(group):
+        known = _groups[name] = _Group(group)
+    return known
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    """After how many seconds collectives of ``group`` give up."""
+    backend = group._get_backend(group._device_types[0])
+    options = getattr(backend, "options", None)
+    found = getattr(options, "_timeout", None)
+    return (found or timedelta(minutes=30)).total_seconds()
+
+
+def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bool = False) -> bool:
+    """Compares ``view`` with those of the other ranks of the group called ``name``.
+
+    Args:
+        name: of the group, which has more than one rank.
+        view: of this rank.
+        patience_s: give up after so many seconds, without an error; None for the time-out of the
+            group, after which the ranks that are missing are an error.
+        by_hand: even a view without collectives is final, since the user asks all ranks.
+
+    Returns:
+        Whether all ranks have answered, and the same.
+
+    Raises:
+        ScheduleError: the ranks differ; it is raised on all of them.
+        PeerError: a rank did not answer, or the store is gone.
+    """
+    place = _place(name)
+    try:
+        if place.last is not None and place.has("verdict"):
+            # This rank gave up waiting in the round; the others have ended it since.
+            _conclude(place)
+        place.last = view
+        place.set(f"{place.rank}/text", view.text())
+        place.set(place.rank, view.record(final=by_hand or not view.empty))
+        place.set("open", b"1")
+        return _settle(place, view, patience_s, by_hand=by_hand)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise PeerError(
+            f"the store of {place} does not answer, so the ranks cannot agree "
+            f"on what they communicate; the rank that holds it may have died: {error}"
+        ) from error
+
+
+def join_open_round(name: str) -> None:
+    """Tells ranks that wait for an agreement what this one does meanwhile: wait in a collective.
+
+    Called by a rank whose collective takes suspiciously long. If others have opened a round they
+    have left the schedule that this rank follows, and all of them shall hear of it.
+
+    Raises:
+        ScheduleError: the others follow another schedule.
+    """
+    place = _place(name)
+    try:
+        if place.last is not None and place.has("open") and not place.has(place.rank):
+            agree(name, place.last)
+    except (dist.DistStoreError, dist.DistNetworkError):
+        # The collective will fail by itself, with a better message.
+        return
+
+
+def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: bool) -> bool:
+    wait_s = place.timeout_s if patience_s is None else patience_s
+    start = time.monotonic()
+    pause_s = 0.0005
+    # The first rank hears all others, each of them only the first one.
+    missing = set(range(place.size)) - {place.rank} if place.rank == 0 else {0}
+    while not place.has("verdict"):
+        waited_s = time.monotonic() - start
+        doubtful = False
+        for rank in sorted(missing):
+            if not place.has(rank):
+                continue
+            digest, model, final = place.get(rank)
+            if digest == view.digest:
+                missing.discard(rank)
+            elif (final and (by_hand or not view.empty)) or (
+                # One of the two communicates nothing. About another model that says nothing, about
+                # the same one it is a difference, unless the rank is still on its way here.
+                model == view.model and waited_s > _GRACE_S
+            ):
+                place.set("verdict", json.dumps([rank, place.rank]).encode())
+            else:
+                doubtful = doubtful or model == view.model
+        if place.rank == 0 and not missing:
+            place.set("verdict", b"[]")
+        elif waited_s > (max(wait_s, 2 * _GRACE_S) if doubtful else wait_s):
+            break
+        else:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
+    if place.has("verdict"):
+        return _conclude(place)
+    if patience_s is not None:
+        return False
+    who = f"rank(s) {sorted(missing)}" if missing else "some ranks"
+    raise PeerError(
+        f"{who} of {place} did not come to the agreement about the BatchNorm collectives within "
+        f"{wait_s:.0f} s: they died, stalled, or run something else. Next here: {_first(view)}."
+    )
+
+
+def _conclude(place: _Group) -> bool:
+    verdict = place.get("verdict")
+    if not verdict:
+        place.close_round()
+        return True
+    texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict)}
+    place.round += 1
+    raise ScheduleError(
+        f"the ranks of {place} are about to communicate different things, and would wait for each "
+        f"other for ever. {_difference(texts)} Give all ranks the same model, conversion, flags "
+        "and version of bnrewrite; bnrewrite.check(model) compares them."
+    )
+
+
+def _difference(texts: dict[int, Any]) -> str:
+    """The first line that differs, and what each of two ranks says about its subject."""
+    (one, (mine, _)), (other, (theirs, _)) = texts.items()
+    for a, b in zip_longest(mine, theirs):
+        if a == b:
+            continue
+        # A site that only one of them has explains more than the one that came in its place.
+        subject = (b if a is None or (b and not _has(mine, b[0])) else a)[0]
+        said = [f"rank {rank}: {_said(text, subject)}" for rank, text in texts.items()]
+        return f"First difference: {_short(subject)}. {'; '.join(said)}."
+    return f"Ranks {one} and {other} differ."
+
+
+def _has(lines: Any, name: str) -> bool:
+    return any(line[0] == name for line in lines)
+
+
+def _said(text: Any, subject: str) -> str:
+    for lines in text:
+        for name, said in lines:
+            if name == subject:
+                return _short(said)
+    return "there is none"
+
+
+def _first(view: View) -> str:
+    sites = [f"{name}: {said}" for name, said in view.lines if not name.startswith("the ")]
+    return _short(sites[0]) if sites else "nothing"
+
+
+def _short(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+
+
+def describe_group(name: str) -> str:
+    """How messages call the group called ``name``."""
+    group = default_group()
+    is_default = group is not None and group.group_name == name
+    return "the default process group" if is_default else f"the process group {name!r}"
+
+
+def can_agree(group: dist.ProcessGroup) -> bool:
+    """Whether ``group`` has other ranks to agree with; those of a fake group do not exist."""
+    return group.size() > 1 and dist.get_backend(group) != "fake"
+
+
+def default_group() -> Any:
+    """The default process group of this process, or None."""
+    return dist.distributed_c10d._world._default_pg

@@ -1,0 +1,59 @@
+"""Capturing the modules of a whole model, children before their parents."""
+
+import dataclasses
+
+from torch import nn
+
+from bnrewrite.capture.candidates import sharing_candidates
+from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
+from bnrewrite.capture.owner import attach_owner, owner_state_of
+from bnrewrite.passes.base import joined
+from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.sites.floor import has_own_forward, is_site
+from bnrewrite.sites.schedule import Schedule
+
+
+def capture_from_below(
+    model: nn.Module,
+    owners: dict[str, nn.Module],
+    recipe: Recipe,
+    cache: Cache,
+    schedule: Schedule,
+) -> dict[str, Capture]:
+    """Captures the owners, and the modules whose children may share collectives, children first.
+
+    Args:
+        model: the model; captured modules run their graphs from now on.
+        owners: modules that may own a site, by qualified name.
+        recipe: what to do, but for the names.
+        cache: captures made so far; it is added to.
+        schedule: of the conversion; what is captured enters it.
+
+    Returns:
+        What came of each module by name, in the order of the model's modules.
+    """
+    found: dict[str, Capture] = {}
+    shares = inline_children.__name__ in recipe.passes
+    sharing = sharing_candidates(model, owners) if shares else {}
+    untraced: set[str] = set()
+    for name, module in reversed(list(model.named_modules())):
+        if name not in owners and name not in sharing:
+            continue
+        named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
+        one = found[name] = capture_and_attach(module, named, cache, schedule)
+        if one.train is not None:
+            untraced.difference_update(joined(name, path) for path in one.train.inlined)
+        elif one.refused is not None and name in sharing:
+            untraced.add(name)
+    return dict(reversed(found.items()))
+
+
+def capture_and_attach(
+    module: nn.Module, recipe: Recipe, cache: Cache, schedule: Schedule
+) -> Capture:
+    """Captures one module and makes it an owner if it owns a site, or shares those below it."""
+    captured = capture(module, recipe, cache)
+    state = owner_state_of(recipe, captured)
+    if state is not None or (is_site(module) and has_own_forward(module)):
+        attach_owner(module, state, schedule)
+    return captured

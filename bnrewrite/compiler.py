@@ -1,0 +1,165 @@
+"""Backends of ``torch.compile`` that hide the collectives of BatchNorm behind weight gradients.
+
+    torch.compile(model, backend="bnrewrite")               Inductor
+    torch.compile(model, backend="bnrewrite_aot_eager")     no code generation, for debugging
+
+In the backward graph the all-reduce of a site stands between the input gradient of the next
+convolution and everything before it; the *weight* gradient of that convolution needs neither. Both
+halves are one node, ``convolution_backward``: it is split, and the graph put into an order in which
+collectives are launched as early and waited for as late as possible, with weight gradients and
+whatever else is ready in between. Every node computes what it computed before, so gradients are the
+same bits.
+
+The passes run on the graphs of AOTAutograd, through ``post_grad_custom_post_pass`` of Inductor and
+the compilers of ``aot_eager``. The names are entry points: nothing is to be imported.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from bnrewrite.passes import schedule
+
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+
+class HideCollectives(CustomGraphPass):
+    """Splits and schedules one graph of AOTAutograd; graphs without collectives stay as they are.
+
+    It is what ``torch._inductor.config.post_grad_custom_post_pass`` takes, where a backend of
+    another name is wanted.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrites ``graph`` in place."""
+        if not any(map(_is_launch, graph.nodes)):
+            return
+        split_convolution_backward(graph)
+        hide_collectives(graph)
+        graph.lint()
+
+    def uuid(self) -> bytes:
+        """Identifies the pass in Inductor's caches."""
+        return get_hash_for_files((__file__, schedule.__file__))
+
+
+def split_convolution_backward(graph: fx.Graph) -> None:
+    """Makes two nodes of each ``convolution_backward``: input gradient, and weight and bias."""
+    for node in list(graph.find_nodes(op="call_function", target=_CONVOLUTION_BACKWARD)):
+        *others, (for_input, for_weight, for_bias) = node.args
+        if not for_input or not (for_weight or for_bias):
+            continue
+        halves = {}
+        for index, mask in ((0, (True, False, False)), (1, (False, for_weight, for_bias))):
+            with graph.inserting_before(node):
+                halves[index] = graph.call_function(node.target, (*others, list(mask)))
+            halves[index].meta.update(node.meta)
+            if "val" in node.meta:
+                values = zip(node.meta["val"], mask, strict=True)
+                halves[index].meta["val"] = tuple(v if wanted else None for v, wanted in values)
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise AssertionError(f"{user} reads {node} otherwise than by index")
+            user.replace_input_with(node, halves[min(int(user.args[1]), 1)])  # pyright: ignore
+        graph.erase_node(node)
+
+
+def hide_collectives(graph: fx.Graph) -> None:
+    """Puts launches first, then what the next launch needs, then other work, and waits last."""
+    nodes = list(graph.nodes)
+    before = {node: set(node.all_input_nodes) for node in nodes}
+    launches, ordered = 0, None
+    needed = dict.fromkeys(nodes, len(nodes))
+    for node in nodes:
+        if _is_launch(node) or _has_effects(node):
+            # All ranks launch in the same order, and effects stay where they are among themselves.
+            if ordered is not None:
+                before[node].add(ordered)
+            ordered = node
+        if _is_launch(node):
+            needed[node] = launches
+            launches += 1
+    _keep_writes_in_place(nodes, before)
+    for node in reversed(nodes):
+        for source in before[node]:
+            needed[source] = min(needed[source], needed[node])
+
+    def rank(node: fx.Node, position: int) -> tuple[int, int, int]:
+        if node.op == "placeholder":
+            return 0, 0, position
+        if _is_launch(node):
+            return 1, needed[node], position
+        return (3 if node.target is _WAIT else 2), needed[node], position
+
+    schedule.reorder(graph, before, (), rank)
+
+
+def _is_launch(node: fx.Node) -> bool:
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "_c10d_functional"
+        and node.target is not _WAIT
+    )
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """Whether a node does more than making its value: it writes, or draws random numbers."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target is not _WAIT
+        and (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
+    )
+
+
+def _keep_writes_in_place(nodes: Sequence[fx.Node], before: dict[fx.Node, set[fx.Node]]) -> None:
+    """Keeps everything that comes before a write in place before it, and all after it after."""
+    write, since = None, []
+    for node in nodes:
+        if write is not None and node.op not in ("placeholder", "output"):
+            before[node].add(write)
+        since.append(node)
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            before[node].update(one for one in since if one is not node)
+            write, since = node, []
+
+
+def inductor(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+    """The backend ``bnrewrite``: Inductor with :class:`HideCollectives`."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    present = config.post_grad_custom_post_pass
+    if present is not None and not isinstance(present, HideCollectives):
+        raise ValueError(
+            "torch._inductor.config.post_grad_custom_post_pass is taken already, by "
+            f"{present!r}. Let it call bnrewrite.compiler.HideCollectives(), and compile with "
+            "backend='inductor'."
+        )
+    patches = {
+        "post_grad_custom_post_pass": HideCollectives(),
+        # It would put waits where they free memory soonest.
+        "reorder_for_peak_memory": False,
+        **options.get("options", {}),
+    }
+    return compile_fx(graph, list(example_inputs), config_patches=patches)
+
+
+def aot_eager(graph: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+    """The backend ``bnrewrite_aot_eager``: the scheduled graphs of AOTAutograd, run as they are."""
+    from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+
+    hide = HideCollectives()
+
+    def compiler(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        hide(module.graph)
+        module.recompile()
+        return boxed_nop(module, inputs)
+
+    return aot_eager(graph, example_inputs, fw_compiler=compiler, bw_compiler=compiler)  # pyright: ignore

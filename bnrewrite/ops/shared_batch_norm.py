@@ -1,0 +1,152 @@
+"""The ops ``start_batch_norm`` and ``finish_batch_norm``: sites that share their collectives.
+
+Together they evaluate what ``batch_norm`` evaluates, for several sites that do not depend on each
+other, with one collective forward and one backward. What runs between them runs while the
+collective is under way.
+
+    pending = start_batch_norm(inputs, ...)     moments of every site -> all-reduce
+    ...
+    ys = finish_batch_norm(pending, inputs, ...)      wait -> normalize for every site
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnrewrite.collectives import NO_GROUP, start_all_reduce_sum, wait
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.library import LIBRARY, below_autograd
+from bnrewrite.ops.moments import MOMENTS
+from bnrewrite.ops.sites import Site, check, dense, join, normalize_sites
+
+LIBRARY.define(
+    "start_batch_norm(Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, Tensor?[] running_mean, "
+    "Tensor?[] running_var, str[] group) -> Tensor"
+)
+LIBRARY.define(
+    "finish_batch_norm(Tensor pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
+    "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
+    "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group) "
+    "-> Tensor[]"
+)
+
+
+def _start_batch_norm(
+    inputs: list[Tensor],
+    weight: list[Tensor | None],
+    bias: list[Tensor | None],
+    running_mean: list[Tensor | None],
+    running_var: list[Tensor | None],
+    group: list[str],
+) -> Tensor:
+    """Launches the collective of several sites: the arguments of ``batch_norm`` as lists.
+
+    Args:
+        inputs: K tensors (N, C_k, *).
+        weight: (C_k,) each, or None.
+        bias: as ``weight``.
+        running_mean: as ``weight``; they are only checked.
+        running_var: as ``running_mean``.
+        group: for each site the name of one and the same process group, or "" where a site does not
+            communicate now: it takes no part.
+
+    Returns:
+        For :func:`finish_batch_norm` only: packed sums of the sites that take part.
+
+    Raises:
+        UnsupportedBatchNorm: a size or dtype does not fit.
+    """
+    for each in zip(inputs, weight, bias, running_mean, running_var, strict=True):
+        check(each[0], each[1:])
+    taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
+    if not taking_part:
+        return inputs[0].new_empty(0, dtype=torch.float64)
+    with below_autograd():
+        packed = join([MOMENTS(dense(inputs[i])) for i in taking_part])
+        first = taking_part[0]
+        site = (weight[first], bias[first], running_mean[first], running_var[first])
+        return start_all_reduce_sum(packed, group[first], site)
+
+
+def _finish_batch_norm(
+    pending: Tensor,
+    inputs: list[Tensor],
+    weight: list[Tensor | None],
+    bias: list[Tensor | None],
+    running_mean: list[Tensor | None],
+    running_var: list[Tensor | None],
+    num_batches_tracked: list[Tensor | None],
+    training: list[bool],
+    track_running_stats: list[bool],
+    momentum: list[float | None],
+    eps: list[float],
+    group: list[str],
+) -> list[Tensor]:
+    """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
+
+    Args:
+        pending: what ``start_batch_norm`` returned for the same inputs and groups.
+        inputs: K tensors (N, C_k, *).
+        weight: (C_k,) each, or None.
+        bias: as ``weight``.
+        running_mean: as ``weight``, updated in place.
+        running_var: as ``running_mean``.
+        num_batches_tracked: scalars, int64, incremented, or None.
+        training: for each site as ``batch_norm`` takes it.
+        track_running_stats: as ``training``.
+        momentum: as ``training``.
+        eps: as ``training``.
+        group: the same as ``start_batch_norm`` was given.
+
+    Returns:
+        K tensors (N, C_k, *), in the dtypes and memory formats of ``inputs``.
+
+    Raises:
+        UnsupportedBatchNorm: as ``batch_norm``.
+    """
+    sites = [
+        Site(*each)
+        for each in zip(
+            inputs, weight, bias, running_mean, running_var, num_batches_tracked,
+            training, track_running_stats, momentum, eps,
+            strict=True,
+        )
+    ]  # fmt: skip
+    taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
+    results: dict[int, Tensor] = {}
+    if taking_part:
+        members = [sites[i] for i in taking_part]
+        xs = [dense(site.input) for site in members]
+        with below_autograd():
+            totals = wait(pending, group[taking_part[0]], members[0].per_channel)
+        ys = normalize_sites(_counted(members), xs, totals, group[taking_part[0]])
+        results.update(zip(taking_part, ys, strict=True))
+    for i, site in enumerate(sites):
+        if i not in results:
+            results[i] = BATCH_NORM(*site, NO_GROUP)
+    return [results[i] for i in range(len(sites))]
+
+
+def _counted(sites: Sequence[Site]) -> Sequence[Site]:
+    """The sites after one call has counted the batch for all of them, where one call can.
+
+    Cumulative averages need the count of their own evaluation, and an empty batch may not count.
+    """
+    counters: dict[int, Tensor] = {}
+    for site in sites:
+        counter = site.running[2]
+        if counter is None or site.momentum is None or site.input.numel() == 0:
+            return sites
+        counters[id(counter)] = counter
+    if len(counters) < len(sites):
+        return sites
+    torch._foreach_add_(list(counters.values()), 1)
+    return [site._replace(num_batches_tracked=None) for site in sites]
+
+
+LIBRARY.impl("start_batch_norm", _start_batch_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("finish_batch_norm", _finish_batch_norm, "CompositeImplicitAutograd")
+
+START_BATCH_NORM = torch.ops.bnrewrite.start_batch_norm.default
+FINISH_BATCH_NORM = torch.ops.bnrewrite.finish_batch_norm.default

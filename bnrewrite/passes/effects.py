@@ -1,0 +1,330 @@
+"""Which order of a graph's nodes means something: what a pass that moves nodes must keep.
+
+A graph names the values that a node reads, but not what else connects nodes: one writes in place
+into memory that another one reads, two draw random numbers, two move the same running statistics.
+:class:`Order` finds these connections. Where it does not know what a node does, it assumes the
+worst, so that a node moves only where nobody can notice.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bnrewrite.collectives import active_group, place_in
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
+from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
+from bnrewrite.sites.floor import checked_input, has_hooks, is_site
+
+SITES = (BATCH_NORM, SHUFFLE_BATCH_NORM)
+"""Ops that evaluate one site: input first, then its tensors."""
+
+_OURS = (checked_input, active_group, place_in, *SITES, START_BATCH_NORM, FINISH_BATCH_NORM)
+
+_RANDOM = ("random numbers",)
+_OUTSIDE = ("whatever a call may do besides",)
+_STATE = ("tensors of the module",)
+
+_RANDOM_MODULES = (
+    nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
+    nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase,
+)  # fmt: skip
+
+_RANDOM_FUNCTIONS = frozenset((
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "feature_dropout", "rrelu", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d",
+    "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
+    "scaled_dot_product_attention", "multi_head_attention_forward",
+))  # fmt: skip
+
+_FRESH_MODULES = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.batchnorm._NormBase, nn.LayerNorm,
+    nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid,
+    nn.Sigmoid, nn.Tanh, nn.Softmax, nn.PReLU, nn.Mish, nn.ELU,
+)  # fmt: skip
+
+_FRESH_FUNCTIONS = frozenset((
+    "add", "sub", "mul", "truediv", "div", "neg", "matmul", "mm", "bmm", "cat", "concat", "stack",
+    "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu",
+    "softmax", "mean", "sum", "conv1d", "conv2d", "conv3d", "linear", "max_pool2d", "avg_pool2d",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d",
+))  # fmt: skip
+"""Functions and methods whose results never share memory with their arguments."""
+
+_IN_PLACE_OPERATORS = frozenset((
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
+    "ixor", "ilshift", "irshift", "setitem", "delitem",
+))  # fmt: skip
+
+_CONTAINER_METHODS = frozenset((
+    "append", "extend", "insert", "pop", "popitem", "update", "clear", "remove", "setdefault",
+    "sort", "reverse",
+))  # fmt: skip
+
+_KNOWN_HOMES = (
+    "builtins", "math", "torch", "torch.functional", "torch.nn.functional", "torch._tensor",
+    "torch._jit_internal", "torch._refs",
+)  # fmt: skip
+
+_EFFECTS = frozenset(("print", "setattr", "delattr", "next", "exec", "eval"))
+
+
+class Order:
+    """The order that the nodes of one graph must keep.
+
+    Attributes:
+        before: for each node those that must run before it.
+        beside: for each node those of ``before`` that may run at the same time, as long as their
+            effects come first: earlier evaluations of the same BatchNorm module.
+        flags: ``inplace`` flags that were looked at, by path and name, with their values.
+    """
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
+        self._owner = owner
+        self._memory = _Memory(owner, graph)
+        self.before: dict[fx.Node, set[fx.Node]] = {}
+        self.beside: dict[fx.Node, set[fx.Node]] = {}
+        self.flags: dict[tuple[str, str], Any] = {}
+        readers: dict[Hashable, list[fx.Node]] = {}
+        writers: dict[Hashable, fx.Node] = {}
+        for node in graph.nodes:
+            before = self.before[node] = set(node.all_input_nodes)
+            beside = self.beside[node] = set()
+            reads, writes = self._uses(node)
+            for thing in reads | writes:
+                if thing in writers and self._same_site(node, writers[thing]):
+                    beside.add(writers[thing])
+                elif thing in writers:
+                    before.add(writers[thing])
+            for thing in writes:
+                before.update(readers.pop(thing, ()))
+                writers[thing] = node
+            for thing in reads - writes:
+                readers.setdefault(thing, []).append(node)
+            before.discard(node)
+            beside -= before
+            before |= beside
+
+    def _same_site(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether two nodes evaluate one and the same BatchNorm module."""
+        modules = []
+        for one in (node, other):
+            site = one.meta.get("site")
+            if one.target is not BATCH_NORM or site is None or site.path is None:
+                return False
+            modules.append(self._owner.get_submodule(site.path))
+        return modules[0] is modules[1]
+
+    def _uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
+        """What a node reads and what it writes, beyond the values that it is given and makes."""
+        if node.op in ("placeholder", "get_attr"):
+            # They name a tensor; what reads it are their users. A call may put another one there.
+            return {_STATE} if self._is_state(node) else set(), set()
+        reads: set[Hashable] = {self._memory.of(node)}
+        reads.update(map(self._memory.of, node.all_input_nodes))
+        writes: set[Hashable] = set()
+        if node.op == "call_module":
+            self._add_call(node, writes)
+        elif node.op == "call_function" and node.target in _OURS:
+            for source in _running(node):
+                writes.update((self._memory.of(source), ("site", _site_of(self._owner, source))))
+        elif node.op in ("call_function", "call_method"):
+            self._add_function(node, writes)
+        if node.target not in _OURS and any(map(self._is_state, node.all_input_nodes)):
+            reads.add(_STATE)
+        return reads, writes
+
+    def _add_call(self, node: fx.Node, writes: set[Hashable]) -> None:
+        module = self._owner.get_submodule(str(node.target))
+        writes.update(
+            ("site", id(child)) for child in module.modules() if is_site(child) or _moves(child)
+        )
+        if not is_known_leaf(module):
+            writes.update((_RANDOM, _OUTSIDE, _STATE))
+            writes.update(map(self._memory.of, node.all_input_nodes))
+        elif isinstance(module, _RANDOM_MODULES):
+            writes.add(_RANDOM)
+        if "inplace" in module.__dict__:
+            self.flags[str(node.target), "inplace"] = module.inplace
+        if getattr(module, "inplace", False):
+            writes.update(map(self._memory.of, node.all_input_nodes))
+
+    def _add_function(self, node: fx.Node, writes: set[Hashable]) -> None:
+        written = _written_arguments(node)
+        if written is None:
+            writes.update((_RANDOM, _OUTSIDE, _STATE))
+            written = node.all_input_nodes
+        for value in written:
+            if isinstance(value, fx.Node):
+                writes.add(self._memory.of(value))
+                if self._is_state(value):
+                    writes.add(_STATE)
+        if _is_random(node):
+            writes.add(_RANDOM)
+
+    def _is_state(self, node: fx.Node) -> bool:
+        """Whether ``node`` reads a tensor that calls of modules may change, and is no parameter."""
+        if node.op != "get_attr":
+            return False
+        value = operator.attrgetter(str(node.target))(self._owner)
+        home = self._owner.get_submodule(str(node.target).rpartition(".")[0])
+        return (
+            isinstance(value, torch.Tensor)
+            and not isinstance(value, nn.Parameter)
+            and not is_site(home)
+        )
+
+
+class _Memory:
+    """Which values of a graph may share memory: a name for each set of those that may."""
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+        self._tensors: set[fx.Node] = set()
+        first: dict[Hashable, fx.Node] = {}
+        for node in graph.nodes:
+            self._parent[node] = node
+            if node.op == "placeholder":
+                # Two arguments may be the same tensor.
+                self._join(node, first.setdefault("arguments", node))
+            elif node.op == "get_attr":
+                self._join(node, first.setdefault(node.target, node))
+            elif not self._is_fresh(owner, node):
+                for source in node.all_input_nodes:
+                    self._join(node, source)
+
+    def of(self, node: fx.Node) -> Hashable:
+        """The name of the set that ``node`` belongs to."""
+        while self._parent[node] is not node:
+            node = self._parent[node]
+        return node
+
+    def _is_fresh(self, owner: nn.Module, node: fx.Node) -> bool:
+        """Whether the result of ``node`` certainly shares no memory with its arguments."""
+        if node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            fresh = (
+                is_known_leaf(module)
+                and isinstance(module, _FRESH_MODULES)
+                and not getattr(module, "inplace", False)
+            )
+        elif node.op not in ("call_function", "call_method"):
+            return False
+        elif node.target in (*SITES, START_BATCH_NORM, FINISH_BATCH_NORM):
+            fresh = True
+        else:
+            fresh = _name(node) in _FRESH_FUNCTIONS and _written_arguments(node) == []
+            if node.target in (operator.add, operator.mul):
+                # Of lists they make a list of the same tensors; of a tensor, a new one.
+                fresh = fresh and not self._tensors.isdisjoint(node.all_input_nodes)
+        if fresh:
+            self._tensors.add(node)
+        return fresh
+
+    def _join(self, a: fx.Node, b: fx.Node) -> None:
+        root_a, root_b = self.of(a), self.of(b)
+        if root_a is not root_b:
+            self._parent[root_a] = root_b  # pyright: ignore[reportArgumentType]
+
+
+def is_known_leaf(module: nn.Module) -> bool:
+    """Whether ``module`` is one of torch's own layers, of which it is known what a call does."""
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and not has_hooks(module)
+    )
+
+
+def _moves(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _written_arguments(node: fx.Node) -> list[Any] | None:
+    """Arguments that a function or method writes in place; None if nobody knows."""
+    name = _name(node)
+    if node.op == "call_method":
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name in _CONTAINER_METHODS:
+            return [node.args[0]]
+        return [node.kwargs["out"]] if "out" in node.kwargs else []
+    function: Any = node.target
+    if isinstance(function, torch._ops.OpOverload):
+        return _written_by_schema(function, node)
+    home = getattr(function, "__module__", None) or type(function).__module__
+    if home in ("_operator", "operator"):
+        return [node.args[0]] if name in _IN_PLACE_OPERATORS else []
+    if (home not in _KNOWN_HOMES and not home.startswith("torch._C")) or name in _EFFECTS:
+        return None
+    written = [node.args[0]] if name.endswith("_") and not name.endswith("__") else []
+    if "out" in node.kwargs:
+        written.append(node.kwargs["out"])
+    if _in_place_flag(function, node) and node.args:
+        written.append(node.args[0])
+    elif _in_place_flag(function, node):
+        written.extend(node.all_input_nodes)
+    return written
+
+
+def _in_place_flag(function: Callable[..., Any], node: fx.Node) -> bool:
+    """Whether an argument called ``inplace`` is anything but False."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False
+    if "inplace" not in names or names.index("inplace") >= len(node.args):
+        return False
+    return node.args[names.index("inplace")] is not False
+
+
+def _written_by_schema(function: torch._ops.OpOverload, node: fx.Node) -> list[Any]:
+    written = []
+    for index, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            written.extend(value if isinstance(value, (list, tuple)) else [value])
+    return written
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = _name(node)
+    if name in _RANDOM_FUNCTIONS:
+        return True
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    return packet is not None and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+        for overload in packet.overloads()
+    )
+
+
+def _running(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of the running statistics that one of our ops moves."""
+    if node.target in SITES:
+        candidates = node.args[3:6]
+    elif node.target is FINISH_BATCH_NORM:
+        candidates = [value for values in node.args[4:7] for value in values]  # pyright: ignore
+    else:
+        return
+    for value in candidates:
+        if isinstance(value, fx.Node):
+            yield value
+
+
+def _site_of(owner: nn.Module, running: fx.Node) -> Hashable:
+    """Identity of the BatchNorm module that a running statistic belongs to, else of the value."""
+    if running.op != "get_attr":
+        return running
+    return id(owner.get_submodule(str(running.target).rpartition(".")[0]))

@@ -1,0 +1,111 @@
+"""The pass ``inline_children``: children that could share collectives join their owner's graph.
+
+    y = self.branch1(x) + self.branch2(x)      ->      the layers of both branches, side by side
+
+A child is inlined only where it pays: where it communicates and something else of the graph that
+communicates is independent of it. What is inlined stays a module; the graph is left for the
+original forward when it gets hooks, another class, or whatever else the trace did not see.
+"""
+
+from fnmatch import fnmatchcase
+
+from torch import fx, nn
+
+from bnrewrite.modes import Sync
+from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
+from bnrewrite.passes.effects import is_known_leaf
+from bnrewrite.passes.rounds import group_of
+from bnrewrite.passes.schedule import independent
+from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import has_hooks, has_own_forward, is_site, site_state
+
+
+def inline_children(target: OwnerGraph, report: PassReport) -> None:
+    """Traces through the children of one owner that share what is independent with others."""
+    if not target.training or target.retrace is None:
+        return
+    wanted: set[str] = set()
+    for path, node in _independent_calls(target).items():
+        kept = _kept(target, path)
+        if kept:
+            report.skipped.append(target.skip(target.qualified(path), kept, node, path))
+        else:
+            wanted |= _subtree(target, path)
+    if not wanted:
+        return
+    found = target.retrace(wanted)
+    if found is None:
+        return
+    target.graph, through = found
+    for path in sorted(wanted):
+        name = target.qualified(path)
+        if path in through:
+            report.rewritten.append(Rewrite(name, target.name, path, None, None))
+        else:
+            report.skipped.append(target.skip(name, "its forward cannot be traced", None, path))
+
+
+def _independent_calls(target: OwnerGraph) -> dict[str, fx.Node]:
+    """Calls of children, by path, that are independent of something that communicates.
+
+    They communicate themselves, or nobody knows what they do.
+    """
+    nodes = list(target.graph.nodes)
+    communicating = [node for node in nodes if communicates(target.owner, node)]
+    apart = independent(nodes, communicating)
+    if not set(apart).intersection(communicating):
+        apart = []
+    calls = {
+        str(node.target): node
+        for node in apart
+        if node.op == "call_module"
+        and not is_known_leaf(target.owner.get_submodule(str(node.target)))
+    }
+    # What could not be traced by itself may be traceable with the arguments of its call here.
+    for node in communicating:
+        if node.op == "call_module" and any(
+            f"{name}.".startswith(f"{target.qualified(str(node.target))}.")
+            for name in target.untraced
+        ):
+            calls[str(node.target)] = node
+    return calls
+
+
+def communicates(owner: nn.Module, node: fx.Node) -> bool:
+    """Whether ``node`` may wait for other ranks in training."""
+    if node.op == "call_module":
+        return any(
+            is_site(child) and site_state(child).mode.communicates
+            for child in owner.get_submodule(str(node.target)).modules()
+        )
+    return group_of(node) is not None
+
+
+def _subtree(target: OwnerGraph, path: str) -> set[str]:
+    """Paths of the modules to trace through, so that the child at ``path`` is part of the graph."""
+    if _kept(target, path):
+        return set()
+    found = {path}
+    for name, child in target.owner.get_submodule(path).named_children():
+        if not is_known_leaf(child) and not (is_site(child) and not has_own_forward(child)):
+            found |= _subtree(target, f"{path}.{name}")
+    return found
+
+
+def _kept(target: OwnerGraph, path: str) -> str:
+    """Why the child at ``path`` must stay a call; "" if it need not."""
+    module = target.owner.get_submodule(path)
+    name = target.qualified(path)
+    if any(fnmatchcase(name, pattern) for pattern in target.keep):
+        return "it is to be kept"
+    if has_hooks(module):
+        return "it has hooks, which only a call runs"
+    if is_site(module) and not (
+        has_own_forward(module) and isinstance(site_state(module).mode, Sync)
+    ):
+        return "it evaluates a BatchNorm in a way of its own"
+    if original_class(module).__module__.startswith("torch.") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    ):
+        return "it is a module of torch's that is traced by no one"
+    return ""

@@ -1,0 +1,87 @@
+"""Rounds: collectives that run one after the other, and how few a graph can do with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import fx
+
+from bnrewrite.collectives import active_group
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
+from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
+from bnrewrite.passes.effects import Order
+
+
+def group_of(node: fx.Node) -> str | None:
+    """Name of the process group that a node of ``batch_norm`` communicates with, if it does."""
+    if node.target is not BATCH_NORM:
+        return None
+    group = node.args[-1]
+    if isinstance(group, fx.Node) and group.target is active_group:
+        return str(group.args[0])
+    return None
+
+
+class Communication(NamedTuple):
+    """What one training step communicates: collectives, and evaluations that take part in them."""
+
+    forward: int = 0
+    backward: int = 0
+    evaluations: int = 0
+
+    def plus(self, other: "Communication") -> "Communication":
+        """What both communicate."""
+        return Communication(*map(sum, zip(self, other, strict=True)))
+
+
+def communication(node: fx.Node, of_module: Callable[[str], Communication]) -> Communication:
+    """What one node of a training graph communicates.
+
+    Args:
+        node: a node of a captured graph.
+        of_module: the same for the module at a path.
+    """
+    if node.op == "call_module":
+        return of_module(str(node.target))
+    if node.target is START_BATCH_NORM:
+        return Communication(1, 1, len(node.meta["sites"]))
+    if group_of(node) is not None:
+        return Communication(1, 1, 1)
+    if node.target is SHUFFLE_BATCH_NORM and isinstance(node.args[10], fx.Node):
+        mode = node.meta["site"].mode
+        return Communication(1, int(mode.communicates_backward), 1)
+    return Communication()
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """When the collectives of a graph can run at the earliest and at the latest.
+
+    Attributes:
+        total: rounds of the longest chain of nodes that communicate: the minimum.
+        latest: for each node the number of rounds that may have run after it at the latest,
+            without making the whole longer.
+        earliest: for each node the number of rounds that have run after it at the earliest.
+    """
+
+    total: int
+    earliest: dict[fx.Node, int]
+    latest: dict[fx.Node, int]
+
+    @classmethod
+    def of(cls, order: Order, weight: Callable[[fx.Node], int]) -> "Levels":
+        """The levels of a graph whose nodes issue ``weight`` collectives forward."""
+        nodes = list(order.before)
+        earliest: dict[fx.Node, int] = {}
+        for node in nodes:
+            after = [earliest[source] for source in order.before[node] - order.beside[node]]
+            beside = [earliest[source] for source in order.beside[node]]
+            earliest[node] = max(max(after, default=0) + weight(node), max(beside, default=0))
+        total = max(earliest.values(), default=0)
+        rest = dict.fromkeys(nodes, 0)
+        for node in reversed(nodes):
+            for source in order.before[node]:
+                own = 0 if source in order.beside[node] else weight(node)
+                rest[source] = max(rest[source], rest[node] + own)
+        return cls(total, earliest, {node: total - rest[node] for node in nodes})

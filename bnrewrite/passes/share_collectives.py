@@ -1,0 +1,64 @@
+"""The pass ``share_collectives``: sites that are independent of each other share one collective.
+
+    a = batch_norm(x, ...)                  pending = start_batch_norm([x, y], ...)
+    b = batch_norm(y, ...)         ->       a, b = finish_batch_norm(pending, [x, y], ...)
+
+The number of rounds becomes the length of the longest chain of sites, which is the minimum. A site
+that may join several rounds joins the last one: its input is kept for the backward anyway, its
+result is made where it is needed. Nodes move where that is necessary and nobody can notice.
+"""
+
+import operator
+from collections import defaultdict
+
+from torch import fx
+
+from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
+from bnrewrite.passes.base import OwnerGraph, PassReport
+from bnrewrite.passes.effects import Order
+from bnrewrite.passes.inline_children import communicates
+from bnrewrite.passes.rounds import Levels, group_of
+from bnrewrite.passes.schedule import reorder
+
+
+def share_collectives(target: OwnerGraph, report: PassReport) -> None:
+    """Merges the collectives of one owner's training graph."""
+    sites = [node for node in target.graph.nodes if group_of(node) is not None]
+    if not target.training or not sites:
+        return
+    order = Order(target.owner, target.graph)
+    levels = Levels.of(order, lambda node: int(communicates(target.owner, node)))
+    rounds: dict[tuple[str | None, int], list[fx.Node]] = defaultdict(list)
+    for node in sites:
+        rounds[group_of(node), levels.latest[node]].append(node)
+    shared = [nodes for nodes in rounds.values() if len(nodes) > 1]
+    if shared:
+        target.flags.update(order.flags)
+        reorder(target.graph, order.before, shared, lambda node, position: position)
+    for nodes in rounds.values():
+        if len(nodes) > 1:
+            report.rewritten.extend(node.meta["site"] for node in nodes)
+            merge(target.graph, nodes)
+        else:
+            site = nodes[0].meta["site"]
+            reason = "no other site could join its collective"
+            report.skipped.append(target.skip(site.name, reason, nodes[0], site.path))
+
+
+def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Puts two nodes in place of neighbouring ``batch_norm`` nodes."""
+    columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
+    inputs, weight, bias, running_mean, running_var, *others, group = columns
+    checked = (inputs, weight, bias, running_mean, running_var)
+    with graph.inserting_before(nodes[0]):
+        pending = graph.call_function(START_BATCH_NORM, (*checked, group))
+        results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *others, group))
+        for new in (pending, results):
+            new.stack_trace = nodes[0].stack_trace
+            new.meta["sites"] = [node.meta["site"] for node in nodes]
+        for index, node in enumerate(nodes):
+            result = graph.call_function(operator.getitem, (results, index))
+            result.stack_trace = node.stack_trace
+            node.replace_all_uses_with(result)
+    for node in nodes:
+        graph.erase_node(node)

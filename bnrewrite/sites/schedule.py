@@ -1,0 +1,170 @@
+"""The schedule of a converted model: what its sites communicate, and when ranks agreed on it.
+
+All sites and owners of one conversion share a schedule. It notices when a flag changes, so that a
+call has one identity to compare; only then are views made and exchanged.
+"""
+
+import functools
+import hashlib
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnrewrite.agreement import Line, View, agree, can_agree, default_group
+from bnrewrite.collectives import DEFAULT_GROUP, NO_GROUP, find_group
+from bnrewrite.errors import BnRewriteError
+from bnrewrite.settings import check_enabled
+from bnrewrite.sites.ddp_buffers import DDPBuffers
+
+SCHEDULE = "_bnrewrite_schedule"
+"""Attribute in which a site or owner holds its schedule."""
+
+EVERY_GROUP = "*"
+"""Stands, in what a member says of itself, for all groups in which the schedule communicates."""
+
+_PATIENCE_S = 3.0
+"""How long a rank that communicates nothing waits for others to say that they do."""
+
+
+def _changed() -> object:
+    """Stands for a group in which the flags, as they are now, were not looked at."""
+    return _changed
+
+
+def _alone() -> None:
+    """Stands for no group."""
+
+
+_conversions = itertools.count()
+_keys = itertools.count()
+_living: "weakref.WeakValueDictionary[str, Schedule]" = weakref.WeakValueDictionary()
+
+
+class Schedule:
+    """What the sites of one conversion communicate.
+
+    Copies and pickles begin anew: their members enter them as they are rebuilt.
+
+    Attributes:
+        passes: names of the passes that made the graphs.
+        number: of the conversion in this process; ranks that run one program count alike.
+        key: of the schedule in this process.
+    """
+
+    def __init__(self, passes: tuple[str, ...], number: int | None = None) -> None:
+        self.passes = passes
+        self.number = next(_conversions) if number is None else number
+        # A string, since compilers take a number that differs between copies for a dynamic size.
+        self.key = str(next(_keys))
+        self.ddp_buffers = DDPBuffers()
+        self._members: list[weakref.ref[Any]] = []
+        # The default group in which the flags, as they are now, were looked at.
+        self._seen: Callable[[], object] = _changed
+        self._agreed: tuple[Callable[[], object], list[bool]] | None = None
+        _living[self.key] = self
+
+    def __deepcopy__(self, memo: dict) -> "Schedule":
+        return Schedule(self.passes, self.number)
+
+    def __reduce__(self) -> tuple:
+        return (Schedule, (self.passes, self.number))
+
+    def enter(self, module: nn.Module) -> None:
+        """Makes ``module``, a site or an owner, a member."""
+        module.__dict__[SCHEDULE] = self
+        self._members.append(weakref.ref(module))
+        self._seen = _changed
+
+    def change(self) -> None:
+        """Notes that a flag of a member changes."""
+        self._seen = _changed
+
+    def before_collectives(self) -> None:
+        """Agrees with the other ranks if anything changed since; a member calls it in training.
+
+        Raises:
+            ScheduleError: the ranks differ.
+            PeerError: a rank did not answer.
+        """
+        if torch.compiler.is_compiling():
+            _agree_while_compiling(self.key)
+        elif self._seen() is not default_group():
+            self.look()
+
+    def look(self, *, by_hand: bool = False) -> None:
+        """Agrees with the other ranks unless these flags have been agreed on before."""
+        world = default_group()
+        members = self.members()
+        flags = [member.training for member in members]
+        known = self._agreed is not None and self._agreed[0]() is world
+        known = known and self._agreed is not None and self._agreed[1] == flags
+        if world is not None and (by_hand or not known) and (by_hand or check_enabled()):
+            answered = [
+                agree(name, view, patience_s=self._patience_s(view, by_hand), by_hand=by_hand)
+                for name, view in self._views(members)
+            ]
+            if all(answered):
+                self._agreed = (weakref.ref(world), flags)
+                self.ddp_buffers.leave_out(members)
+        # Weak: a group that is destroyed shall let go of its connections.
+        self._seen = _alone if world is None else weakref.ref(world)
+
+    def members(self) -> list[Any]:
+        """Living sites and owners, in the order in which they entered."""
+        found = [module for one in self._members if (module := one()) is not None]
+        return [m for m in dict.fromkeys(found) if m.__dict__.get(SCHEDULE) is self]
+
+    def _patience_s(self, view: View, by_hand: bool) -> float | None:
+        return _PATIENCE_S if view.empty and not by_hand else None
+
+    def _views(self, members: list[Any]) -> Iterator[tuple[str, View]]:
+        """Name of each group to agree in, and the view there."""
+        version = sys.modules[__name__.partition(".")[0]].__version__
+        head = (
+            ("the version of bnrewrite", version),
+            ("the passes", ", ".join(self.passes) or "none"),
+        )
+        lines: dict[str, list[Line]] = {EVERY_GROUP: [], NO_GROUP: []}
+        for member in members:
+            for group, line in member._bnrewrite_lines():
+                lines.setdefault(group, []).append(line)
+        names = sorted(name for name, _ in itertools.chain(*lines.values()))
+        model = hashlib.sha256("\n".join([str(self.number), *names]).encode()).hexdigest()
+        graphs = lines.pop(EVERY_GROUP)
+        others = tuple(lines.pop(NO_GROUP))
+        for name in sorted(lines) or [DEFAULT_GROUP]:
+            group = default_group() if name == DEFAULT_GROUP else find_group(name)
+            if can_agree(group):
+                mine = lines.get(name, [])
+                view = View(model, (*head, *mine, *graphs), others, empty=not mine)
+                yield group.group_name, view
+
+
+def schedule_of(module: nn.Module) -> Schedule | None:
+    """The schedule of a site or owner, or None for any other module."""
+    return module.__dict__.get(SCHEDULE)
+
+
+@torch.compiler.assume_constant_result
+def _agree_while_compiling(key: str) -> None:
+    """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
+    schedule = _living.get(key)
+    if schedule is None or schedule._seen() is default_group():
+        return
+    try:
+        schedule.look()
+    except BnRewriteError as error:
+        raise _passes_through_dynamo(type(error))(str(error)) from error
+
+
+@functools.cache
+def _passes_through_dynamo(kind: type[BnRewriteError]) -> type[BnRewriteError]:
+    """``kind`` as an error that Dynamo hands on as it is, instead of calling it internal."""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    return type(kind.__name__, (kind, TorchRuntimeError), {"__module__": kind.__module__})
