@@ -90,12 +90,16 @@ class _Untouched:
         self.model = model
 
     def _picture(self) -> list[tuple[Any, ...]]:
-        return [
-            (type(module), module.training, {name: id(value) for name, value in vars(module).items()},
-             [[*vars(module)[table].items()] for table in ("_modules", "_forward_hooks")],
-             [(name, id(p), p.requires_grad) for name, p in module._parameters.items() if p is not None])
-            for module in self.model.modules()
-        ]  # fmt: skip
+        pictures = []
+        for module in self.model.modules():
+            attributes = {name: id(value) for name, value in vars(module).items()}
+            tables = [[*vars(module)[table].items()] for table in ("_modules", "_forward_hooks")]
+            parameters = [
+                (name, id(parameter), parameter.requires_grad)
+                for name, parameter in module.named_parameters(recurse=False)
+            ]
+            pictures.append((type(module), module.training, attributes, tables, parameters))
+        return pictures
 
     def __enter__(self) -> None:
         self.picture = self._picture()
