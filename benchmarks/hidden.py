@@ -1,4 +1,4 @@
-"""Running graphs of AOTAutograd node by node with a clock: what hides a collective, and how much."""
+"""Running graphs of AOTAutograd node by node with a clock: what hides a collective."""
 
 import statistics
 import time
