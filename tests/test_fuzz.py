@@ -23,6 +23,7 @@ def test_random_networks_on_ranks_are_one_process(ranks: RankPool) -> None:
     fuzz(ranks, 150, counts=counts)
     compared = sum(num for what, num in counts.items() if what.endswith("ranks"))
     assert compared >= 100, counts
+    assert counts["with shared collectives"] >= 20, counts
 
 
 def test_a_batch_norm_left_alone_by_patterns_is_no_owner() -> None:

@@ -31,8 +31,11 @@ class _Expected:
     rtol: float
 
 
-def check(example: Example, pool: RankPool) -> None:
+def check(example: Example, pool: RankPool) -> bool:
     """Runs one example on its ranks and raises where something differs.
+
+    Returns:
+        Whether passes made some sites share a collective.
 
     Raises:
         Unfit: the example says nothing.
@@ -58,6 +61,10 @@ def check(example: Example, pool: RankPool) -> None:
         for default, without in zip(variants[0], variants[1], strict=True):
             assert len(default.collectives) <= len(without.collectives), "passes added collectives"
     _check_bits(example, results)
+    return any(
+        len(default.collectives) < len(without.collectives)
+        for default, without in zip(*results[0][:2], strict=True)
+    )
 
 
 def _drops(net: object) -> bool:

@@ -319,6 +319,45 @@ class Late(nn.Module):
         return y + self.other(z)
 
 
+class Chunks(nn.Module):
+    """Two views of one tensor, one of which changes in place before a site reads it."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, other: nn.Module, style: str) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = norm
+        self.other = other
+        self.style = style
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.conv(x).chunk(2, 1)
+        if self.style == "operator":
+            second *= 0.5
+        elif self.style == "slice":
+            second[:, :1].add_(1)
+        else:
+            second.mul_(0.5)
+        return self.bn(first) + self.other(second)
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer, which it reads before and after."""
+
+    calls: Tensor
+
+    def __init__(self, norm: nn.Module, body: nn.Module) -> None:
+        super().__init__()
+        self.bn = norm
+        self.body = body
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.calls * 0.1
+        y = self.body(self.bn(x) + before)
+        self.calls.add_(1)
+        return y + self.calls * 0.1
+
+
 class Dense(nn.Module):
     """Every child reads all that came before it."""
 

@@ -182,6 +182,22 @@ def _late(build: Builder, spec: Spec, num_in: int) -> tuple[nn.Module, int]:
     return layers.Late(build.conv(num_in, spec["out"]), norm, other), spec["out"]
 
 
+@_maker("chunks")
+def _chunks(build: Builder, spec: Spec, num_in: int) -> tuple[nn.Module, int]:
+    num_out = spec["out"]
+    other = build.make_as(spec["body"], num_out, num_out)
+    norm = build.norm(spec["norm"], num_out)
+    conv = build.conv(num_in, 2 * num_out)
+    style = "slice" if spec["first"] else spec["style"]
+    return layers.Chunks(conv, norm, other, {"none": "operator"}.get(style, style)), num_out
+
+
+@_maker("counter")
+def _counter(build: Builder, spec: Spec, num_in: int) -> tuple[nn.Module, int]:
+    body, num_out = build.make(spec["body"], num_in)
+    return layers.Counter(build.norm(spec["norm"], num_in), body), num_out
+
+
 @_maker("dense")
 def _dense(build: Builder, spec: Spec, num_in: int) -> tuple[nn.Module, int]:
     modules, num_all, num_out = [], num_in, 0

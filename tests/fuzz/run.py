@@ -51,7 +51,7 @@ def fuzz(
     @given(example=examples(max_ranks))
     def try_one(example: Example) -> None:
         try:
-            check(example, pool)
+            shared = check(example, pool)
         except Unfit as reason:
             counts["unfit: " + str(reason).split(":")[0]] += 1
             hypothesis.reject()
@@ -59,6 +59,7 @@ def fuzz(
             counts["failed"] += 1
             raise
         counts[f"{len(example['steps'][0]['sizes'])} ranks"] += 1
+        counts["with shared collectives"] += shared
 
     if seed is not None:
         try_one = hypothesis.seed(seed)(try_one)

@@ -12,11 +12,11 @@ _ALL = ("relu", "relu_", "tanh", "silu", "leaky", "none")
 
 # Branches and independent sites are frequent: passes that move code are hardest there.
 _INNER = (
-    "unit", "unit", "norm", "seq", "residual", "residual", "branches", "branches", "views",
-    "views", "functional", "unused", "pair", "auxiliary", "teacher", "untraceable", "dense",
-    "repeat", "optional", "method", "switch", "again",
+    *["branches"] * 6, *["residual"] * 5, *["views"] * 4, *["seq"] * 3, "unit", "unit", "norm",
+    "functional", "unused", "pair", "pair", "auxiliary", "teacher", "untraceable", "dense", "dense",
+    "repeat", "optional", "method", "switch", "again", "chunks", "counter",
 )  # fmt: skip
-_LEAVES = ("conv", "norm", "unit", "unit", "act", "functional", "again")
+_LEAVES = ("conv", *["norm"] * 4, *["unit"] * 6, "act", "functional", "again")
 
 _CHANNELS = st.integers(1, 4)
 
@@ -52,7 +52,7 @@ class _Draw:
     def part(self, depth: int) -> Spec:
         """A part of a network that keeps the spatial size."""
         self.num_parts += 1
-        kinds = _LEAVES if depth <= 0 or self.num_parts > 16 else self.inner
+        kinds = _LEAVES if depth <= 0 or self.num_parts > 20 else self.inner
         kind = self.of(*kinds)
         spec = getattr(self, f"_{kind}", self._plain)(kind, depth - 1)
         spec["kind"] = kind
@@ -133,7 +133,7 @@ class _Draw:
             "out": self.draw(_CHANNELS),
         }
 
-    _unused = _untraceable = _optional = _late = _reads = _with_norm
+    _unused = _untraceable = _optional = _late = _reads = _chunks = _counter = _with_norm
 
     def _two(self, kind: str, depth: int) -> Spec:
         return {
@@ -161,7 +161,7 @@ def examples(draw: Any, max_ranks: int = 4) -> Example:
     dtype = draw(st.sampled_from(["float64"] * 8 + ["float32", "bfloat16"]))
     modes = draw(
         st.sampled_from(
-            [["sync"]] * 6
+            [["sync"]] * 14
             + [[mode] for mode in ("local", "ring", "detach", "group", "random", "frozen")]
             + [["sync", "local"], ["sync", "sync", "ring"], ["frozen", "sync"],
                ["sync", "unmatched"], ["random group", "sync", "local"]]
@@ -176,8 +176,8 @@ def examples(draw: Any, max_ranks: int = 4) -> Example:
     smooth = dtype != "float64"
     parts = _Draw(draw, smooth=smooth, pure=pure, late=late, drops=drops)
     num_dims = draw(st.sampled_from([0, 1, 2, 2, 2, 3]))
-    depth = 1 if dtype == "bfloat16" else draw(st.integers(1, 3))
-    trunk = parts.part(depth) if depth < 3 else {"kind": "seq", "children": parts.parts(2, 1, 3)}
+    depth = 1 if dtype == "bfloat16" else draw(st.sampled_from([1, 2, 2, 3]))
+    trunk = {"kind": "seq", "children": parts.parts(depth, 1, 3)}
     head = parts.part(1) if draw(st.booleans()) else None
     net = {
         "seed": draw(st.integers(0, 99)),
