@@ -10,7 +10,7 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import NO_GROUP, all_reduce_sum
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.batch_norm import BATCH_NORM, check_statistics
+from bnrewrite.ops.batch_norm import _batch_norm, check_statistics
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -48,17 +48,23 @@ def _batch_norm_act(
     and promoted as by torch's ``+``, or None; ``activation`` is one of
     :data:`bnrewrite.activations.ACTIVATIONS`; ``slope`` is that of ``leaky_relu``.
     """
-    activations.check_activation(activation, slope)
+    if activation != "relu":
+        activations.check_activation(activation, slope)
+    uses_batch = training or running_mean is None
+    if not (uses_batch and _profits(input, residual, activation, group)):
+        # Both are composites, so the function is the op, without a dispatch of its own.
+        y = _batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+            track_running_stats, momentum, eps, group,
+        )  # fmt: skip
+        return _compose(y, residual, activation, slope)
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
         training, track_running_stats, momentum, eps,
     )  # fmt: skip
-    uses_batch = training or running_mean is None
-    if not (uses_batch and _profits(input, residual, activation, group)):
-        return _compose(BATCH_NORM(*site, group), residual, activation, slope)
     check_statistics(site, group)
     return _BatchNormAct.apply(
-        dense(input), weight, bias, residual, eps, site.running, group, (activation, slope)
+        dense(input), weight, bias, residual, site, group, (activation, slope)
     )
 
 
@@ -79,14 +85,14 @@ def _compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) 
     return y
 
 
-def recomputes(device: torch.device) -> bool:
-    """Whether arithmetic is free on ``device``, so that a backward better computes than reads."""
-    return device.type == "cuda"
+def recomputes(x: Tensor) -> bool:
+    """Whether arithmetic is free where ``x`` is, so that a backward better computes than reads."""
+    return x.is_cuda
 
 
 def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
-    if group == NO_GROUP and not recomputes(input.device):
+    if group == NO_GROUP and not recomputes(input):
         # There one op does without phases what ``batch_norm`` has to do.
         return False
     if residual is not None:
@@ -98,27 +104,29 @@ def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str
         if not residual.is_contiguous(memory_format=layout):
             return False
     # torch keeps the argument of other activations for their backward, which we would recompute.
-    return recomputes(input.device) or activations.derivative_follows_from_result(activation)
+    return recomputes(input) or activations.derivative_follows_from_result(activation)
 
 
 class _BatchNormAct(torch.autograd.Function):
     """As ``batch_norm``'s, with the residual and the activation in the phases."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, running, group, act):
+    def forward(ctx, x, weight, bias, residual, site, group, act):
         activation, _ = act
         with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group)
-            y, stats = NORMALIZE(x, totals, weight, bias, eps, *running, residual, *act)
+            totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
+            y, stats = NORMALIZE(x, totals, weight, bias, site.eps, *site.running, residual, *act)
         kept = residual
         if activation == "identity":
             kept = None
         elif activations.derivative_follows_from_result(activation) and (
-            residual is not None or not recomputes(x.device)
+            residual is not None or not recomputes(x)
         ):
             kept = y
         ctx.save_for_backward(x, weight, bias, stats, totals, kept)
-        ctx.eps = eps
+        ctx.eps = site.eps
+        # Only to name the site if a peer dies; a compiler has no use for it.
+        ctx.site = () if torch.compiler.is_compiling() else site.per_channel
         ctx.group = group
         ctx.act = act
         return y
@@ -129,7 +137,7 @@ class _BatchNormAct(torch.autograd.Function):
         grad = grad.contiguous(memory_format=memory_format(x))
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
-            totals = all_reduce_sum(MOMENTS(x), ctx.group)
+            totals = all_reduce_sum(MOMENTS(x), ctx.group, ctx.site)
             stats = reference.statistics(totals, ctx.eps, stats.dtype)
             return _backward(ctx, grad, x, weight, bias, stats, totals, kept)
         with below_autograd():
@@ -142,7 +150,7 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
     if act[0] == "identity":
         sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
     else:
-        write = needs_residual or not recomputes(x.device)
+        write = needs_residual or not recomputes(x)
         sums, inner = ACTIVATION_BACKWARD_REDUCE(grad, x, stats, weight, bias, kept, *act, write)
         if write:
             grad, act = inner, ("identity", 0.0)
@@ -152,9 +160,9 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
     grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
     grad_x = None
     if needs_x:
-        sums = all_reduce_sum(sums, ctx.group)
+        sums = all_reduce_sum(sums, ctx.group, ctx.site)
         if act[0] == "identity":
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
         else:
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums, bias, kept, *act)
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, *[None] * 4
+    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None
