@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("kernels", "collectives"),
     ("agreement", "naming"),
-    ("reference", "activations", "modes", "settings", "commandline"),
+    ("groups", "reference", "activations", "modes", "settings", "commandline"),
     ("errors",),
 )
 """From top to bottom: a part imports from its own layer and from those below it."""

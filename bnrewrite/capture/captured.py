@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions, below
-from bnrewrite.collectives import active_group
+from bnrewrite.groups import active_group
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 

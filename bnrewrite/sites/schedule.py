@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from bnrewrite.agreement import Line, View, agree, can_agree, default_group
-from bnrewrite.collectives import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 
