@@ -167,7 +167,7 @@ class TestFused:
         assert _ops(model, "layer1") == ["batch_norm_act", "batch_norm_act"]
         text = str(bnrewrite.report(model))
         assert "fuse_epilogue" in text
-        assert "its collective is shared or overlapped" in text
+        assert "it shares or overlaps its collective" in text
 
     def test_a_sequence(self) -> None:
         def make() -> nn.Module:

@@ -76,7 +76,7 @@ def _report_shared(target: OwnerGraph, node: fx.Node, report: PassReport) -> Non
     for result in node.users:
         site = node.args[0].meta["sites"][result.args[1]]  # pyright: ignore
         if any(_follows(target, user) for user in result.users):
-            reason = "its collective is shared or overlapped, in nodes that take no epilogue"
+            reason = "it shares or overlaps its collective"
             report.skipped.append(target.skip(site.name, reason, result, site.path))
 
 
