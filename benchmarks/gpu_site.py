@@ -125,7 +125,7 @@ class Case:
         affine = (self.weight.detach(), self.bias.detach())
         totals = kernels.moments(x)
         stats = reference.statistics(totals, EPS, torch.float32)
-        running = (self.mean, self.var, self.count, 0.1)
+        running = (self.mean, self.var, self.count, 0.1, False)
         y, _ = kernels.normalize(x, totals, *affine, EPS, *running, residual, "relu")
         sums, inner = kernels.activation_backward_reduce(
             grad, x, stats, *affine, y, "relu", 0.0, True

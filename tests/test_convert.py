@@ -309,7 +309,9 @@ class TestResults:
         results = []
         for one in (model, plain):
             x = _x().requires_grad_()
-            checkpoint(one, x, use_reentrant=False).square().sum().backward()  # pyright: ignore
+            # The recomputation of torch's own layers would move their statistics once more.
+            y: Any = one(x) if one is plain else checkpoint(one, x, use_reentrant=False)
+            y.square().sum().backward()
             results.append([x.grad, *(p.grad for p in one.parameters()), *one.buffers()])
         _assert_equal(*results)
 

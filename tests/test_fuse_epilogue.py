@@ -261,6 +261,11 @@ class TestLeft:
         assert _ops(model) == ["batch_norm"]
         assert _reasons(model) == ["what follows it has hooks, which only a call runs"]
 
+    def test_shuffled_statistics(self) -> None:
+        model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), mode="shuffle")
+        assert _ops(model) == ["shuffle_batch_norm"]
+        assert _reasons(model) == ["its statistics come from another rank"]
+
     def test_an_activation_to_keep(self) -> None:
         model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), keep=["act"])
         assert _ops(model) == ["batch_norm"]

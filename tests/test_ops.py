@@ -76,11 +76,11 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         "moments": (MOMENTS, (t["x"],)),
         "normalize": (
             NORMALIZE,
-            (t["x"], t["totals"], t["weight"], t["bias"], EPS, *running, 0.1),
+            (t["x"], t["totals"], t["weight"], t["bias"], EPS, *running, 0.1, True),
         ),
         "normalize without anything optional": (
             NORMALIZE,
-            (t["x"], t["totals"], None, None, EPS, None, None, None, None),
+            (t["x"], t["totals"], None, None, EPS, None, None, None, None, False),
         ),
         "normalize_backward_reduce": (NORMALIZE_BACKWARD_REDUCE, (t["grad"], t["x"], t["stats"])),
         "normalize_backward": (
@@ -115,11 +115,11 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         ),
         "batch_norm_local": (
             BATCH_NORM_LOCAL,
-            (t["x"], t["weight"], t["bias"], EPS, *running, 0.1),
+            (t["x"], t["weight"], t["bias"], EPS, *running, 0.1, True),
         ),
         "batch_norm_local without anything optional": (
             BATCH_NORM_LOCAL,
-            (t["x"], None, None, EPS, None, None, None, None),
+            (t["x"], None, None, EPS, None, None, None, None, False),
         ),
         "batch_norm_local_backward": (
             BATCH_NORM_LOCAL_BACKWARD,
@@ -177,7 +177,7 @@ class TestRegistration:
     ) -> None:
         t = _tensors(shape, torch.float32)
         running = _running(shape[1], torch.float32)
-        args = (t["x"], t["weight"], t["bias"], *running, training, True, momentum, EPS, "")
+        args = (t["x"], t["weight"], t["bias"], *running, training, True, momentum, EPS, "", False)
         if gradients:
             args = _with_gradients(args, BATCH_NORM)
         _quietly(lambda: torch.library.opcheck(BATCH_NORM, args))

@@ -59,13 +59,14 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
     residual: Tensor | None = None,
     activation: str = "identity",
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     if known_nonempty:
         table = channels.statistics_table(totals, eps, acc)

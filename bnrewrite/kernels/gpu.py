@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cuda
+from bnrewrite.kernels.statistics import recomputes, statistics_table, track
 from bnrewrite.settings import kernels_setting
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
     residual: Tensor | None = None,
     activation: str = "identity",
     slope: float = 0.0,
@@ -81,16 +83,22 @@ def normalize(
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     empty = x.numel() == 0
     plan = None if empty else _plan(x)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     if plan is None and not (empty and runs_triton(x.device)):
         return cuda.normalize(x, totals, weight, bias, eps, *running, residual, activation, slope)
     from bnrewrite.kernels.triton import launch
 
     y = torch.empty_like(x)
-    stats = x.new_empty((2, x.size(1)), dtype=reference.accumulate_dtype(x.dtype))
+    acc = reference.accumulate_dtype(x.dtype)
+    stats = x.new_empty((2, x.size(1)), dtype=acc)
+    if skip_nonfinite or recomputes():
+        # Rare enough for launches of its own.
+        table = statistics_table(totals, eps, acc, known_nonempty=not empty)
+        track(table, totals, running, known_nonempty=not empty)
+        running = (None, None, None, momentum, False)
     (residual,) = _as(x, residual)
     launch.normalize(
-        plan, x, residual, y, totals, (weight, bias), stats, running, eps, activation, slope
+        plan, x, residual, y, totals, (weight, bias), stats, running[:4], eps, activation, slope
     ).run()
     return y, stats
 

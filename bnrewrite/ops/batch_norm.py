@@ -18,7 +18,8 @@ from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
 LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
-    "bool track_running_stats, float? momentum, float eps, str group) -> Tensor"
+    "bool track_running_stats, float? momentum, float eps, str group, bool skip_nonfinite=False) "
+    "-> Tensor"
 )
 
 
@@ -34,6 +35,7 @@ def _batch_norm(
     momentum: float | None,
     eps: float,
     group: str,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Batch normalization with the semantics of ``torch.nn.SyncBatchNorm``, on any device.
 
@@ -52,6 +54,7 @@ def _batch_norm(
         momentum: weight of the batch in the running statistics; None for a cumulative average.
         eps: added to the variance.
         group: name of the process group over which statistics are shared, or "".
+        skip_nonfinite: a batch whose statistics are not finite leaves the running ones alone.
 
     Returns:
         (N, C, *), in the dtype and memory format of ``input``.
@@ -63,7 +66,7 @@ def _batch_norm(
     """
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, track_running_stats, momentum, eps,
+        training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
     if not training and running_mean is not None:
         site.check()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bnrewrite import activations, reference
-from bnrewrite.collectives import NO_GROUP, all_reduce_sum
+from bnrewrite.collectives import all_reduce_sum
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import _batch_norm, check_statistics
 from bnrewrite.ops.library import LIBRARY, below_autograd
@@ -22,7 +23,7 @@ LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
     "bool track_running_stats, float? momentum, float eps, str group, Tensor? residual, "
-    "str activation, float slope) -> Tensor"
+    "str activation, float slope, bool skip_nonfinite=False) -> Tensor"
 )
 
 
@@ -41,6 +42,7 @@ def _batch_norm_act(
     residual: Tensor | None,
     activation: str,
     slope: float,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """``act(batch_norm(input, ...) + residual)``.
 
@@ -55,12 +57,12 @@ def _batch_norm_act(
         # Both are composites, so the function is the op, without a dispatch of its own.
         y = _batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-            track_running_stats, momentum, eps, group,
+            track_running_stats, momentum, eps, group, skip_nonfinite,
         )  # fmt: skip
         return _compose(y, residual, activation, slope)
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, track_running_stats, momentum, eps,
+        training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
     check_statistics(site, group)
     return _BatchNormAct.apply(

@@ -22,11 +22,12 @@ def _fallback(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
     residual: Tensor | None = None,
     activation: str = "identity",
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = statistics_table(totals, eps, torch.float64, known_nonempty=known_nonempty)
     track(table, totals, running, known_nonempty=known_nonempty)
@@ -48,6 +49,7 @@ def _definition(
     running_var: None = None,
     num_batches_tracked: None = None,
     momentum: float | None = None,
+    skip_nonfinite: bool = False,
     residual: Tensor | None = None,
     activation: str = "identity",
     slope: float = 0.0,
@@ -58,8 +60,8 @@ def _definition(
 NORMALIZE = define_phase(
     "normalize(Tensor x, Tensor totals, Tensor? weight, Tensor? bias, float eps, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "float? momentum, Tensor? residual=None, str activation='identity', float slope=0.0) "
-    "-> (Tensor, Tensor)",
+    "float? momentum, bool skip_nonfinite=False, Tensor? residual=None, "
+    "str activation='identity', float slope=0.0) -> (Tensor, Tensor)",
     cpu=cpu.normalize,
     cuda=gpu.normalize,
     fake=_fake,

@@ -19,6 +19,7 @@ from bnrewrite.activations import derivative_follows_from_result
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM
+from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import Order
 from bnrewrite.passes.epilogues import (
@@ -53,6 +54,11 @@ def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
         return
     for node in target.graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
         _report_shared(target, node, report)
+    for node in target.graph.find_nodes(op="call_function", target=SHUFFLE_BATCH_NORM):
+        if any(_follows(target, user) for user in node.users):
+            site = node.meta["site"]
+            reason = "its statistics come from another rank"
+            report.skipped.append(target.skip(site.name, reason, node, site.path))
     order: Order | None = None
     for node in target.graph.find_nodes(op="call_function", target=BATCH_NORM):
         chain = _chain(target, node)
@@ -213,10 +219,10 @@ def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
             if activation_of(target.owner, node) is not None:
                 for name in activation.flags:
                     target.flags[path, name] = getattr(module, name)
+    *arguments, skip_nonfinite = site.args
+    epilogue = (chain.residual, activation.name, activation.slope)
     with target.graph.inserting_before(last):
-        new = target.graph.call_function(
-            BATCH_NORM_ACT, (*site.args, chain.residual, activation.name, activation.slope)
-        )
+        new = target.graph.call_function(BATCH_NORM_ACT, (*arguments, *epilogue, skip_nonfinite))
     new.meta.update(site.meta)
     new.stack_trace = site.stack_trace
     last.replace_all_uses_with(new)

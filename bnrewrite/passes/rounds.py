@@ -18,7 +18,7 @@ def group_of(node: fx.Node) -> str | None:
     """Name of the process group that a node of ``batch_norm`` communicates with, if it does."""
     if node.target is not BATCH_NORM:
         return None
-    group = node.args[-1]
+    group = node.args[10]
     if isinstance(group, fx.Node) and group.target is active_group:
         return str(group.args[0])
     return None

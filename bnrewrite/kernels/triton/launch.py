@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.activations import derivative_follows_from_result
-from bnrewrite.kernels.statistics import Running
 from bnrewrite.kernels.triton.moments import moments_kernel
 from bnrewrite.kernels.triton.normalize import BOOK, normalize_kernel
 from bnrewrite.kernels.triton.normalize_backward import normalize_backward_kernel
@@ -109,7 +108,7 @@ def normalize(
     totals: Tensor,
     affine: tuple[Tensor | None, Tensor | None],
     stats: Tensor,
-    running: Running,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
     eps: float,
     activation: str,
     slope: float,
