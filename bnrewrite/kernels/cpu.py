@@ -19,7 +19,7 @@ from bnrewrite.kernels.epilogue import (
     add_activation_,
     through_activation,
 )
-from bnrewrite.kernels.statistics import statistics_table, track
+from bnrewrite.kernels.statistics import track
 
 _aten = torch.ops.aten
 
@@ -68,10 +68,7 @@ def normalize(
     acc = reference.accumulate_dtype(x.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
-    if known_nonempty:
-        table = channels.statistics_table(totals, eps, acc)
-    else:
-        table = statistics_table(totals, eps, acc, known_nonempty=False)
+    table = channels.statistics_table(totals, eps, acc)
     track(table, totals, running, known_nonempty=known_nonempty)
     stats, var = table[:2], table[2]
     if not known_nonempty:
