@@ -4,11 +4,11 @@ Two ranks, gloo with a delay added to every all-reduce (see delayed_group.py), s
 thread per rank, no DDP. Per model, in eager mode and compiled without code generation:
 
     local    BatchNorm over each rank's own batch: no collectives
-    each     one collective per site, waited for at once (passes=()): what synchronised BatchNorm does
+    each     one collective per site, waited for at once (passes=()), as everybody does it
     ours     shared and overlapped; compiled with backend="bnrewrite_aot_eager"
 
-Goals: at no delay not slower than ``each`` beyond noise; in backward, of the latency that the weight
-gradients can cover (per collective the smaller of the two), at least 85 % hidden.
+Goals: without a delay not slower than ``each`` beyond noise; in backward, of the latency that the
+weight gradients can cover (per collective the smaller of the two), at least 85 % hidden.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -1,129 +1,17 @@
-"""The only file that sends tensors: process groups by name, and what ranks send each other.
+"""The only file that sends tensors: what the ranks of a group send each other.
 
 Collectives are torch's functional collectives, so that a compiled graph shows each of them, and
 they are created in program order, which is the same on every rank.
 """
 
+import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from bnrewrite.errors import GroupError
-from bnrewrite.watch import can_watch, finish, is_watched, launch
-
-NO_GROUP = ""
-"""Name that stands for "nothing to communicate"."""
-
-DEFAULT_GROUP = "default"
-"""Name that stands for the default group, which is looked up at each call."""
-
-
-def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
-    """The name by which a converted module remembers ``process_group``.
-
-    Args:
-        process_group: None for the default group, a process group, or a one-dimensional mesh.
-
-    Raises:
-        TypeError: it is something else.
-        ValueError: the mesh has several dimensions, or this rank is not a member of the group.
-    """
-    if process_group is None:
-        return DEFAULT_GROUP
-    if isinstance(process_group, DeviceMesh):
-        if process_group.ndim != 1:
-            raise ValueError(
-                f"process_group is a DeviceMesh with {process_group.ndim} dimensions "
-                f"{process_group.mesh_dim_names or tuple(process_group.shape)}; statistics are "
-                "shared along one. Pass one dimension of it, e.g. mesh['dp']."
-            )
-        if process_group.get_coordinate() is None:
-            raise ValueError(
-                f"this rank ({dist.get_rank()}) is not part of the DeviceMesh given as "
-                "process_group. Pass the mesh that contains it."
-            )
-        return process_group.get_group().group_name
-    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(
-            f"this rank ({dist.get_rank()}) is not a member of the group given as process_group. "
-            "Pass, on each rank, the group that contains the rank."
-        )
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "process_group must be None, a torch.distributed.ProcessGroup or a one-dimensional "
-            f"DeviceMesh, but it is {type(process_group).__name__} ({process_group!r})."
-        )
-    return process_group.group_name
-
-
-def find_group(name: str) -> dist.ProcessGroup:
-    """The process group called ``name``.
-
-    Raises:
-        GroupError: there is none in this process.
-    """
-    try:
-        return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise GroupError(
-            f"the process group {name!r} that convert() was given does not exist in this process: "
-            "it was destroyed, or the model was loaded elsewhere. Call bnrewrite.convert(model, "
-            "process_group=...) again with a living group."
-        ) from error
-
-
-def active_group(name: str, training: bool) -> str:
-    """Name of the group to communicate with now, or ``NO_GROUP`` if there is nothing to do.
-
-    Nothing is communicated outside training, without a process group, and in groups of one rank.
-    A compiler specialises on the answer and asks again when the default group changes.
-    """
-    if not training or name == NO_GROUP:
-        return NO_GROUP
-    if name != DEFAULT_GROUP:
-        return _active_explicit_group(name)
-    # Dynamo guards on this attribute; dist.is_initialized() it would take for a constant.
-    group = dist.distributed_c10d._world._default_pg
-    if group is None or group.size() == 1:
-        return NO_GROUP
-    return group.group_name
-
-
-@torch.compiler.assume_constant_result
-def _active_explicit_group(name: str) -> str:
-    return name if find_group(name).size() > 1 else NO_GROUP
-
-
-def place_in(group: str) -> tuple[int, int]:
-    """Rank of this process in ``group`` and the number of its ranks; (0, 1) for ``NO_GROUP``.
-
-    Who sends what to whom is part of a compiled graph, so these numbers are found outside the ops
-    and given to them: compilers guard on them, and no cache mixes graphs of different ranks.
-
-    Args:
-        group: a name from :func:`active_group`.
-    """
-    if group == NO_GROUP:
-        return 0, 1
-    # Dynamo guards on this attribute, and on the group's size by way of active_group.
-    default = dist.distributed_c10d._world._default_pg
-    if default is not None and group == default.group_name:
-        return default.rank(), default.size()
-    return _place_in_explicit_group(group)
-
-
-@torch.compiler.assume_constant_result
-def _place_in_explicit_group(name: str) -> tuple[int, int]:
-    group = find_group(name)
-    return group.rank(), group.size()
-
-
-def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from bnrewrite.groups import NO_GROUP, find_group, place_in
+from bnrewrite.watch import can_watch, finish, is_watched, launch, peer_error
 
 
 def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
@@ -143,6 +31,19 @@ def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Te
     if torch.is_grad_enabled() and packed.requires_grad:
         return _AllReduceSum.apply(packed, group, site)
     return wait(start_all_reduce_sum(packed, group, site))
+
+
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+"""The op that ends a functional collective."""
+
+
+def is_launch(target: Any) -> bool:
+    """Whether ``target``, of a node of a graph, launches a functional collective."""
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "_c10d_functional"
+        and target is not WAIT
+    )
 
 
 def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
@@ -165,6 +66,18 @@ def wait(pending: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and is_watched(pending):
         return finish(pending)
     return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def _wait_or_name(pending: Tensor, what: str, group: str) -> Tensor:
+    """:func:`wait`, with ``what`` and ``group`` in the error outside of compiled graphs."""
+    if torch.compiler.is_compiling():
+        return wait(pending)
+    started = time.monotonic()
+    try:
+        return wait(pending)
+    except RuntimeError as error:
+        waited_s = time.monotonic() - started
+        raise peer_error(what, find_group(group), (), waited_s, error) from error
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -201,7 +114,7 @@ def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) 
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
-    return wait(received)
+    return _wait_or_name(received, "exchange", group)
 
 
 class _SendAround(torch.autograd.Function):
@@ -223,7 +136,7 @@ def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
     Not differentiable; see :func:`receive_from`.
     """
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
-    return wait(table).view(world_size, -1)
+    return _wait_or_name(table, "all-gather", group).view(world_size, -1)
 
 
 def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:

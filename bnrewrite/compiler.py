@@ -22,10 +22,10 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from bnrewrite.collectives import WAIT, is_launch
 from bnrewrite.passes import schedule
 
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 class HideCollectives(CustomGraphPass):
@@ -37,7 +37,7 @@ class HideCollectives(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites ``graph`` in place."""
-        if not any(map(_is_launch, graph.nodes)):
+        if not any(is_launch(node.target) for node in graph.nodes):
             return
         split_convolution_backward(graph)
         hide_collectives(graph)
@@ -76,12 +76,12 @@ def hide_collectives(graph: fx.Graph) -> None:
     launches, ordered = 0, None
     needed = dict.fromkeys(nodes, len(nodes))
     for node in nodes:
-        if _is_launch(node) or _has_effects(node):
+        if is_launch(node.target) or _has_effects(node):
             # All ranks launch in the same order, and effects stay where they are among themselves.
             if ordered is not None:
                 before[node].add(ordered)
             ordered = node
-        if _is_launch(node):
+        if is_launch(node.target):
             needed[node] = launches
             launches += 1
     _keep_writes_in_place(nodes, before)
@@ -92,19 +92,11 @@ def hide_collectives(graph: fx.Graph) -> None:
     def rank(node: fx.Node, position: int) -> tuple[int, int, int]:
         if node.op == "placeholder":
             return 0, 0, position
-        if _is_launch(node):
+        if is_launch(node.target):
             return 1, needed[node], position
-        return (3 if node.target is _WAIT else 2), needed[node], position
+        return (3 if node.target is WAIT else 2), needed[node], position
 
     schedule.reorder(graph, before, (), rank)
-
-
-def _is_launch(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "_c10d_functional"
-        and node.target is not _WAIT
-    )
 
 
 def _has_effects(node: fx.Node) -> bool:
@@ -112,7 +104,7 @@ def _has_effects(node: fx.Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
-        and target is not _WAIT
+        and target is not WAIT
         and (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
     )
 

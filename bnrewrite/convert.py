@@ -17,8 +17,8 @@ from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, o
 from bnrewrite.capture.capture import Cache, Capture, Recipe
 from bnrewrite.capture.model import capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
-from bnrewrite.collectives import DEFAULT_GROUP, group_name
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
+from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.capture.owner import communication_of, is_owner, owner_state
-from bnrewrite.collectives import world_size
 from bnrewrite.convert import Conversion, conversion_of
+from bnrewrite.groups import world_size
 from bnrewrite.passes.base import PassReport, Rewrite, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import is_site, site_state

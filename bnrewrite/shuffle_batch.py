@@ -13,14 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bnrewrite.collectives import (
-    NO_GROUP,
-    active_group,
-    all_gather_numbers,
-    exchange_rows,
-    group_name,
-    place_in,
-)
+from bnrewrite.collectives import all_gather_numbers, exchange_rows
+from bnrewrite.groups import NO_GROUP, active_group, group_name, place_in
 
 
 @torch.compiler.disable(reason="the host must know how many samples go where")

@@ -843,3 +843,19 @@ class _MergeLists(nn.Module):
         values[0] = self.first(values[0] + values[2])
         values.append(self.second(values[1]))
         return [values[0], values[3]]
+
+
+@case()
+class CallsForwardOfChildren(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = block()
+        self.residual = nn.ModuleList([block(4, 4), block(4, 4)])
+        self.inner = Simple()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn.forward(self.block.forward(x))
+        for layer in self.residual:
+            x = x + layer.forward(x)
+        return x * self.inner.bn.forward(x)

@@ -25,7 +25,7 @@ LAYERS = (
     ("kernels", "collectives"),
     ("watch",),
     ("agreement", "naming"),
-    ("reference", "modes", "settings", "commandline"),
+    ("groups", "reference", "modes", "settings", "commandline"),
     ("errors",),
 )
 """From top to bottom: a part imports from its own layer and from those below it."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from bnrewrite.agreement import Line
 from bnrewrite.capture.capture import Capture, Recipe, capture
 from bnrewrite.capture.captured import Captured
-from bnrewrite.collectives import NO_GROUP
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.rounds import Communication, communication
@@ -18,6 +18,8 @@ from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     SITE_TENSORS,
     Intercept,
+    Tracing,
+    call_in_trace,
     floor_recipe,
     is_site,
     site_state,
@@ -106,6 +108,8 @@ class OwnerForward(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured graph where it stands for this call, else the original forward."""
         module: Any = self
+        if Tracing.tracer is not None:
+            return call_in_trace(self, args, kwargs)
         state = self._bnrewrite_owner
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)
         training = module.training and not frozen

@@ -10,11 +10,9 @@ on tensors of its own, or branches on data.
 import builtins
 import contextlib
 import inspect
-import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -24,8 +22,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import Tracing
 
 
 class Refused(BnRewriteError):  # noqa: N818
@@ -67,7 +67,7 @@ class OwnerTracer(fx.Tracer):
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
         if self.refusal is None:
-            self.refusal = Refused(f"{reason}{_where()}")
+            self.refusal = Refused(f"{reason}{where()}")
             self.refusal.scope = self._scopes[-1]
         raise self.refusal
 
@@ -84,9 +84,9 @@ class OwnerTracer(fx.Tracer):
                 graph = super().trace(root, concrete_args)
         except Exception as error:
             if self.refusal is None:
-                where = _where_of(error, forward)
+                place = where_of(error, forward)
                 text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
-                self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{where}")
+                self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{place}")
                 self.refusal.scope = self._scopes[-1]
             self.assumptions.restore_containers()
             self.refusal.assumptions = self.assumptions
@@ -132,7 +132,7 @@ class OwnerTracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self._scopes[-1]
         # fx can record whole stacks, which costs more than the trace; one line is what is read.
-        frame = _user_frame() if node.op in ("call_module", "call_function") else None
+        frame = user_frame() if node.op in ("call_module", "call_function") else None
         if frame is not None:
             code = frame.f_code
             node.stack_trace = (
@@ -212,6 +212,7 @@ class OwnerTracer(fx.Tracer):
 
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         with (
+            mock.patch.object(Tracing, "tracer", self),
             mock.patch.object(builtins, "isinstance", is_instance),
             mock.patch.object(nn.Module, "__getattribute__", getattribute, create=True),
             mock.patch.object(nn.Module, "__setattr__", setattribute),
@@ -314,40 +315,5 @@ def _context() -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _is_ours(filename: str) -> bool:
-    return filename.startswith((_TORCH, _HERE)) or filename.endswith("mock.py")
-
-
-_TORCH = torch.__path__[0] + os.sep
-_HERE = __file__.rsplit("capture", 1)[0]
-
-
-def _user_frame() -> FrameType | None:
-    """The innermost frame of the traced code."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame
-
-
 def _asked_by_torch() -> bool:
     return sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
-
-
-def _where() -> str:
-    frame = _user_frame()
-    return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
-
-
-def _where_of(error: BaseException, forward: Callable) -> str:
-    where = ""
-    traceback = error.__traceback__
-    while traceback is not None:
-        filename = traceback.tb_frame.f_code.co_filename
-        if not _is_ours(filename) and not filename.startswith("<"):
-            where = f" ({filename}:{traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    if not where:
-        code = getattr(forward, "__code__", None)
-        where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
-    return where

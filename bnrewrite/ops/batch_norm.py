@@ -7,8 +7,9 @@ that the package docstring lists, with the autograd of this file around them.
 import torch
 from torch import Tensor
 
-from bnrewrite.collectives import NO_GROUP, all_reduce_sum
+from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnrewrite.collectives import NO_GROUP, start_all_reduce_sum, wait
+from bnrewrite.collectives import start_all_reduce_sum, wait
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from bnrewrite import reference
-from bnrewrite.collectives import NO_GROUP, all_gather, receive_from, send_around
+from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnrewrite.collectives import active_group, place_in
+from bnrewrite.groups import active_group, place_in
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from bnrewrite.collectives import active_group, place_in
+from bnrewrite.groups import active_group, place_in
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport

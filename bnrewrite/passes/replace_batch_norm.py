@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from bnrewrite.collectives import NO_GROUP, active_group, place_in
+from bnrewrite.groups import NO_GROUP, active_group, place_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM

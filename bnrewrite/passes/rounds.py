@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from bnrewrite.collectives import active_group
+from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnrewrite.collectives import place_in
+from bnrewrite.groups import place_in
 from bnrewrite.modes import Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
@@ -27,7 +27,7 @@ def evaluate(mode: Mode, number: int, group: str, arguments: tuple[Any, ...]) ->
     Args:
         mode: of the site.
         number: of the site, from :func:`site_number`.
-        group: a name from :func:`bnrewrite.collectives.active_group`.
+        group: a name from :func:`bnrewrite.groups.active_group`.
         arguments: those of the op ``batch_norm`` but for the group.
     """
     if isinstance(mode, Shuffle):

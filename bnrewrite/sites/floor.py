@@ -14,8 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.agreement import Line
-from bnrewrite.collectives import NO_GROUP, active_group, find_group
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
+from bnrewrite.groups import NO_GROUP, active_group, find_group
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
 from bnrewrite.naming import remember
 from bnrewrite.sites.classes import (
@@ -72,6 +72,19 @@ def checked_input(check: Any, x: Tensor) -> Tensor:
     return x
 
 
+class Tracing:
+    """The tracer that captures a module at this moment, or None."""
+
+    tracer: Any = None
+
+
+def call_in_trace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``module.forward(...)`` becomes in a graph that is captured: a call of the module."""
+    if has_hooks(module):
+        Tracing.tracer.refuse("calls forward() of a module whose hooks a call would run")
+    return module(*args, **kwargs)
+
+
 class SiteForward(Converted):
     """``forward`` of a converted BatchNorm module."""
 
@@ -115,10 +128,11 @@ class SiteForward(Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if isinstance(input, fx.Proxy):
+        if Tracing.tracer is not None:
+            if not has_own_forward(self):  # pyright: ignore
+                return call_in_trace(self, (input,), {})
             # A subclass that calls super().forward() is being traced.
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_function", own_batch_norm, (input,), {})
+            return Tracing.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         state = self._bnrewrite_site
         module._check_input_dim(input)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnrewrite.agreement import Line, View, agree, can_agree, default_group
-from bnrewrite.collectives import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done

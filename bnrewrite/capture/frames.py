@@ -1,0 +1,46 @@
+"""Where traced code is: frames of the stack, and lines of code for messages."""
+
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+
+
+def is_ours(filename: str) -> bool:
+    """Whether a file belongs to torch or to this package."""
+    return filename.startswith((_TORCH, _HERE)) or filename.endswith("mock.py")
+
+
+_TORCH = torch.__path__[0] + os.sep
+_HERE = __file__.rsplit("capture", 1)[0]
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame of the traced code."""
+    frame = sys._getframe(1)
+    while frame is not None and is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def where() -> str:
+    """File and line of the traced code, in parentheses."""
+    frame = user_frame()
+    return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+def where_of(error: BaseException, forward: Callable) -> str:
+    """File and line of the traced code that raised ``error``, else those of ``forward``."""
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if not is_ours(filename) and not filename.startswith("<"):
+            found = f" ({filename}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    if not found:
+        code = getattr(forward, "__code__", None)
+        found = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    return found
