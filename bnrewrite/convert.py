@@ -102,6 +102,10 @@ def convert(
             f"model must be a torch.nn.Module, but it is {type(model).__name__}. "
             "Pass the module itself, before wrapping or compiling it."
         )
+    if not isinstance(strict, bool):
+        raise TypeError(
+            f"strict must be True or False, but it is {type(strict).__name__} ({strict!r})."
+        )
     wanted = Conversion(
         modes=ModeTable.parse(mode),
         group=group_name(process_group),

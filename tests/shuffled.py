@@ -86,6 +86,13 @@ def simulate(
     return values, buffers
 
 
+def borrow(value: Tensor, lender: Tensor, eps: float) -> Tensor:
+    """``value``, normalized with the statistics of ``lender``."""
+    var, mean = torch.var_mean(lender, reference.reduced_dims(lender), correction=0)
+    rstd = reference.per_channel((var + eps).rsqrt(), value)
+    return (value - reference.per_channel(mean, value)) * rstd
+
+
 def _site(
     bn: _BatchNorm,
     name: str,
@@ -103,10 +110,7 @@ def _site(
         lender = lender.detach() if detach else lender
         followed = torch.cat(values) if follow_group else lender
         if value.numel():
-            var, mean = torch.var_mean(lender, reference.reduced_dims(lender), correction=0)
-            y = (value - reference.per_channel(mean, value)) * reference.per_channel(
-                (var + bn.eps).rsqrt(), value
-            )
+            y = borrow(value, lender, bn.eps)
             if bn.affine:
                 y = y * reference.per_channel(bn.weight, y) + reference.per_channel(bn.bias, y)
         else:

@@ -243,6 +243,21 @@ def test_if_all_ranks_are_empty_nothing_is_updated(ranks: RankPool) -> None:
     assert ranks.run(_all_empty, 3) == [True] * 3
 
 
+def _buffers_of(rank: int, world_size: int, dtype: torch.dtype) -> list[Tensor]:
+    model = bnrewrite.convert(_residual_net()).to(dtype)
+    for step in range(5):
+        torch.manual_seed(world_size * step + rank)
+        model(torch.randn(0 if rank == step % world_size else 3, 3, 8, 8, dtype=dtype))
+    return [*model.buffers()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_empty_ranks_hold_the_same_buffers_bit_for_bit(ranks: RankPool, dtype: torch.dtype) -> None:
+    first, *others = ranks.run(_buffers_of, 3, dtype)
+    for buffers in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, buffers, strict=True))
+
+
 def _one_value_each(rank: int, world_size: int) -> Tensor:
     bn = bnrewrite.convert(nn.BatchNorm1d(2).double())
     bn(torch.full((1, 2), float(rank), dtype=torch.float64))

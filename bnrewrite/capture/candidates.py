@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_own_forward, is_site, site_state
@@ -13,7 +14,7 @@ def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of ``model`` by qualified name whose own forward may contain a site.
 
     These are the modules that hold a site directly or in a container, the BatchNorm modules with a
-    forward of their own, and the modules whose class mentions ``batch_norm``.
+    forward of their own, and the other modules whose class mentions ``batch_norm``.
     """
     modules = dict(model.named_modules())
     found: set[str] = set()
@@ -23,7 +24,8 @@ def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
                 found.add(name)
             if name:
                 found.add(_holder(modules, name))
-        elif mentions_batch_norm(original_class(module)):
+        elif not isinstance(module, _BatchNorm) and mentions_batch_norm(original_class(module)):
+            # A BatchNorm module that is no site was left alone by the user's patterns.
             found.add(name)
     return {
         name: module for name, module in modules.items() if name in found and has_forward(module)

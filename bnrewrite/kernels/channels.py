@@ -30,15 +30,17 @@ def pack(mean: Tensor, var: Tensor, count: int) -> Tensor:
 def statistics_table(totals: Tensor, eps: float, acc: torch.dtype) -> Tensor:
     """Mean, rstd, biased and unbiased variance, (4, C) in ``acc``, of packed sums.
 
-    The count must not be zero. See :func:`bnrewrite.kernels.statistics.statistics_table`.
+    See :func:`bnrewrite.kernels.statistics.statistics_table`. Ranks with an empty batch come here
+    too: other arithmetic would give their running statistics other last bits.
     """
     packed = totals.numpy()
     C = (packed.size - 1) // 2
     table = np.empty((4, C), _NUMPY[acc])
     with np.errstate(all="ignore"):
         count = packed[0]
-        mean = packed[1 : C + 1] / count
-        var = packed[C + 1 :] / count
+        divisor = max(count, 1)
+        mean = packed[1 : C + 1] / divisor
+        var = packed[C + 1 :] / divisor
         var -= mean * mean
         np.maximum(var, 0, out=var)
         table[0] = mean

