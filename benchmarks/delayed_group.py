@@ -45,7 +45,7 @@ class _DelayedGroup(dist.ProcessGroup):
     """What the benchmarks need of a process group, on top of gloo."""
 
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self._gloo = gloo
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:

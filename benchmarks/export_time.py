@@ -1,12 +1,9 @@
 """CPU time of ``export_onnx``, verification included, as a ratio to ``torch.onnx.export`` alone.
 
-    python benchmarks/export_time.py [--models resnet18 ...] [--repeats 5]
-
 The variants alternate within one process, after one warm-up each, so that the ratios do not depend
 on the state of the machine. One thread. Needs torchvision.
 """
 
-import argparse
 import logging
 import statistics
 import tempfile
@@ -16,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import arguments, finish
 from models import torchvision_model
 from torch import nn
 
@@ -59,24 +57,25 @@ def measure(name: str, repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    options = arguments(__doc__, rounds=5)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    print(f"CPU seconds, median [min-max] of {args.repeats}, torch {torch.__version__}")
-    for name in args.models:
-        seconds = measure(name, args.repeats)
+    print(f"CPU seconds, median [min-max] of {options.rounds}")
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for name in MODELS:
+        seconds = measure(name, options.rounds)
         base = statistics.median(seconds["stock"])
+        result[name] = {}
         for variant, times in seconds.items():
             middle = statistics.median(times)
+            result[name][variant] = {"seconds": middle, "ratio": middle / base}
             print(
                 f"{name:20} {variant:8} {middle:6.2f} [{min(times):.2f}-{max(times):.2f}]"
-                f"   ratio {middle / base:.2f}",
+                f"   ratio {middle / base:.2f} (bar 1.5)",
                 flush=True,
             )
+    finish(__file__, {"models": result}, save=options.save)
 
 
 if __name__ == "__main__":

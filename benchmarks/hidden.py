@@ -34,13 +34,21 @@ class Clock(fx.Interpreter):
         return result
 
 
-def clocked_backend(clocks: list[Clock], *, scheduled: bool) -> Callable[..., Any]:
-    """A backend of ``torch.compile`` that runs its graphs under clocks: forward, then backward."""
+def clocked_backend(
+    clocks: list[Clock], *, scheduled: bool, split: bool = True
+) -> Callable[..., Any]:
+    """A backend of ``torch.compile`` that runs its graphs under clocks: forward, then backward.
+
+    Args:
+        clocks: gets the clock of each graph.
+        scheduled: hide collectives.
+        split: without hiding, split the backward of convolutions all the same.
+    """
 
     def compiler(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         if scheduled:
             HideCollectives()(module.graph)
-        else:
+        elif split:
             split_convolution_backward(module.graph)
         module.recompile()
         clock = Clock(module)

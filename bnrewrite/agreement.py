@@ -128,8 +128,9 @@ def _place(name: str) -> _Group:
 
 def _timeout_s(group: dist.ProcessGroup) -> float:
     """After how many seconds collectives of ``group`` give up."""
-    backend = group._get_backend(group._device_types[0])
-    options = getattr(backend, "options", None)
+    # A group that is written in Python has no backends.
+    backends = [group._get_backend(device) for device in group._device_types[:1]]
+    options = getattr(backends[0], "options", None) if backends else None
     found = getattr(options, "_timeout", None)
     return (found or timedelta(minutes=30)).total_seconds()
 

@@ -4,20 +4,13 @@ Collectives are torch's functional collectives, so that a compiled graph shows e
 they are created in program order, which is the same on every rank.
 """
 
-import contextlib
-import itertools
-import time
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from bnrewrite.agreement import describe_group, join_open_round
-from bnrewrite.errors import BnRewriteError, PeerError
 from bnrewrite.groups import NO_GROUP, find_group, place_in
-from bnrewrite.naming import site_of
+from bnrewrite.watch import can_watch, finish, is_watched, launch
 
 
 def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
@@ -26,7 +19,7 @@ def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Te
     Args:
         packed: (K,), float64, of the same size on every rank.
         group: a name from :func:`active_group`; ``NO_GROUP`` returns ``packed`` itself.
-        site: tensors of the site, by which an error finds its name.
+        site: tensors of the sites, by which an error finds their names.
 
     Raises:
         PeerError: another rank died, stalled or left; only outside of compiled graphs.
@@ -36,7 +29,7 @@ def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Te
         return packed
     if torch.is_grad_enabled() and packed.requires_grad:
         return _AllReduceSum.apply(packed, group, site)
-    return wait(start_all_reduce_sum(packed, group, site), group, site)
+    return wait(start_all_reduce_sum(packed, group, site))
 
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -55,85 +48,23 @@ def is_launch(target: Any) -> bool:
 def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
     """Launches :func:`all_reduce_sum`; the result may be read once :func:`wait` has returned it.
 
-    Not differentiable. Arguments and errors are those of :func:`all_reduce_sum`.
+    Not differentiable.
+
+    Args:
+        packed: (K,), float64, of the same size on every rank.
+        group: a name from :func:`active_group`, not ``NO_GROUP``.
+        site: as :func:`all_reduce_sum` takes it.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
-    start = time.monotonic()
-    try:
-        if not packed.is_cpu or type(packed) is not Tensor or _is_traced():
-            return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
-        reduced = packed.clone()
-        _under_way[reduced.data_ptr()] = find_group(group).allreduce([reduced]), reduced
-        return reduced
-    except RuntimeError as error:
-        if isinstance(error, BnRewriteError):
-            raise
-        raise peer_error("all-reduce", group, site, time.monotonic() - start, error) from error
+    if not torch.compiler.is_compiling() and can_watch(packed):
+        return launch(packed, find_group(group), site)
+    return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
 
 
-_under_way: dict[int, tuple[Any, Tensor]] = {}
-"""Collectives on the CPU that were launched, with their results, by the address of these."""
-
-
-def wait(pending: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
-    """The result of a collective over ``group`` that was launched.
-
-    Raises:
-        PeerError: another rank died, stalled or left; only outside of compiled graphs.
-        ScheduleError: another rank has left the schedule that the ranks agreed on.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops._c10d_functional.wait_tensor(pending)
-    start = time.monotonic()
-    try:
-        if _under_way and pending.is_cpu and type(pending) is Tensor:
-            work, _ = _under_way.pop(pending.data_ptr(), (None, None))
-            if work is not None:
-                _watch(work, group)
-                return pending
-        return torch.ops._c10d_functional.wait_tensor(pending)
-    except RuntimeError as error:
-        if isinstance(error, BnRewriteError):
-            raise
-        raise peer_error("all-reduce", group, site, time.monotonic() - start, error) from error
-
-
-_SUSPICIOUS_S = 2.0
-"""How long a collective takes before its ranks ask each other what they are doing."""
-
-
-def _is_traced() -> bool:
-    """Whether something looks at the ops that run, so that collectives must be functional ones."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _watch(work: Any, group: str) -> None:
-    """Waits for a collective on the CPU, and notices if others wait for an agreement meanwhile."""
-    for patience in itertools.chain((_SUSPICIOUS_S,) * 2, itertools.repeat(1.0)):
-        try:
-            work.wait(timedelta(seconds=patience))
-            return
-        except RuntimeError:
-            if work.is_completed():
-                raise
-            join_open_round(group)
-
-
-def peer_error(
-    what: str, group: str, site: tuple[Any, ...], waited_s: float, error: RuntimeError
-) -> PeerError:
-    """The error for a collective that failed with ``error``."""
-    ranks, this = [], -1
-    with contextlib.suppress(BnRewriteError, KeyError, ValueError):
-        ranks, this = dist.get_process_group_ranks(find_group(group)), dist.get_rank()
-    return PeerError(
-        f"{site_of(site)}: the {what} over {describe_group(group)} (ranks {ranks}, this is rank "
-        f"{this}) failed after {waited_s:.1f} s: another rank died, stalled or left. The group "
-        "cannot be used any more; the model can: call torch.distributed.destroy_process_group(), "
-        "form a new group of the ranks that are left and go on. What the backend says: "
-        f"{error}"
-    )
+def wait(pending: Tensor) -> Tensor:
+    """The result of a collective that was launched."""
+    if not torch.compiler.is_compiling() and is_watched(pending):
+        return finish(pending)
+    return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -170,7 +101,7 @@ def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) 
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
-    return torch.ops._c10d_functional.wait_tensor(received)
+    return wait(received)
 
 
 class _SendAround(torch.autograd.Function):
@@ -192,7 +123,7 @@ def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
     Not differentiable; see :func:`receive_from`.
     """
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
-    return torch.ops._c10d_functional.wait_tensor(table).view(world_size, -1)
+    return wait(table).view(world_size, -1)
 
 
 def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
@@ -257,5 +188,5 @@ def exchange_rows(rows: Tensor, group: str, num_sent: list[int], num_received: l
         [num * row_bytes for num in num_sent],
         group,
     )
-    received = torch.ops._c10d_functional.wait_tensor(received)
+    received = wait(received)
     return received.view(rows.dtype).view(-1, *rows.shape[1:])

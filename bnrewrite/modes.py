@@ -6,22 +6,56 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 
+def _check_flag(mode: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{mode}: skip_nonfinite must be True or False, but it is {type(value).__name__} "
+            f"({value!r})."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """Statistics over all ranks of the process group, as ``torch.nn.SyncBatchNorm``."""
+    """Statistics over all ranks of the process group, as ``torch.nn.SyncBatchNorm``.
+
+    Attributes:
+        skip_nonfinite: a batch with NaN or infinity on any rank leaves the running statistics of
+            the site and its count of batches as they were, on all ranks. For training with
+            ``GradScaler``, which skips such a step.
+
+    Raises:
+        TypeError: an option has another type.
+    """
+
+    skip_nonfinite: bool = False
 
     name = "sync"
     communicates = True
     communicates_backward = True
 
+    def __post_init__(self) -> None:
+        _check_flag("Sync", self.skip_nonfinite)
+
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Statistics over the batch of each rank, as ``torch.nn.BatchNorm2d``."""
+    """Statistics over the batch of each rank, as ``torch.nn.BatchNorm2d``.
+
+    Attributes:
+        skip_nonfinite: as in :class:`Sync`, for each rank by itself.
+
+    Raises:
+        TypeError: an option has another type.
+    """
+
+    skip_nonfinite: bool = False
 
     name = "local"
     communicates = False
     communicates_backward = False
+
+    def __post_init__(self) -> None:
+        _check_flag("Local", self.skip_nonfinite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +142,11 @@ def _parse(mode: object) -> Mode:
         f"mode must be a name, a mode object, or a mapping from patterns of site names to them, "
         f"but it is {type(mode).__name__} ({mode!r})."
     )
+
+
+def skips_nonfinite(mode: Mode) -> bool:
+    """Whether running statistics of a site of ``mode`` leave out batches that are not finite."""
+    return isinstance(mode, (Sync, Local)) and mode.skip_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Which site a tensor belongs to, for errors raised where only tensors are known."""
+"""Which sites tensors belong to, for errors raised where only tensors are known."""
 
 import weakref
 from typing import Any
 
 _sites: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """Names under which a BatchNorm module holds tensors."""
 
 
@@ -14,10 +14,12 @@ def remember(module: object, name: str) -> None:
     _sites[module] = name
 
 
-def site_of(tensors: tuple[object, ...]) -> str:
-    """Name of the site that holds one of ``tensors``."""
-    for module, name in list(_sites.items()):
-        own = [getattr(module, tensor, None) for tensor in TENSORS]
-        if any(mine is not None and mine is its for mine in own for its in tensors):
-            return name or "the model itself"
-    return "a BatchNorm site without parameters and buffers of its own"
+def sites_of(tensors: tuple[object, ...]) -> str:
+    """Names of the sites that hold any of ``tensors``."""
+    wanted = {id(tensor) for tensor in tensors if tensor is not None}
+    names = [
+        name or "the model itself"
+        for module, name in list(_sites.items())
+        if any(id(getattr(module, tensor, None)) in wanted for tensor in _TENSORS)
+    ]
+    return ", ".join(dict.fromkeys(names)) or "a BatchNorm site"

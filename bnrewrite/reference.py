@@ -12,6 +12,8 @@ Pairwise Algorithm for Computing Sample Variances", 1979, for the sums over part
 import torch
 from torch import Tensor
 
+from bnrewrite import activations
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of ``dtype`` values are accumulated."""
@@ -67,10 +69,24 @@ def statistics(totals: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return torch.stack([mean, torch.rsqrt(var + eps)]).to(dtype)
 
 
+def affine(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(x - mean) * rstd * weight + bias``, as ``x`` (N, C, *), in ``acc``."""
+    scale = stats[1] if weight is None else stats[1] * weight
+    y = (x - per_channel(stats[0], x)) * per_channel(scale, x)
+    return y if bias is None else y + per_channel(bias, x)
+
+
 def normalize(
-    x: Tensor, totals: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``y = (x - mean) * rstd * weight + bias`` and the statistics that were used.
+    """``y = act((x - mean) * rstd * weight + bias + residual)`` and the statistics it used.
 
     Args:
         x: (N, C, *), floating point.
@@ -78,16 +94,61 @@ def normalize(
         weight: (C,) or None for ones.
         bias: (C,) or None for zeros.
         eps: added to the variance.
+        residual: as ``x``, or None for zeros.
+        activation: one of :data:`bnrewrite.activations.ACTIVATIONS`.
+        slope: of the activation, where it has one.
 
     Returns:
         y, as ``x`` in shape, dtype and memory format; stats (2, C), ``acc``: mean and rstd.
     """
     stats = statistics(totals, eps, accumulate_dtype(x.dtype))
-    scale = stats[1] if weight is None else stats[1] * weight
-    y = (x - per_channel(stats[0], x)) * per_channel(scale, x)
-    if bias is not None:
-        y = y + per_channel(bias, x)
-    return y.to(x.dtype), stats
+    z = affine(x, stats, weight, bias)
+    if residual is not None:
+        z = z + residual
+    return activations.activate(z, activation, slope).to(x.dtype), stats
+
+
+def activation_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """Gradient of what was activated, ``grad * act'(z)``, which is the gradient of the residual.
+
+    ``kept`` is what the derivative needs besides what the forward pass was given: the result, if
+    the derivative follows from that, else the residual; None without one. Returns ``acc``.
+    """
+    if activation == "identity":
+        return grad
+    if kept is not None and activations.derivative_follows_from_result(activation):
+        z = kept
+    else:
+        z = affine(x, stats, weight, bias)
+        z = z if kept is None else z + kept
+    acc = accumulate_dtype(x.dtype)
+    return activations.activation_backward(grad.to(acc), z.to(acc), activation, slope)
+
+
+def activation_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+    write: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the gradient of what was activated, and that gradient, (0,) if it is not wanted."""
+    inner = activation_backward(grad, x, stats, weight, bias, kept, activation, slope)
+    sums = normalize_backward_reduce(inner, x, stats)
+    return sums, inner.to(x.dtype) if write else x.new_empty(0)
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -113,11 +174,22 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, totals: Tensor, weight: Tensor | None, sums: Tensor
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> Tensor:
     """Gradient of the input, given the sums of all ranks.
 
         dx = weight * rstd * (g - sum_g / n - xhat * sum_g_xhat / n)
+
+    With an activation, ``g`` is :func:`activation_backward` of ``grad``.
 
     Args:
         grad: (N, C, *), gradient of the output.
@@ -126,12 +198,17 @@ def normalize_backward(
         totals: (2C + 1,), float64, packed sums of the forward pass; its first entry is n.
         weight: (C,) or None for ones.
         sums: (2C,), float64, of :func:`normalize_backward_reduce`, summed over ranks.
+        bias: (C,) or None for zeros, as ``kept`` and the following for the activation only.
+        kept: see :func:`activation_backward`.
+        activation: one of :data:`bnrewrite.activations.ACTIVATIONS`.
+        slope: of the activation, where it has one.
 
     Returns:
         (N, C, *), as ``x``.
     """
     acc = accumulate_dtype(x.dtype)
     mean, rstd = stats.unbind()
+    grad = activation_backward(grad, x, stats, weight, bias, kept, activation, slope)
     mean_grad, mean_grad_xhat = (sums / totals[:1].clamp_min(1)).to(acc).chunk(2)
     scale = rstd if weight is None else rstd * weight
     xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)

@@ -2,6 +2,7 @@
 
 BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
 BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
+BNREWRITE_KERNELS=aten       uses ATen's kernels on GPUs, not those in Triton
 BNREWRITE_CHECK=0            ranks do not compare what they communicate before they start
 TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
 """
@@ -44,6 +45,18 @@ def dump_directory() -> Path | None:
     except OSError as error:
         raise ValueError(f"BNREWRITE_DUMP={name} cannot become a directory: {error}.") from error
     return path
+
+
+def kernels_setting() -> str:
+    """Which kernels to use on GPUs: "auto" or "aten".
+
+    Raises:
+        ValueError: BNREWRITE_KERNELS is something else.
+    """
+    value = os.environ.get("BNREWRITE_KERNELS", "") or "auto"
+    if value not in ("auto", "aten"):
+        raise ValueError(f"BNREWRITE_KERNELS must be 'auto' or 'aten', but it is {value!r}.")
+    return value
 
 
 def check_enabled() -> bool:

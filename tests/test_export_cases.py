@@ -102,6 +102,9 @@ CASES = {
     "affine=False": (
         lambda: layers(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)), IMAGE, 0, 1, 0,
     ),
+    "bias=False": (
+        lambda: layers(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, bias=False)), IMAGE, 0, 1, 0,
+    ),
     "momentum=None": (lambda: nn.BatchNorm2d(3, momentum=None), IMAGE, 1, 0, 0),
     "eps=0": (lambda: layers(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, eps=0)), IMAGE, 0, 1, 0),
     "eps=1e-12": (lambda: layers(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, eps=1e-12)), IMAGE, 0, 1, 0),
@@ -368,9 +371,23 @@ def test_wrappers_are_taken_off():
 def test_converted_reverted_and_plain_models_give_the_same_file():
     model = randomize(Block())
     plain = export_onnx(model.eval(), (IMAGE,))
-    for mode in ("sync", "local", "frozen"):
+    for mode in ("sync", "shuffle", "local", "frozen"):
         check_same(bnrewrite.convert(model, mode), plain)
     check_same(bnrewrite.revert(model), plain)
+
+
+def test_a_model_that_conversion_cannot_trace_gives_the_same_file():
+    class Untraceable(Block):
+        def forward(self, image: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(image)
+
+    model = randomize(Untraceable())
+    plain = export_onnx(model, (IMAGE,))
+    bnrewrite.convert(model)
+    assert bnrewrite.report(model).skipped
+    assert not bnrewrite.graphs(model)
+    check_same(model, plain)
 
 
 def test_hooks_run_and_counters_do_not_count():

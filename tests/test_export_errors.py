@@ -308,6 +308,83 @@ def test_values_that_are_not_finite_must_agree():
             compare([nan], [np.array(wrong, np.float32)], ["y"], tolerance)
 
 
+def test_outputs_of_another_number_shape_or_dtype_fail_the_comparison():
+    from bnrewrite.export.verify import Tolerance, compare
+
+    wanted, tolerance = torch.ones(2, 3), Tolerance(None, None)
+    with pytest.raises(ExportError, match="1 outputs, the ONNX model 2"):
+        compare([wanted], [wanted.numpy()] * 2, ["y"], tolerance)
+    for wrong in (np.ones((3, 2), np.float32), np.ones((2, 3), np.float64)):
+        with pytest.raises(ExportError, match=r"output 0 \(y\) is .* in onnxruntime, but \(2, 3\)"):
+            compare([wanted], [wrong], ["y"], tolerance)
+    with pytest.raises(ExportError, match=r"differs in 1 of 2 torch\.int64"):
+        compare([torch.tensor([1, 2])], [np.array([1, 3])], ["y"], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.float64, 1e-9)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_default_tolerance_is_relative_to_the_scale_of_the_output(dtype, rtol, scale):
+    from bnrewrite.export.verify import Tolerance, compare
+
+    wanted = torch.tensor([scale, scale / 100], dtype=dtype)
+    for factor, passes in ((0.7, True), (1.5, False)):
+        # The small value moves, by a part of what the large one would be allowed.
+        got = wanted + torch.tensor([0.0, factor * rtol * scale], dtype=dtype)
+        if passes:
+            assert compare([wanted], [got.numpy()], ["y"], Tolerance(None, None)).max_rel > 0
+        else:
+            with pytest.raises(ExportError, match="differs from the model by"):
+                compare([wanted], [got.numpy()], ["y"], Tolerance(None, None))
+
+
+def test_an_invalid_model_never_becomes_a_file(tmp_path, monkeypatch):
+    from bnrewrite.export import pipeline
+
+    def damage(model):
+        # A type that full shape inference contradicts; a check of the nodes alone misses it.
+        model.graph.outputs[0].shape = type(model.graph.outputs[0].shape)([2, 6])
+        return 0
+
+    monkeypatch.setattr(pipeline, "fold_batch_norms", damage)
+    with pytest.raises(ExportError, match=r"onnx\.checker rejects"):
+        export_onnx(randomize(Block()), (X,), tmp_path / "m.onnx", fold=True, verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_opset_or_a_foreign_operator_is_refused():
+    import onnx_ir as ir
+
+    from bnrewrite.export.translate import finish
+
+    def model(domain: str) -> ir.Model:
+        x = ir.Value(name="x")
+        node = ir.Node(domain, "Relu", [x])
+        graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 18})
+        return ir.Model(graph, ir_version=8)
+
+    finish(model(""), 18)
+    with pytest.raises(ExportError, match="opset_version 17 was asked for, but opset 18 came out"):
+        finish(model(""), 17)
+    with pytest.raises(ExportError, match=r"com\.example::Relu is not a standard ONNX operator"):
+        finish(model("com.example"), 18)
+
+
+def test_an_operation_without_an_onnx_form_is_named():
+    class Unsupported(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.bn(x))
+
+    with pytest.raises(ExportError, match=r"torch\.onnx cannot convert.*bessel_j0") as caught:
+        export_onnx(Unsupported(), (X,))
+    assert caught.value.__cause__ is not None
+
+
 def test_a_failing_op_keeps_torch_s_text_as_the_cause():
     with pytest.raises(ExportError) as caught:
         export_onnx(Branches(), (X,))

@@ -14,6 +14,7 @@ import bnrewrite
 from bnrewrite import export_onnx
 from bnrewrite.export import files
 from tests.export_models import Block, Mixed, initializers, operators, randomize
+from tests.zoo.export import mild_statistics
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +27,12 @@ def torchvision_models() -> Any:
     del library
 
 
-def random_statistics(model: Any) -> Any:
-    """As :func:`randomize`, but mild, so that deep networks neither explode nor die out."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight, module.running_var):
-                if tensor is not None:
-                    tensor.data.uniform_(0.8, 1.25, generator=generator)
-            for tensor in (module.bias, module.running_mean):
-                if tensor is not None:
-                    tensor.data.uniform_(-0.1, 0.1, generator=generator)
-    return model
-
-
 def image(size: int) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def check_both_forms(model: Any, x: Tensor) -> None:
-    bnrewrite.convert(random_statistics(model))
+    bnrewrite.convert(mild_statistics(model))
     kept = export_onnx(model, (x,), dynamic_shapes=[{0: "batch"}])
     assert kept.model is not None
     state, found = model.state_dict(), initializers(kept.model)
@@ -134,7 +121,7 @@ def run_in_openvino(path: Path, x: Tensor) -> Tensor:
 def test_openvino_agrees(name, fold, torchvision_models, tmp_path):
     pytest.importorskip("openvino")
     options = {"init_weights": False} if name == "googlenet" else {}
-    model = random_statistics(torchvision_models.get_model(name, weights=None, **options))
+    model = mild_statistics(torchvision_models.get_model(name, weights=None, **options))
     x = image(TORCHVISION.get(name, 64))
     report = export_onnx(
         bnrewrite.convert(model),

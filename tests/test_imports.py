@@ -23,8 +23,9 @@ LAYERS = (
     ("sites",),
     ("ops",),
     ("kernels", "collectives"),
+    ("watch",),
     ("agreement", "naming"),
-    ("groups", "reference", "modes", "settings", "commandline"),
+    ("activations", "groups", "reference", "modes", "settings", "commandline"),
     ("errors",),
 )
 """From top to bottom: a part imports from its own layer and from those below it."""

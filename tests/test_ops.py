@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
+from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_local import BATCH_NORM_LOCAL, BATCH_NORM_LOCAL_BACKWARD
 from bnrewrite.ops.moments import MOMENTS
@@ -75,11 +76,11 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         "moments": (MOMENTS, (t["x"],)),
         "normalize": (
             NORMALIZE,
-            (t["x"], t["totals"], t["weight"], t["bias"], EPS, *running, 0.1),
+            (t["x"], t["totals"], t["weight"], t["bias"], EPS, *running, 0.1, True),
         ),
         "normalize without anything optional": (
             NORMALIZE,
-            (t["x"], t["totals"], None, None, EPS, None, None, None, None),
+            (t["x"], t["totals"], None, None, EPS, None, None, None, None, False),
         ),
         "normalize_backward_reduce": (NORMALIZE_BACKWARD_REDUCE, (t["grad"], t["x"], t["stats"])),
         "normalize_backward": (
@@ -90,13 +91,35 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
             NORMALIZE_BACKWARD,
             (t["grad"], t["x"], t["stats"], t["totals"], None, t["sums"]),
         ),
+        "normalize with residual and activation": (
+            NORMALIZE,
+            (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, None, t["grad"],
+             "silu", 0.0),
+        ),
+        "activation_backward_reduce": (
+            ACTIVATION_BACKWARD_REDUCE,
+            (*(t[k] for k in ("grad", "x", "stats", "weight", "bias")), None, "silu", 0.0, True),
+        ),
+        "activation_backward_reduce with residual": (
+            ACTIVATION_BACKWARD_REDUCE,
+            (*(t[k] for k in ("grad", "x", "stats", "weight", "bias", "x")), "gelu", 0.0, False),
+        ),
+        "activation_backward_reduce from the result": (
+            ACTIVATION_BACKWARD_REDUCE,
+            (t["grad"], t["x"], t["stats"], None, None, t["x"], "leaky_relu", 0.1, True),
+        ),
+        "normalize_backward through an activation": (
+            NORMALIZE_BACKWARD,
+            (*(t[k] for k in ("grad", "x", "stats", "totals", "weight", "sums", "bias")), None,
+             "gelu_tanh", 0.0),
+        ),
         "batch_norm_local": (
             BATCH_NORM_LOCAL,
-            (t["x"], t["weight"], t["bias"], EPS, *running, 0.1),
+            (t["x"], t["weight"], t["bias"], EPS, *running, 0.1, True),
         ),
         "batch_norm_local without anything optional": (
             BATCH_NORM_LOCAL,
-            (t["x"], None, None, EPS, None, None, None, None),
+            (t["x"], None, None, EPS, None, None, None, None, False),
         ),
         "batch_norm_local_backward": (
             BATCH_NORM_LOCAL_BACKWARD,
@@ -106,7 +129,7 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
             BATCH_NORM_LOCAL_BACKWARD,
             (t["grad"], t["x"], *t["stats"].clone().unbind(), None),
         ),
-    }
+    }  # fmt: skip
 
 
 PHASES = list(_phase_calls((2, 1)))
@@ -123,7 +146,7 @@ def _with_gradients(args: tuple, op: Any) -> tuple:
         arg.detach().requires_grad_()
         if isinstance(arg, Tensor) and arg.is_floating_point() and argument.name not in written
         else arg
-        for arg, argument in zip(args, op._schema.arguments, strict=True)
+        for arg, argument in zip(args, op._schema.arguments, strict=False)
     )
 
 
@@ -154,7 +177,7 @@ class TestRegistration:
     ) -> None:
         t = _tensors(shape, torch.float32)
         running = _running(shape[1], torch.float32)
-        args = (t["x"], t["weight"], t["bias"], *running, training, True, momentum, EPS, "")
+        args = (t["x"], t["weight"], t["bias"], *running, training, True, momentum, EPS, "", False)
         if gradients:
             args = _with_gradients(args, BATCH_NORM)
         _quietly(lambda: torch.library.opcheck(BATCH_NORM, args))
@@ -197,7 +220,7 @@ class TestDerivatives:
             else arg.clone()
             if isinstance(arg, Tensor)
             else arg
-            for arg, argument in zip(args, op._schema.arguments, strict=True)
+            for arg, argument in zip(args, op._schema.arguments, strict=False)
         )
         assert gradcheck(op, _with_gradients(args, op), check_undefined_grad=False)
 

@@ -203,7 +203,16 @@ def _optimise(
         return plain, reports
     assumptions = copy.copy(latest.assumptions)
     assumptions.constants = {**assumptions.constants, **target.flags}
-    return dataclasses.replace(latest, graph=target.graph, assumptions=assumptions), reports
+    assumptions.classes = {**assumptions.classes, **target.absorbed}
+    placeholders = [node.name for node in target.graph.find_nodes(op="placeholder")]
+    tensors = {placeholders.index(name) for name in target.tensors}
+    optimised = dataclasses.replace(
+        latest,
+        graph=target.graph,
+        assumptions=assumptions,
+        tensor_arguments=sorted({*latest.tensor_arguments, *tensors}),
+    )
+    return optimised, reports
 
 
 def _without_owner(module: nn.Module) -> type:

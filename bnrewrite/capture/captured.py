@@ -1,13 +1,13 @@
 """A captured graph: how it is called, when it stands for the forward, and the code it became."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions, below
-from bnrewrite.groups import active_group
+from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
@@ -55,18 +55,23 @@ class Captured:
             path for path in prefixes - calls if path and is_site(owner.get_submodule(path))
         )
 
-    def order(self) -> tuple[tuple[str, ...], int]:
-        """Our ops with the paths of their sites, in order; how many functional ones communicate."""
-        found, functional = [], 0
+    def order(self) -> tuple[str, ...]:
+        """The calls of our ops in order, with the paths of their sites."""
+        return tuple(
+            f"{node.target._opname}({', '.join(site.path or 'F.batch_norm' for site in sites)})"
+            for node, sites in self._calls()
+        )
+
+    def functional_sites(self) -> list[Rewrite]:
+        """The sites that are calls of ``F.batch_norm``, once each."""
+        found = {site.name: site for _, sites in self._calls() for site in sites}
+        return [site for site in found.values() if site.path is None]
+
+    def _calls(self) -> Iterator[tuple[Any, list[Rewrite]]]:
         for node in self.graph.nodes:
-            if getattr(node.target, "namespace", "") != "bnrewrite":
-                continue
-            sources = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
-            paths = dict.fromkeys(name.rpartition(".")[0] for name in sources if "." in name)
-            found.append(f"{node.target._opname}({', '.join(paths)})")
-            groups = [arg for arg in node.all_input_nodes if arg.target is active_group]
-            functional += not paths and bool(groups)
-        return tuple(found), functional
+            if getattr(node.target, "namespace", "") == "bnrewrite":
+                one = node.meta.get("site")
+                yield node, node.meta.get("sites") or ([] if one is None else [one])
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The required arguments in order, or None if the call has another form."""

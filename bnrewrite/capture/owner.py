@@ -11,7 +11,7 @@ from bnrewrite.capture.captured import Captured
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
-from bnrewrite.passes.replace_batch_norm import functional_name
+from bnrewrite.passes.base import joined
 from bnrewrite.passes.rounds import Communication, communication
 from bnrewrite.sites.classes import Converted, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
@@ -24,7 +24,7 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
-from bnrewrite.sites.schedule import EVERY_GROUP, SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_owner"
 
@@ -50,12 +50,17 @@ class OwnerState:
     def lines(self, training: bool, *, is_site: bool) -> list[tuple[str, Line]]:
         """What the ranks of a group must have in common about this owner."""
         name = f"the graph of {self.recipe.name or 'the model itself'}"
-        order, functional = self.train.order()
+        order = self.train.order()
         lines = [(EVERY_GROUP if training else NO_GROUP, (name, "; ".join(order)))]
-        group = self.recipe.group if training and functional else NO_GROUP
-        site = functional_name(self.recipe.name, 0)
-        if functional and not is_site:
-            lines.append((group, (site, f"{functional} call(s) of F.batch_norm")))
+        if is_site:
+            return lines
+        for site in self.train.functional_sites():
+            # Graphs are shared by modules of one structure, whose sites have names of their own.
+            name = joined(self.recipe.name, site.name.rpartition(".")[2])
+            communicates = training and site.mode is not None and site.mode.communicates
+            group = self.recipe.group if communicates else NO_GROUP
+            said = f"{site.mode}, a call of F.batch_norm" if training else EVALUATES
+            lines.append((group, (name, said)))
         return lines
 
     def __deepcopy__(self, memo: dict) -> "OwnerState":

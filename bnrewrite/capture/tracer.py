@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.frames import user_frame, where, where_of
+from bnrewrite.capture.proxy import Proxy
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import Tracing
@@ -37,10 +38,6 @@ class Refused(BnRewriteError):  # noqa: N818
 
     assumptions: Assumptions | None = None
     scope: str = ""
-
-
-class _Proxy(fx.Proxy):
-    """A proxy of this tracer."""
 
 
 class OwnerTracer(fx.Tracer):
@@ -106,7 +103,7 @@ class OwnerTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that takes notes."""
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -206,7 +203,7 @@ class OwnerTracer(fx.Tracer):
             tracer.refuse(f"calls the autograd.Function {cls.__name__}")
 
         def is_instance(value: Any, classes: Any) -> bool:
-            if type(value) is _Proxy and tracer._recording and not _asked_by_torch():
+            if type(value) is Proxy and tracer._recording and not _asked_by_torch():
                 return tracer._passes_for(value, classes)
             return ask(value, classes)
 

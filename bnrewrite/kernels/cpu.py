@@ -14,6 +14,11 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import channels
+from bnrewrite.kernels.epilogue import (
+    activation_backward_reduce_with,
+    add_activation_,
+    through_activation,
+)
 from bnrewrite.kernels.statistics import track
 
 _aten = torch.ops.aten
@@ -54,10 +59,14 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = channels.statistics_table(totals, eps, acc)
     track(table, totals, running, known_nonempty=known_nonempty)
@@ -66,15 +75,39 @@ def normalize(
         return torch.empty_like(x), stats
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
-    if x.dtype == acc and _channels_vectorise(x):
+    if residual is None and activation == "identity":
+        return _affine(x, torch.empty_like(x), weight, bias, stats, var, eps), stats
+    y = torch.empty_like(x)
+    step = max(1, _PIECE * x.size(0) // x.numel())
+    for start in range(0, x.size(0), step):
+        rows = slice(start, start + step)
+        out = _affine(x[rows], y[rows], weight, bias, stats, var, eps)
+        add_activation_(out, None if residual is None else residual[rows], activation, slope)
+    return y, stats
+
+
+def _affine(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """Normalises ``x`` into ``y``."""
+    if x.dtype == stats.dtype and _channels_vectorise(x):
         scale = stats[1] if weight is None else stats[1] * weight
         offset = torch.mul(stats[0], scale).neg_()
         offset = offset if bias is None else offset.add_(bias)
-        y = torch.empty_like(x)
         # Not on x itself: with four dimensions the broadcast is slow in this layout.
         torch.addcmul(offset.unsqueeze(1), _images(x), scale.unsqueeze(1), out=_images(y))
-        return y, stats
-    return torch.native_batch_norm(x, weight, bias, stats[0], var, False, 0.0, eps)[0], stats
+        return y
+    unused = ones(0, stats.dtype)
+    torch.native_batch_norm(
+        x, weight, bias, stats[0], var, False, 0.0, eps, out=(y, unused, unused)
+    )
+    return y
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -93,6 +126,9 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     return torch.stack(parts).sum(0, dtype=torch.float64)
 
 
+activation_backward_reduce = activation_backward_reduce_with(normalize_backward_reduce)
+
+
 def _reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """Sums (2C,) of g and of g * xhat in the dtype of the statistics."""
     # The weight argument matters to the input gradient only, which is not asked for.
@@ -103,7 +139,16 @@ def _reduce(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, totals: Tensor, weight: Tensor | None, sums: Tensor
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`.
 
@@ -118,16 +163,17 @@ def normalize_backward(
     """
     if x.numel() == 0:
         return torch.empty_like(x)
+    grad = through_activation(grad, x, stats, weight, bias, kept, activation, slope)
     mean = stats[0]
-    scale, mean_grad, slope = channels.backward_table(stats, totals, weight, sums).unbind()
+    scale, mean_grad, slope_x = channels.backward_table(stats, totals, weight, sums).unbind()
     one, unused = ones(x.size(1), scale.dtype), ones(0, scale.dtype)
     if x.numel() <= _SMALL and x.dtype == stats.dtype:
         dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
         centred = x - reference.per_channel(mean, x)
-        return dx.addcmul_(centred, reference.per_channel(slope, x), value=-1)
+        return dx.addcmul_(centred, reference.per_channel(slope_x, x), value=-1)
     dx = torch.empty_like(x)
     if x.dtype == stats.dtype:
-        _apply_wide(grad, x, dx, mean, scale, mean_grad, slope)
+        _apply_wide(grad, x, dx, mean, scale, mean_grad, slope_x)
         return dx
     step = max(1, _PIECE * x.size(0) // x.numel())
     piece = torch.empty_like(x[:step])
@@ -139,7 +185,7 @@ def normalize_backward(
             grad[rows], scale, None, mean_grad, one, False, 0.0, 0.0, out=(out, unused, unused)
         )
         torch.native_batch_norm(
-            x[rows], slope, None, mean, one, False, 0.0, 0.0, out=(other, unused, unused)
+            x[rows], slope_x, None, mean, one, False, 0.0, 0.0, out=(other, unused, unused)
         )
         out.sub_(other)
     return dx

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cpu
-from bnrewrite.kernels.statistics import lerp
+from bnrewrite.kernels.statistics import lerp, recomputes
 
 _aten = torch.ops.aten
 
@@ -26,14 +26,17 @@ def batch_norm_local(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`bnrewrite.reference.batch_norm_local`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
     if x.numel() == 0:
         zero = torch.zeros(x.size(1), dtype=acc)
         return torch.empty_like(x), zero, torch.full_like(zero, eps).rsqrt_()
-    if cpu.has_long_rows(x):
-        running = (running_mean, running_var, num_batches_tracked, momentum)
+    if recomputes():
+        running_mean = running_var = num_batches_tracked = None
+    if cpu.has_long_rows(x) or skip_nonfinite:
+        running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
         y, stats = cpu.normalize(x, cpu.moments(x), weight, bias, eps, *running)
         # Results of an op share no memory.
         return y, stats[0].clone(), stats[1].clone()

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
+from bnrewrite.kernels.epilogue import (
+    activation_backward_reduce_with,
+    add_activation_,
+    through_activation,
+)
 from bnrewrite.kernels.statistics import statistics_table, track
 
 
@@ -32,10 +37,14 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
     acc = reference.accumulate_dtype(x.dtype)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = statistics_table(totals, eps, acc, known_nonempty=known_nonempty)
     track(table, totals, running, known_nonempty=known_nonempty)
@@ -44,7 +53,9 @@ def normalize(
         return torch.empty_like(x), stats
     weight = None if weight is None else weight.to(acc)
     bias = None if bias is None else bias.to(acc)
-    return torch.batch_norm_elemt(x, weight, bias, stats[0], stats[1], eps), stats
+    y = torch.batch_norm_elemt(x, weight, bias, stats[0], stats[1], eps)
+    add_activation_(y, residual, activation, slope)
+    return y, stats
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -58,12 +69,25 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     return torch.cat((sum_grad, sum_grad_centred * rstd)).double()
 
 
+activation_backward_reduce = activation_backward_reduce_with(normalize_backward_reduce)
+
+
 def normalize_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, totals: Tensor, weight: Tensor | None, sums: Tensor
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`."""
     if x.numel() == 0:
         return torch.empty_like(x)
+    grad = through_activation(grad, x, stats, weight, bias, kept, activation, slope)
     mean, rstd = stats.unbind()
     # The kernel divides by the sum of int32 counts, which overflows; the division is done here.
     mean_grad, mean_grad_xhat = (sums / totals[:1]).to(stats.dtype).chunk(2)

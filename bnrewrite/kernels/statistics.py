@@ -6,8 +6,18 @@ They run once per site and step on C values, so their cost is the number of call
 import torch
 from torch import Tensor
 
-Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
-"""running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum."""
+Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
+"""running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum, and whether a
+batch whose statistics are not finite is left out."""
+
+
+def recomputes() -> bool:
+    """Whether a backward pass runs: then activation checkpointing evaluates a forward again.
+
+    Its batch has been tracked by the first evaluation. The kernels ask, since a compiled graph does
+    not know when it runs.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def statistics_table(
@@ -40,7 +50,7 @@ def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bo
 
     ``factor`` is the momentum, or ``1 / num_batches_tracked`` (cumulative average) if that is None.
     The running variance gets the unbiased value, ``var * n / (n - 1)``. Nothing changes where no
-    rank holds a value.
+    rank holds a value, or where activation checkpointing evaluates a batch again.
 
     Args:
         table: (4, C), of :func:`statistics_table`.
@@ -48,12 +58,20 @@ def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bo
         running: what is tracked, see :data:`Running`.
         known_nonempty: as in :func:`statistics_table`.
     """
-    running_mean, running_var, num_batches_tracked, momentum = running
+    running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite = running
+    if recomputes():
+        return
+    # The sums are those of all ranks, so all of them skip a batch or none does.
+    finite = totals.isfinite().all() if skip_nonfinite else None
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1 if known_nonempty else totals[0] > 0)
+        counts = 1 if known_nonempty else totals[0] > 0
+        num_batches_tracked.add_(counts if finite is None else finite & counts)
     if running_mean is None or running_var is None:
         return
     mean, _, _, unbiased = table.unbind()
+    if finite is not None:
+        mean = torch.where(finite, mean, running_mean.to(mean.dtype))
+        unbiased = torch.where(finite, unbiased, running_var.to(mean.dtype))
     factor = _factor(momentum, num_batches_tracked, table.dtype)
     if not known_nonempty:
         factor = (totals[0] > 0).to(table.dtype) * factor

@@ -6,6 +6,8 @@ of the collectives between them, all visible to a compiler:
     forward    moments -> all-reduce -> normalize
     backward   normalize_backward_reduce -> all-reduce -> normalize_backward
 
+``batch_norm_act`` is ``batch_norm`` with the residual and the activation that follow it.
+
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
 their collectives.
 
@@ -17,5 +19,6 @@ place of the all-reduce.
 """
 
 from bnrewrite.ops import batch_norm as batch_norm
+from bnrewrite.ops import batch_norm_act as batch_norm_act
 from bnrewrite.ops import shared_batch_norm as shared_batch_norm
 from bnrewrite.ops import shuffle_batch_norm as shuffle_batch_norm

@@ -18,7 +18,8 @@ from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
 LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
-    "bool track_running_stats, float? momentum, float eps, str group) -> Tensor"
+    "bool track_running_stats, float? momentum, float eps, str group, bool skip_nonfinite=False) "
+    "-> Tensor"
 )
 
 
@@ -34,6 +35,7 @@ def _batch_norm(
     momentum: float | None,
     eps: float,
     group: str,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Batch normalization with the semantics of ``torch.nn.SyncBatchNorm``, on any device.
 
@@ -52,6 +54,7 @@ def _batch_norm(
         momentum: weight of the batch in the running statistics; None for a cumulative average.
         eps: added to the variance.
         group: name of the process group over which statistics are shared, or "".
+        skip_nonfinite: a batch whose statistics are not finite leaves the running ones alone.
 
     Returns:
         (N, C, *), in the dtype and memory format of ``input``.
@@ -63,26 +66,36 @@ def _batch_norm(
     """
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, track_running_stats, momentum, eps,
+        training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
-    site.check()
     if not training and running_mean is not None:
+        site.check()
         return torch.ops.aten.batch_norm.default(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
-    if group == NO_GROUP and input.numel() == input.size(1):
-        raise UnsupportedBatchNorm(
-            f"expected more than 1 value per channel when training, got input size "
-            f"{tuple(input.shape)}. Use a larger batch, or .eval() on the layer.",
-            site.per_channel,
-        )
+    check_statistics(site, group)
     x = dense(input)
     if group == NO_GROUP and x.is_cpu:
         return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
     with below_autograd():
         totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
     return normalize_sites([site], [x], totals, group)[0]
+
+
+def check_statistics(site: Site, group: str) -> None:
+    """Refuses a site of whose input no statistics can be taken.
+
+    Raises:
+        UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
+    """
+    site.check()
+    if group == NO_GROUP and site.input.numel() == site.input.size(1):
+        raise UnsupportedBatchNorm(
+            f"expected more than 1 value per channel when training, got input size "
+            f"{tuple(site.input.shape)}. Use a larger batch, or .eval() on the layer.",
+            site.per_channel,
+        )
 
 
 LIBRARY.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")

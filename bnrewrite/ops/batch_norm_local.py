@@ -41,7 +41,7 @@ def _definition(
 BATCH_NORM_LOCAL = define_phase(
     "batch_norm_local(Tensor x, Tensor? weight, Tensor? bias, float eps, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "float? momentum) -> (Tensor, Tensor, Tensor)",
+    "float? momentum, bool skip_nonfinite=False) -> (Tensor, Tensor, Tensor)",
     cpu=cpu_local.batch_norm_local,
     cuda=_by_phases,
     fake=_fake,

@@ -69,10 +69,16 @@ def _autograd_kernel(op: torch._ops.OpOverload, definition: Callable[..., Any]) 
                 ]
                 results = definition(*args)
                 results = results if isinstance(results, tuple) else (results,)
+                # A result may be empty for these arguments.
+                pairs = [
+                    (result, grad)
+                    for result, grad in zip(results, grads, strict=True)
+                    if result.requires_grad
+                ]
                 found = torch.autograd.grad(
-                    results,
+                    [result for result, _ in pairs],
                     [args[i] for i in wanted],
-                    grads,
+                    [grad for _, grad in pairs],
                     create_graph=create_graph,
                     allow_unused=True,
                 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels import cpu, gpu
 from bnrewrite.ops.library import define_phase
 
 
@@ -15,7 +15,7 @@ def _fake(x: Tensor) -> Tensor:
 MOMENTS = define_phase(
     "moments(Tensor x) -> Tensor",
     cpu=cpu.moments,
-    cuda=cuda.moments,
+    cuda=gpu.moments,
     fake=_fake,
     definition=reference.moments,
 )

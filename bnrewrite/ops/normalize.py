@@ -1,10 +1,13 @@
-"""The op ``normalize``: finalises the statistics, updates the running ones and normalises."""
+"""The op ``normalize``: finalises the statistics, updates the running ones and normalises.
+
+A residual and an activation are part of it.
+"""
 
 import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels import cpu, gpu
 from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.ops.library import define_phase
 
@@ -19,12 +22,16 @@ def _fallback(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = statistics_table(totals, eps, torch.float64, known_nonempty=known_nonempty)
     track(table, totals, running, known_nonempty=known_nonempty)
-    return reference.normalize(x, totals, weight, bias, eps)
+    return reference.normalize(x, totals, weight, bias, eps, residual, activation, slope)
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -33,17 +40,30 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _definition(
-    x: Tensor, totals: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: None = None,
+    running_var: None = None,
+    num_batches_tracked: None = None,
+    momentum: float | None = None,
+    skip_nonfinite: bool = False,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return reference.normalize(x, totals, weight, bias, eps)
+    return reference.normalize(x, totals, weight, bias, eps, residual, activation, slope)
 
 
 NORMALIZE = define_phase(
     "normalize(Tensor x, Tensor totals, Tensor? weight, Tensor? bias, float eps, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "float? momentum) -> (Tensor, Tensor)",
+    "float? momentum, bool skip_nonfinite=False, Tensor? residual=None, "
+    "str activation='identity', float slope=0.0) -> (Tensor, Tensor)",
     cpu=cpu.normalize,
-    cuda=cuda.normalize,
+    cuda=gpu.normalize,
     fake=_fake,
     definition=_definition,
     fallback=_fallback,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels import cpu, gpu
 from bnrewrite.ops.library import define_phase
 
 
@@ -14,9 +14,10 @@ def _fake(grad: Tensor, x: Tensor, *_: object) -> Tensor:
 
 NORMALIZE_BACKWARD = define_phase(
     "normalize_backward(Tensor grad, Tensor x, Tensor stats, Tensor totals, Tensor? weight, "
-    "Tensor sums) -> Tensor",
+    "Tensor sums, Tensor? bias=None, Tensor? kept=None, str activation='identity', "
+    "float slope=0.0) -> Tensor",
     cpu=cpu.normalize_backward,
-    cuda=cuda.normalize_backward,
+    cuda=gpu.normalize_backward,
     fake=_fake,
     definition=reference.normalize_backward,
 )

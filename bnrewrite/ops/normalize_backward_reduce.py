@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels import cpu, gpu
 from bnrewrite.ops.library import define_phase
 
 
@@ -15,7 +15,7 @@ def _fake(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 NORMALIZE_BACKWARD_REDUCE = define_phase(
     "normalize_backward_reduce(Tensor grad, Tensor x, Tensor stats) -> Tensor",
     cpu=cpu.normalize_backward_reduce,
-    cuda=cuda.normalize_backward_reduce,
+    cuda=gpu.normalize_backward_reduce,
     fake=_fake,
     definition=reference.normalize_backward_reduce,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bnrewrite.collectives import start_all_reduce_sum, wait
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
@@ -28,8 +29,8 @@ LIBRARY.define(
 LIBRARY.define(
     "finish_batch_norm(Tensor pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
     "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
-    "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group) "
-    "-> Tensor[]"
+    "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group, "
+    "bool[] skip_nonfinite) -> Tensor[]"
 )
 
 
@@ -65,9 +66,8 @@ def _start_batch_norm(
         return inputs[0].new_empty(0, dtype=torch.float64)
     with below_autograd():
         packed = join([MOMENTS(dense(inputs[i])) for i in taking_part])
-        first = taking_part[0]
-        site = (weight[first], bias[first], running_mean[first], running_var[first])
-        return start_all_reduce_sum(packed, group[first], site)
+        sites = (t for i in taking_part for t in (weight[i], bias[i], running_mean[i]))
+        return start_all_reduce_sum(packed, group[taking_part[0]], tuple(sites))
 
 
 def _finish_batch_norm(
@@ -83,6 +83,7 @@ def _finish_batch_norm(
     momentum: list[float | None],
     eps: list[float],
     group: list[str],
+    skip_nonfinite: list[bool],
 ) -> list[Tensor]:
     """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
 
@@ -99,6 +100,7 @@ def _finish_batch_norm(
         momentum: as ``training``.
         eps: as ``training``.
         group: the same as ``start_batch_norm`` was given.
+        skip_nonfinite: as ``training``.
 
     Returns:
         K tensors (N, C_k, *), in the dtypes and memory formats of ``inputs``.
@@ -110,7 +112,7 @@ def _finish_batch_norm(
         Site(*each)
         for each in zip(
             inputs, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, track_running_stats, momentum, eps,
+            training, track_running_stats, momentum, eps, skip_nonfinite,
             strict=True,
         )
     ]  # fmt: skip
@@ -120,24 +122,30 @@ def _finish_batch_norm(
         members = [sites[i] for i in taking_part]
         xs = [dense(site.input) for site in members]
         with below_autograd():
-            totals = wait(pending, group[taking_part[0]], members[0].per_channel)
+            totals = wait(pending)
         ys = normalize_sites(_counted(members), xs, totals, group[taking_part[0]])
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):
         if i not in results:
-            results[i] = BATCH_NORM(*site, NO_GROUP)
+            results[i] = BATCH_NORM(*site[:-1], NO_GROUP, site.skip_nonfinite)
     return [results[i] for i in range(len(sites))]
 
 
 def _counted(sites: Sequence[Site]) -> Sequence[Site]:
     """The sites after one call has counted the batch for all of them, where one call can.
 
-    Cumulative averages need the count of their own evaluation, and an empty batch may not count.
+    Cumulative averages need the count of their own evaluation, and an empty batch, one that is not
+    finite or one that is evaluated again may not count, which only kernels know.
     """
+    if recomputes():
+        return sites
     counters: dict[int, Tensor] = {}
     for site in sites:
         counter = site.running[2]
-        if counter is None or site.momentum is None or site.input.numel() == 0:
+        # Of a counter that is no plain tensor a compiler makes a graph.
+        if counter is None or type(counter) is not Tensor:
+            return sites
+        if site.momentum is None or site.input.numel() == 0 or site.skip_nonfinite:
             return sites
         counters[id(counter)] = counter
     if len(counters) < len(sites):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu, cuda
+from bnrewrite.kernels import cpu, gpu
 from bnrewrite.kernels.shuffle import shuffle_backward_with
 from bnrewrite.ops.library import define_phase
 
@@ -17,7 +17,7 @@ SHUFFLE_BACKWARD = define_phase(
     "shuffle_backward(Tensor grad, Tensor x, Tensor stats, Tensor own, Tensor? weight, "
     "Tensor? sums, float eps) -> Tensor",
     cpu=shuffle_backward_with(cpu.normalize_backward),
-    cuda=shuffle_backward_with(cuda.normalize_backward),
+    cuda=shuffle_backward_with(gpu.normalize_backward),
     fake=_fake,
     definition=reference.shuffle_backward,
 )

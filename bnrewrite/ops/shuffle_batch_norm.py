@@ -145,7 +145,7 @@ def _shuffle_batch_norm(
         weight,
         bias,
         eps,
-        (running_mean, running_var, num_batches_tracked, momentum),
+        (running_mean, running_var, num_batches_tracked, momentum, False),
         plan,
     )
 
@@ -179,7 +179,7 @@ class _ShuffleBatchNorm(torch.autograd.Function):
             alone = peer[:1] == 0
             used = torch.where(alone, _substitute(own, x, everyone, plan), peer)
             if plan.follow_group:
-                y, stats = NORMALIZE(x, used, weight, bias, eps, None, None, None, None)
+                y, stats = NORMALIZE(x, used, weight, bias, eps, None, None, None, None, False)
                 UPDATE_RUNNING(everyone, *running)
             else:
                 y, stats = NORMALIZE(x, used, weight, bias, eps, *running)

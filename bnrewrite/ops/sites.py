@@ -1,7 +1,7 @@
 """What the BatchNorm ops share: their arguments and checks, and the autograd around the phases."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Site(NamedTuple):
     track_running_stats: bool
     momentum: float | None
     eps: float
+    skip_nonfinite: bool = False
 
     @property
     def per_channel(self) -> tuple[Tensor | None, ...]:
@@ -42,8 +43,9 @@ class Site(NamedTuple):
     def running(self) -> Running:
         """What this evaluation moves."""
         if not (self.training and self.track_running_stats):
-            return (None, None, None, self.momentum)
-        return (self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+            return (None, None, None, self.momentum, False)
+        tensors = (self.running_mean, self.running_var, self.num_batches_tracked)
+        return (*tensors, self.momentum, self.skip_nonfinite)
 
     def check(self) -> None:
         """Raises ``UnsupportedBatchNorm`` if a size or dtype does not fit."""
@@ -87,9 +89,9 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(totals, *xs, *weights, *stats)
         ctx.eps = [eps for eps, _ in scalars]
         ctx.group = group
+        # Only to name the sites if a peer dies; a compiler has no use for it.
+        ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        # Only to name the site if a peer dies; a compiler has no use for it.
-        ctx.site = () if torch.compiler.is_compiling() else (*tensors[1:3], *scalars[0][1])
         return tuple(ys)
 
     @staticmethod
@@ -105,7 +107,7 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph: the statistics depend on x too, and every phase is differentiable.
             parts = split(
-                all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.site), sizes
+                all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites), sizes
             )
             stats = [
                 reference.statistics(total, eps, stat.dtype)
@@ -130,7 +132,7 @@ def _backward(ctx, grads, xs, weights, stats, parts):
             results[3 * i + 2] = grad_bias.to(ctx.bias_dtypes[i])
     wanted = [i for i in range(num) if needs[3 * i]]
     if wanted:
-        total_sums = all_reduce_sum(join([sums[i] for i in wanted]), ctx.group, ctx.site)
+        total_sums = all_reduce_sum(join([sums[i] for i in wanted]), ctx.group, ctx.sites)
         for i, total in zip(
             wanted, split(total_sums, [sums[i].numel() for i in wanted]), strict=True
         ):
@@ -138,6 +140,11 @@ def _backward(ctx, grads, xs, weights, stats, parts):
                 grads[i], xs[i], stats[i], parts[i], weights[i], total
             )
     return None, None, None, *results
+
+
+def named_by(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> tuple[Any, ...]:
+    """Tensors by which an error finds the names of the sites."""
+    return (*tensors, *(tensor for _, running in scalars for tensor in running[:3]))
 
 
 def join(vectors: list[Tensor]) -> Tensor:

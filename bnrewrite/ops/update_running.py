@@ -14,9 +14,10 @@ def _update_running(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    skip_nonfinite: bool = False,
 ) -> None:
     acc = reference.accumulate_dtype(torch.float32 if running_mean is None else running_mean.dtype)
-    running = (running_mean, running_var, num_batches_tracked, momentum)
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     # eps is for the rstd only, which is not used here.
     table = statistics_table(totals, 0.0, acc, known_nonempty=False)
     track(table, totals, running, known_nonempty=False)
@@ -32,7 +33,8 @@ def _definition(*_: object) -> tuple[()]:
 
 UPDATE_RUNNING = define_phase(
     "update_running(Tensor totals, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, float? momentum) -> ()",
+    "Tensor(c!)? num_batches_tracked, float? momentum, "
+    "bool skip_nonfinite=False) -> ()",
     cpu=_update_running,
     cuda=_update_running,
     fake=_fake,

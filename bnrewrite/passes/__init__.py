@@ -8,6 +8,7 @@ import logging
 import time
 
 from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
+from bnrewrite.passes.fuse_epilogue import fuse_epilogue
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.overlap_collectives import overlap_collectives
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
@@ -17,7 +18,12 @@ from bnrewrite.settings import disabled_passes, dump_directory
 log = logging.getLogger(__name__)
 
 REQUIRED: tuple[Pass, ...] = (replace_batch_norm,)
-OPTIMISING: tuple[Pass, ...] = (inline_children, share_collectives, overlap_collectives)
+OPTIMISING: tuple[Pass, ...] = (
+    inline_children,
+    share_collectives,
+    overlap_collectives,
+    fuse_epilogue,
+)
 
 
 def optimising_names(names: object) -> tuple[str, ...]:

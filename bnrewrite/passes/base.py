@@ -87,6 +87,8 @@ class OwnerGraph:
             graph with its BatchNorm calls replaced; None if the owner cannot be traced so. It
             returns the paths that it went through.
         flags: attributes that a pass relied on, by path and name, with their values.
+        absorbed: modules whose calls became part of other nodes, by path, with their classes.
+        tensors: names of placeholders that must be tensors.
     """
 
     name: str
@@ -99,6 +101,8 @@ class OwnerGraph:
     untraced: tuple[str, ...] = ()
     retrace: Callable[[set[str]], tuple[fx.Graph, set[str]] | None] | None = None
     flags: dict[tuple[str, str], object] = dataclasses.field(default_factory=dict)
+    absorbed: dict[str, type] = dataclasses.field(default_factory=dict)
+    tensors: set[str] = dataclasses.field(default_factory=set)
 
     def skip(self, name: str, reason: str, node: fx.Node | None, path: str | None) -> Skip:
         """What a pass reports of something that it leaves; ``node`` and ``path`` say where."""

@@ -16,11 +16,12 @@ from torch import fx, nn
 
 from bnrewrite.groups import active_group, place_in
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.sites.floor import checked_input, has_hooks, is_site
 
-SITES = (BATCH_NORM, SHUFFLE_BATCH_NORM)
+SITES = (BATCH_NORM, BATCH_NORM_ACT, SHUFFLE_BATCH_NORM)
 """Ops that evaluate one site: input first, then its tensors."""
 
 _OURS = (checked_input, active_group, place_in, *SITES, START_BATCH_NORM, FINISH_BATCH_NORM)

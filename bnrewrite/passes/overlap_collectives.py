@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.groups import active_group, place_in
@@ -27,7 +28,9 @@ from bnrewrite.passes.schedule import independent, reorder
 from bnrewrite.passes.share_collectives import merge
 from bnrewrite.sites.floor import checked_input
 
-_TRIVIAL = (operator.getitem, getattr, active_group, place_in, checked_input)
+_TRIVIAL = (
+    operator.getitem, operator.eq, getattr, torch._assert, active_group, place_in, checked_input,
+)  # fmt: skip
 
 
 def overlap_collectives(target: OwnerGraph, report: PassReport) -> None:
@@ -66,7 +69,9 @@ def _may_gain(target: OwnerGraph) -> bool:
 
 
 def _is_work(node: fx.Node) -> bool:
-    """Whether running ``node`` takes the device any time."""
+    """Whether running ``node`` takes the device any time: more than a counter does."""
+    if all(source.op == "get_attr" for source in node.all_input_nodes):
+        return False
     if node.op == "call_function":
         ours = (BATCH_NORM, START_BATCH_NORM, FINISH_BATCH_NORM)
         return node.target not in (*_TRIVIAL, *ours)

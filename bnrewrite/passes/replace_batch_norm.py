@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from bnrewrite.groups import NO_GROUP, active_group, place_in
-from bnrewrite.modes import Frozen, Mode, Shuffle
+from bnrewrite.modes import Frozen, Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
@@ -59,7 +59,8 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
                 arguments += _shuffle_arguments(target, match, match.mode, group=arguments[-1])
                 new = target.graph.call_function(SHUFFLE_BATCH_NORM, arguments)
             else:
-                new = target.graph.call_function(BATCH_NORM, arguments)
+                skip = skips_nonfinite(match.mode)
+                new = target.graph.call_function(BATCH_NORM, (*arguments, skip))
         new.meta.update(node.meta)
         new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)

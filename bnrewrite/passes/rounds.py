@@ -8,6 +8,7 @@ from torch import fx
 
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.effects import Order
@@ -17,7 +18,7 @@ def group_of(node: fx.Node) -> str | None:
     """Name of the process group that a node of ``batch_norm`` communicates with, if it does."""
     if node.target is not BATCH_NORM:
         return None
-    group = node.args[-1]
+    group = node.args[10]
     if isinstance(group, fx.Node) and group.target is active_group:
         return str(group.args[0])
     return None
@@ -46,7 +47,9 @@ def communication(node: fx.Node, of_module: Callable[[str], Communication]) -> C
         return of_module(str(node.target))
     if node.target is START_BATCH_NORM:
         return Communication(1, 1, len(node.meta["sites"]))
-    if group_of(node) is not None:
+    if group_of(node) is not None or (
+        node.target is BATCH_NORM_ACT and isinstance(node.args[10], fx.Node)
+    ):
         return Communication(1, 1, 1)
     if node.target is SHUFFLE_BATCH_NORM and isinstance(node.args[10], fx.Node):
         mode = node.meta["site"].mode

@@ -48,11 +48,12 @@ def share_collectives(target: OwnerGraph, report: PassReport) -> None:
 def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Puts two nodes in place of neighbouring ``batch_norm`` nodes."""
     columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
-    inputs, weight, bias, running_mean, running_var, *others, group = columns
+    inputs, weight, bias, running_mean, running_var, *others, group, skip_nonfinite = columns
     checked = (inputs, weight, bias, running_mean, running_var)
     with graph.inserting_before(nodes[0]):
         pending = graph.call_function(START_BATCH_NORM, (*checked, group))
-        results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *others, group))
+        rest = (*others, group, skip_nonfinite)
+        results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *rest))
         for new in (pending, results):
             new.stack_trace = nodes[0].stack_trace
             new.meta["sites"] = [node.meta["site"] for node in nodes]

@@ -17,14 +17,11 @@ class DDPBuffers:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._left_out: set[str] = set()
 
-    def leave_out(self, members: list[Any]) -> None:
-        """Leaves buffers that are equal on all ranks out of the broadcasts of the running DDP.
+    def leave_out(self, ddp: DistributedDataParallel, members: list[Any]) -> None:
+        """Leaves buffers that are equal on all ranks out of the broadcasts of ``ddp``.
 
         It is called when all ranks have agreed, so that all of them change their broadcast alike.
         """
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is None:
-            return
         self.put_back()
         process_group: Any = ddp.process_group
         group = process_group.group_name

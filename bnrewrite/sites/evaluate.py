@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from bnrewrite.groups import place_in
-from bnrewrite.modes import Mode, Shuffle
+from bnrewrite.modes import Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 
@@ -34,4 +34,4 @@ def evaluate(mode: Mode, number: int, group: str, arguments: tuple[Any, ...]) ->
         return SHUFFLE_BATCH_NORM(
             *arguments, group, place_in(group), number, *shuffle_options(mode)
         )
-    return BATCH_NORM(*arguments, group)
+    return BATCH_NORM(*arguments, group, skips_nonfinite(mode))

@@ -26,7 +26,7 @@ from bnrewrite.sites.classes import (
     restore_class,
 )
 from bnrewrite.sites.evaluate import evaluate, site_number
-from bnrewrite.sites.schedule import SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_site"
 
@@ -103,7 +103,7 @@ class SiteForward(Converted):
         if state.group == NO_GROUP:
             return [(NO_GROUP, (name, f"{state.mode}, which communicates nothing"))]
         if not module.training:
-            return [(NO_GROUP, (name, "it evaluates (training=False) and communicates nothing"))]
+            return [(NO_GROUP, (name, EVALUATES))]
         weight = module.weight
         gradient = "" if weight is None or weight.requires_grad else ", its weight frozen"
         return [(state.group, (name, f"{state.mode}, {module.num_features} channels{gradient}"))]

@@ -14,15 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnrewrite.agreement import Line, View, agree, can_agree, default_group
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.ddp_buffers import DDPBuffers
+from bnrewrite.sites.ddp_join import shadow_when_done
 
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
+
+EVALUATES = "it evaluates (training=False) and communicates nothing"
+"""What a site says of itself outside training."""
 
 EVERY_GROUP = "*"
 """Stands, in what a member says of itself, for all groups in which the schedule communicates."""
@@ -110,9 +115,16 @@ class Schedule:
             ]
             if all(answered):
                 self._agreed = (weakref.ref(world), flags)
-                self.ddp_buffers.leave_out(members)
+                self._tell_ddp(members)
         # Weak: a group that is destroyed shall let go of its connections.
         self._seen = _alone if world is None else weakref.ref(world)
+
+    def _tell_ddp(self, members: list[Any]) -> None:
+        """Tells the DDP instance that runs what it need not broadcast, and how to shadow."""
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is not None:
+            self.ddp_buffers.leave_out(ddp, members)
+            shadow_when_done(ddp)
 
     def members(self) -> list[Any]:
         """Living sites and owners, in the order in which they entered."""

@@ -9,18 +9,21 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tests.zoo.export import export
 from tests.zoo.spec import MissingPackage, Spec
 from tests.zoo.suites import SUITES, specs_of
-from tests.zoo.sweep import Row, sweep
+from tests.zoo.sweep import Row, smallest_of_each_family, sweep
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")
+_EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _COLUMNS = (
     ("layers", "num_batch_norms"),
     ("plain", "num_plain"),
@@ -34,7 +37,28 @@ _COLUMNS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the sweep; 0 if nothing escaped and nothing failed."""
+    """Runs the sweep; 0 if nothing escaped and no conversion failed."""
+    options = _options(argv)
+    torch.set_num_threads(1)
+    specs, missing = _specs(options.suite or SUITES, options.name)
+    if options.one_per_family:
+        specs = smallest_of_each_family(specs, below=10**8)
+    rows: list[Row] = []
+    conditions = _conditions(argv)
+    print(_header(), flush=True)
+    late = None if options.minutes is None else time.process_time() + 60 * options.minutes
+    for row in _sweep_all(specs, late, with_export=options.export):
+        rows.append(row)
+        tqdm.write(_line(row))
+        sys.stdout.flush()
+        if options.json is not None:
+            # After each model, so that a sweep that is broken off leaves what it found.
+            _store(options.json, {"conditions": conditions, "missing": missing}, specs, rows)
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in _summary(rows).items()))
+    return 0 if rows and all(row.passes for row in rows) else 1
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.zoo",
         description="Converts models and counts BatchNorm evaluations of one training forward: "
@@ -44,40 +68,55 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--suite", action="append", choices=SUITES, help="default: all of them")
     parser.add_argument("--name", default="*", help="pattern of model names, default all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="export each model to ONNX as well, kept and folded, and compare in onnxruntime",
+    )
+    parser.add_argument(
+        "--one-per-family",
+        action="store_true",
+        help="only the smallest model of each family, of fewer than 100 million parameters",
+    )
+    parser.add_argument("--minutes", type=float, help="start no model after this much CPU time")
+    return parser.parse_args(argv)
+
+
+def _specs(suites: Iterable[str], pattern: str) -> tuple[list[Spec], dict[str, str]]:
+    """The models asked for, and the collections that are not installed with the reason."""
     specs: list[Spec] = []
     missing: dict[str, str] = {}
-    for suite in options.suite or SUITES:
+    for suite in suites:
         try:
-            specs += [
-                one for name, one in specs_of(suite).items() if fnmatch.fnmatch(name, options.name)
-            ]
+            found = specs_of(suite)
         except MissingPackage as error:
             missing[suite] = str(error)
             print(f"{suite} is left out: {error}", file=sys.stderr)
-    rows: list[Row] = []
-    conditions = _conditions(argv)
-    print(_header())
-    for row in _sweep_all(specs):
-        rows.append(row)
-        tqdm.write(_line(row))
-    summary = _summary(rows)
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in summary.items()))
-    if options.json is not None:
-        result = {"conditions": conditions, "missing": missing, "summary": summary}
-        result["rows"] = [row.to_dict() for row in rows]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(_compact(result), encoding="utf-8")
-    return 0 if rows and all(row.passes for row in rows) else 1
+            continue
+        specs += [spec for name, spec in found.items() if fnmatch.fnmatch(name, pattern)]
+    return specs, missing
 
 
-def _sweep_all(specs: list[Spec]) -> Iterator[Row]:
+def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row]) -> None:
+    """Writes the rows with their summary, and what was asked for beyond the last of them."""
+    done = {f"{row.suite}/{row.name}" for row in rows}
+    names = [str(spec) for spec in specs]
+    rest = names[max(index for index, name in enumerate(names) if name in done) + 1 :]
+    result = {**result, "summary": _summary(rows), "not begun": rest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
+
+
+def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:
     progress = tqdm(specs, unit="model")
     for spec in progress:
+        if late is not None and time.process_time() > late:
+            return
         progress.set_postfix_str(str(spec), refresh=False)
         row = sweep(spec)
         if row is not None:
+            if with_export:
+                row.exported = export(spec)
             yield row
 
 
@@ -93,6 +132,8 @@ def _line(row: Row) -> str:
         text += f"\n    ERROR {row.error}"
     elif not row.passes:
         text += "\n    ESCAPED"
+    if row.exported is not None:
+        text += f"\n    {row.exported}"
     return text + "".join(
         f"\n    left {left.num} x: {left.reason}, first {left.example}" for left in row.left
     )
@@ -115,6 +156,24 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
             "sites on the floor": sum(row.num_on_floor for row in of_suite),
             "slowest convert": max((row.convert_s for row in of_suite), default=0.0),
         }
+        exported = [row.exported for row in of_suite if row.exported is not None]
+        if exported:
+            summary[suite] |= {
+                "exports, kept and folded": len(exported),
+                "exports without an error": sum(not one.error for one in exported),
+                "of these, on one batch size only": sum(
+                    not one.error and not one.passes for one in exported
+                ),
+                "BatchNormalization nodes kept": sum(one.num_kept for one in exported),
+                "of these, folded": sum(one.num_folded for one in exported),
+                "largest difference": max(
+                    (
+                        max(one.kept_difference or 0.0, one.folded_difference or 0.0)
+                        for one in exported
+                    ),
+                    default=0.0,
+                ),
+            }
     return summary
 
 
@@ -128,7 +187,7 @@ def _conditions(argv: list[str] | None) -> dict[str, Any]:
         check=False,
     )
     versions = {}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_EXPORT_PACKAGES):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -28,13 +28,20 @@ def _of_decoder(decoder: str) -> Iterator[Spec]:
     if decoder in _TRANSFORMERS:
         make = functools.partial(_make, decoder, _TRANSFORMERS[decoder])
         # Their drop path reads values.
-        yield Spec("smp", f"{decoder}/{_TRANSFORMERS[decoder]}", make, images(224), device="cpu")
+        yield Spec(
+            "smp",
+            f"{decoder}/{_TRANSFORMERS[decoder]}",
+            make,
+            images(224),
+            device="cpu",
+            family=decoder,
+        )
         return
     for encoder in _ENCODERS:
         if encoder == "densenet121" and decoder in _DILATED:
             continue
         make = functools.partial(_make, decoder, encoder)
-        yield Spec("smp", f"{decoder}/{encoder}", make, images(128))
+        yield Spec("smp", f"{decoder}/{encoder}", make, images(128), family=decoder)
 
 
 def _make(decoder: str, encoder: str) -> nn.Module:

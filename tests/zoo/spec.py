@@ -29,6 +29,7 @@ class Spec:
         arguments: arguments for a batch of the given size, on the default device, for a model.
         device: where a count runs: "meta" costs no arithmetic, but some code reads values.
         batch_size: of that count.
+        family: models of one family are made by the same code; the name if nothing else is known.
     """
 
     suite: str
@@ -37,6 +38,7 @@ class Spec:
     arguments: Callable[[nn.Module, int], Call]
     device: str = "meta"
     batch_size: int = 2
+    family: str = ""
 
     def __str__(self) -> str:
         return f"{self.suite}/{self.name}"

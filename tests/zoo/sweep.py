@@ -13,6 +13,7 @@ import torch
 
 import bnrewrite
 from tests.parity import CountEvaluations, seed
+from tests.zoo.export import Exported
 from tests.zoo.spec import CountOthers, Spec, may_evaluate, num_batch_norms
 
 
@@ -50,6 +51,7 @@ class Row:
         convert_s: time of ``convert`` in seconds.
         left: what stays out of graphs and why.
         error: what went wrong, if anything did.
+        exported: what became of the export, if it was asked for.
     """
 
     suite: str
@@ -66,6 +68,7 @@ class Row:
     convert_s: float = 0.0
     left: list[Left] = dataclasses.field(default_factory=list)
     error: str | None = None
+    exported: Exported | None = None
 
     @property
     def passes(self) -> bool:
@@ -79,6 +82,27 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The row in plain values."""
         return dataclasses.asdict(self)
+
+
+def smallest_of_each_family(specs: list[Spec], *, below: int) -> list[Spec]:
+    """Of the specs of every family the one with the fewest parameters, fewest first.
+
+    Args:
+        specs: what to choose from.
+        below: families whose smallest member has as many parameters or more are left out.
+    """
+    found: dict[str, tuple[int, Spec]] = {}
+    for spec in specs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = spec.build()
+        if num_batch_norms(model):
+            size = sum(parameter.numel() for parameter in model.parameters())
+            family = f"{spec.suite}/{spec.family or spec.name}"
+            found[family] = min(
+                found.get(family, (below, spec)), (size, spec), key=lambda pair: pair[0]
+            )
+    return [spec for size, spec in sorted(found.values(), key=lambda pair: pair[0]) if size < below]
 
 
 def sweep(spec: Spec) -> Row | None:

@@ -16,7 +16,9 @@ def specs() -> Iterator[Spec]:
     import timm
 
     for name in timm.list_models():
-        yield Spec("timm", name, functools.partial(timm.create_model, name), _images)
+        make = functools.partial(timm.create_model, name)
+        family = timm.models.model_entrypoint(name).__module__
+        yield Spec("timm", name, make, _images, family=family)
 
 
 def _images(model: Any, n: int) -> Call:

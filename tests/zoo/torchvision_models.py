@@ -44,18 +44,22 @@ def specs() -> Iterator[Spec]:
 
     video = models.list_models(module=models.video)
     for name in models.list_models():
+        family = models.get_model_builder(name).__module__
         if any(word in name for word in _DETECTION):
-            yield Spec("torchvision", name, functools.partial(_detector, name), _regions)
+            make = functools.partial(_detector, name)
+            yield Spec("torchvision", name, make, _regions, family=family)
         elif name.startswith("raft"):
             make = functools.partial(models.get_model, name, weights=None)
-            yield Spec("torchvision", name, make, _two_frames, device="cpu", batch_size=1)
+            yield Spec(
+                "torchvision", name, make, _two_frames, device="cpu", batch_size=1, family=family
+            )
         elif name in video:
             make = functools.partial(models.get_model, name, weights=None)
-            yield Spec("torchvision", name, make, _clip)
+            yield Spec("torchvision", name, make, _clip, family=family)
         else:
             size = 299 if name.endswith("inception_v3") else 224
             make = functools.partial(_classifier, name)
-            yield Spec("torchvision", name, make, images(size))
+            yield Spec("torchvision", name, make, images(size), family=family)
 
 
 def _classifier(name: str) -> nn.Module:

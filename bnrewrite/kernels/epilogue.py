@@ -1,0 +1,68 @@
+"""What follows a normalisation, as ATen calls: the residual and the activation.
+
+Bytes: add_activation_ reads y and the residual and writes y, from and to the cache where the caller
+works in pieces; activation_backward reads g and what is kept and writes the result.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.activations import activate_, activation_backward, derivative_follows_from_result
+
+NormalizeBackwardReduce = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def add_activation_(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> None:
+    """``y = act(y + residual)`` in place."""
+    if residual is not None:
+        y.add_(residual)
+    activate_(y, activation, slope)
+
+
+def through_activation(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """See :func:`bnrewrite.reference.activation_backward`; in the dtype of ``x``."""
+    if activation == "identity" or x.numel() == 0:
+        return grad
+    if kept is not None and derivative_follows_from_result(activation):
+        return activation_backward(grad, kept, activation, slope)
+    z = reference.affine(x, stats, weight, bias)
+    z = z if kept is None else z + kept
+    return activation_backward(grad.to(z.dtype), z, activation, slope).to(x.dtype)
+
+
+def activation_backward_reduce_with(
+    reduce: NormalizeBackwardReduce,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel of ``activation_backward_reduce`` on the device of ``reduce``."""
+
+    def activation_backward_reduce(
+        grad: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        activation: str,
+        slope: float,
+        write: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`bnrewrite.reference.activation_backward_reduce`."""
+        inner = through_activation(grad, x, stats, weight, bias, kept, activation, slope)
+        sums = reduce(inner, x, stats)
+        if not write:
+            return sums, x.new_empty(0)
+        # The result of an op is a tensor of its own.
+        return sums, inner.clone() if inner is grad else inner
+
+    return activation_backward_reduce

@@ -1,0 +1,187 @@
+"""Launching the kernels: what a call allocates, and with which arguments which kernel runs."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.activations import derivative_follows_from_result
+from bnrewrite.kernels.triton.moments import moments_kernel
+from bnrewrite.kernels.triton.normalize import BOOK, normalize_kernel
+from bnrewrite.kernels.triton.normalize_backward import normalize_backward_kernel
+from bnrewrite.kernels.triton.normalize_backward_reduce import normalize_backward_reduce_kernel
+from bnrewrite.kernels.triton.plan import Plan
+
+_ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        kernel: the kernel.
+        grid: programs per dimension.
+        args: values of the arguments that are no constants, in order.
+        constants: values of the others.
+        num_warps: warps of a program.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told besides; multiply-adds are wanted whatever its default is."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Launches on the device of the first argument, without waiting."""
+        x = self.args[0]
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            self.kernel[self.grid](*self.args, **self.constants, **self.options)
+
+
+def _constants(plan: Plan, x: Tensor, **more: Any) -> dict[str, Any]:
+    return {
+        "BLOCK_C": plan.BLOCK_C,
+        "BLOCK_S": plan.BLOCK_S,
+        "VEC": plan.VEC,
+        "LAST": plan.LAST,
+        "ACC": _ACC[reference.accumulate_dtype(x.dtype)],
+        **more,
+    }
+
+
+def _workspace(plan: Plan, x: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Room for partial sums (splits, 2, C), and a zero for each channel block."""
+    if num_splits == 1:
+        unused = x.new_empty(0, dtype=torch.float64)
+        return unused, unused
+    partials = x.new_empty((num_splits, 2, plan.C), dtype=torch.float64)
+    return partials, _arrivals(x.device, plan.num_blocks)
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(device: torch.device, num_blocks: int) -> Tensor:
+    """Counters at zero. Each launch leaves them so, and launches of one stream run in order.
+
+    A graph gets its own: it may be replayed beside whatever runs on the stream of its capture.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(num_blocks, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    counters = _COUNTERS.get(key)
+    if counters is None or counters.numel() < num_blocks:
+        size = max(8192, num_blocks)
+        counters = _COUNTERS[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return counters
+
+
+def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
+    """Fills ``packed`` (2C + 1,), float64."""
+    num_splits = plan.num_splits(reduction=True)
+    merge = plan.merge if num_splits > 1 else 0
+    return Launch(
+        moments_kernel,
+        (plan.num_blocks, num_splits),
+        (x, *_workspace(plan, x, num_splits), packed, *plan.sizes),
+        _constants(plan, x, MERGE=merge),
+        plan.num_warps,
+    )
+
+
+def normalize(
+    plan: Plan | None,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    totals: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    stats: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
+    eps: float,
+    activation: str,
+    slope: float,
+) -> Launch:
+    """Fills ``y`` and ``stats`` (2, C) and moves ``running``; without a plan, all but ``y``."""
+    running_mean, running_var, num_batches_tracked, momentum = running
+    cumulative = momentum is None
+    num_books = 1 if cumulative else max(1, -(-x.size(1) // BOOK))
+    num_splits = 0
+    if plan is None:
+        plan = Plan(0, x.size(1), 0, 1, 1, 1, True, 0, 4)
+    else:
+        num_splits = plan.num_splits(reduction=False)
+    return Launch(
+        normalize_kernel,
+        (num_books + plan.num_blocks * num_splits,),
+        (
+            x, residual, y, totals, *affine, stats, running_mean, running_var, num_batches_tracked,
+            eps, 0.0 if momentum is None else momentum, slope, *plan.sizes, plan.num_blocks,
+            num_books,
+        ),
+        _constants(plan, x, ACTIVATION=activation, CUMULATIVE=cumulative, BOOK=BOOK),
+        plan.num_warps,
+    )  # fmt: skip
+
+
+def normalize_backward_reduce(
+    plan: Plan,
+    grad: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    stats: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    grad_residual: Tensor | None,
+    sums: Tensor,
+    activation: str,
+    slope: float,
+) -> Launch:
+    """Fills ``sums`` (2C,), float64, and ``grad_residual``."""
+    num_splits = plan.num_splits(reduction=True)
+    merge = plan.merge if num_splits > 1 else 0
+    follows = kept is not None and derivative_follows_from_result(activation)
+    return Launch(
+        normalize_backward_reduce_kernel,
+        (plan.num_blocks, num_splits),
+        (
+            grad, x, kept, stats, *affine, grad_residual, *_workspace(plan, x, num_splits), sums,
+            slope, *plan.sizes,
+        ),
+        _constants(plan, x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
+        plan.num_warps,
+    )  # fmt: skip
+
+
+def normalize_backward(
+    plan: Plan,
+    grad: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    dx: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    affine: tuple[Tensor | None, Tensor | None],
+    sums: Tensor,
+    activation: str,
+    slope: float,
+) -> Launch:
+    """Fills ``dx``."""
+    follows = kept is not None and derivative_follows_from_result(activation)
+    return Launch(
+        normalize_backward_kernel,
+        (plan.num_blocks, plan.num_splits(reduction=False)),
+        (grad, x, kept, dx, stats, totals, *affine, sums, slope, *plan.sizes),
+        _constants(plan, x, ACTIVATION=activation, KEPT_RESULT=follows),
+        plan.num_warps,
+    )

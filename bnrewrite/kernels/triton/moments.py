@@ -1,0 +1,72 @@
+"""Moments: x is read once. Bytes: that of x, and 8 * (2C + 1) of the result."""
+
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# Triton reads the annotations of a kernel as the types of its arguments.
+
+import triton
+import triton.language as tl
+
+from bnrewrite.kernels.triton.tiles import channels, is_last, merged, sizes, tile
+
+
+@triton.jit(do_not_specialize=["N", "C", "S"])
+def moments_kernel(
+    x: tl.tensor,
+    partials: tl.tensor,
+    arrivals: tl.tensor,
+    packed: tl.tensor,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    VEC: tl.constexpr,
+    LAST: tl.constexpr,
+    MERGE: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """Packed sums of x, see :func:`bnrewrite.reference.moments`. Bytes: x read once.
+
+    Sums are of differences from the mean of the program's first tile. That tile is one of the k
+    that the program sums, so its mean is less than sqrt(k) standard deviations from theirs, and
+    cancellation costs less than a factor k + 1, whatever the mean of x: usually about 1.
+
+    Grid: channel blocks, splits. MERGE is 0 if there is one split.
+    """
+    C, S = sizes(C, S, VEC, LAST)
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    c, c_mask = channels(block, C, BLOCK_C)
+    start, offsets, mask, count = tile(split, block, C, S, BLOCK_C, BLOCK_S, LAST)
+    values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
+    pivot = (tl.sum(values, 1) / count.to(ACC))[:, None]
+    centred = tl.where(mask, values - pivot, 0.0)
+    sums = centred
+    squares = centred * centred
+    for t in range(split + num_splits, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
+        start, offsets, mask, size = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+        values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
+        centred = tl.where(mask, values - pivot, 0.0)
+        sums += centred
+        squares += centred * centred
+        count += size
+    n = count.to(tl.float64)
+    rest = tl.sum(sums, 1).to(tl.float64)
+    mean = tl.sum(pivot, 1).to(tl.float64) + rest / n
+    total = n * mean
+    square = tl.sum(squares, 1).to(tl.float64) - rest * rest / n + total * mean
+    if MERGE:
+        row = partials + split * 2 * C + c
+        tl.store(row, total, mask=c_mask)
+        tl.store(row + C, square, mask=c_mask)
+        if is_last(arrivals, block, num_splits):
+            total = merged(partials, 0, c, c_mask, C, num_splits, MERGE)
+            square = merged(partials, 1, c, c_mask, C, num_splits, MERGE)
+            tl.store(packed + 1 + c, total, mask=c_mask)
+            tl.store(packed + 1 + C + c, square, mask=c_mask)
+    else:
+        tl.store(packed + 1 + c, total, mask=c_mask)
+        tl.store(packed + 1 + C + c, square, mask=c_mask)
+    if (block == 0) & (split == 0):
+        tl.store(packed, (N * S).to(tl.float64))

@@ -1,0 +1,135 @@
+"""Normalisation with all that belongs to it: x (and the residual) is read, y is written."""
+
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# Triton reads the annotations of a kernel as the types of its arguments.
+
+import triton
+import triton.language as tl
+
+from bnrewrite.kernels.triton.activations import activate
+from bnrewrite.kernels.triton.tiles import channels, mean_and_var, per_channel, sizes, tile
+
+BOOK = 512
+"""Channels that a program keeps the statistics of at a time."""
+
+
+@triton.jit
+def _move(running: tl.tensor, value: tl.tensor, factor: tl.tensor, mask: tl.tensor) -> None:
+    """Running = (1 - factor) * running + factor * value, computed in float64."""
+    before = tl.load(running, mask=mask, other=0.0)
+    if running.dtype.element_ty != tl.float64:
+        # There is no conversion between float64 and 16 bits.
+        before = before.to(tl.float32)
+    before = before.to(tl.float64)
+    after = before + factor * (value - before)
+    if running.dtype.element_ty != tl.float64:
+        after = after.to(tl.float32)
+    tl.store(running, after.to(running.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keep_books(
+    totals: tl.tensor,
+    stats: tl.tensor,
+    running_mean: tl.tensor | None,
+    running_var: tl.tensor | None,
+    num_batches_tracked: tl.tensor | None,
+    eps: tl.float64,
+    momentum: tl.float64,
+    C: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    CUMULATIVE: tl.constexpr,
+    BOOK: tl.constexpr,
+) -> None:
+    """Writes stats and moves the running statistics, block by block of channels.
+
+    A cumulative average reads the counter that is incremented here, so one program does it all.
+    """
+    count = tl.load(totals)
+    factor = momentum
+    if CUMULATIVE:
+        if num_batches_tracked is not None:
+            factor = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
+        else:
+            factor = 0.0
+    for block in range(first, tl.cdiv(C, BOOK).to(tl.int32), step):
+        c, mask = channels(block, C, BOOK)
+        mean, var = mean_and_var(totals, c, mask, C)
+        rstd = 1.0 / tl.sqrt(var + eps)
+        tl.store(stats + c, mean.to(stats.dtype.element_ty), mask=mask)
+        tl.store(stats + C + c, rstd.to(stats.dtype.element_ty), mask=mask)
+        if running_mean is not None:
+            # Of scalars, because the interpreter cannot combine such a condition with a mask.
+            moving = c < tl.where(count > 0, C, 0)
+            _move(running_mean + c, mean, factor, moving)
+            unbiased = var * (count / tl.maximum(count - 1.0, 1.0))
+            _move(running_var + c, unbiased, factor, moving)
+    # The first condition is one of the compiler's, the second one of the program's.
+    if num_batches_tracked is not None:  # noqa: SIM102
+        if first == 0:
+            before = tl.load(num_batches_tracked)
+            tl.store(num_batches_tracked, before + tl.where(count > 0, 1, 0))
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "num_blocks", "num_books"])
+def normalize_kernel(
+    x: tl.tensor,
+    residual: tl.tensor | None,
+    y: tl.tensor,
+    totals: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    stats: tl.tensor,
+    running_mean: tl.tensor | None,
+    running_var: tl.tensor | None,
+    num_batches_tracked: tl.tensor | None,
+    eps: tl.float64,
+    momentum: tl.float64,
+    slope: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    num_blocks: tl.int32,
+    num_books: tl.int32,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    VEC: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    BOOK: tl.constexpr,
+) -> None:
+    """Y and stats, see :func:`bnrewrite.reference.normalize`; moves the running statistics.
+
+    Bytes: x, and the residual if there is one, read once; y written once.
+
+    Grid: ``num_books`` programs for what happens once per channel, then one for each of the splits
+    of each of the ``num_blocks`` channel blocks.
+    """
+    C, S = sizes(C, S, VEC, LAST)
+    program = tl.program_id(0)
+    if program < num_books:
+        _keep_books(
+            totals, stats, running_mean, running_var, num_batches_tracked, eps, momentum, C,
+            program, num_books, CUMULATIVE, BOOK,
+        )  # fmt: skip
+    else:
+        program -= num_books
+        block = program % num_blocks
+        num_splits = (tl.num_programs(0) - num_books) // num_blocks
+        c, c_mask = channels(block, C, BLOCK_C)
+        mean, var = mean_and_var(totals, c, c_mask, C)
+        rstd = (1.0 / tl.sqrt(var + eps)).to(ACC)[:, None]
+        mean = mean.to(ACC)[:, None]
+        scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
+        shift = per_channel(bias, c, c_mask, ACC, 0.0)
+        last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
+        for t in range(program // num_blocks, last, num_splits):
+            start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+            z = (tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + shift
+            if residual is not None:
+                z += tl.load(residual + start + offsets, mask=mask, other=0.0).to(ACC)
+            result = activate(z, slope, ACTIVATION)
+            tl.store(y + start + offsets, result.to(y.dtype.element_ty), mask=mask)

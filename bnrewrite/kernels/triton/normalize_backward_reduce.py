@@ -1,0 +1,89 @@
+"""The reduction of the backward: g and x are read once, and what the activation needs besides."""
+
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# Triton reads the annotations of a kernel as the types of its arguments.
+
+import triton
+import triton.language as tl
+
+from bnrewrite.kernels.triton.activations import activation_backward
+from bnrewrite.kernels.triton.tiles import channels, is_last, merged, per_channel, sizes, tile
+
+
+@triton.jit(do_not_specialize=["N", "C", "S"])
+def normalize_backward_reduce_kernel(
+    grad: tl.tensor,
+    x: tl.tensor,
+    kept: tl.tensor | None,
+    stats: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    grad_residual: tl.tensor | None,
+    partials: tl.tensor,
+    arrivals: tl.tensor,
+    sums: tl.tensor,
+    slope: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    VEC: tl.constexpr,
+    LAST: tl.constexpr,
+    MERGE: tl.constexpr,
+    ACC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEPT_RESULT: tl.constexpr,
+) -> None:
+    """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
+
+    Bytes: g and x read once. With an activation after a residual, ``kept`` is read too: the result
+    (KEPT_RESULT) or the residual. ``grad_residual``, the gradient of what was activated, is written
+    where it is given.
+
+    Grid: channel blocks, splits. MERGE is 0 if there is one split.
+    """
+    C, S = sizes(C, S, VEC, LAST)
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    c, c_mask = channels(block, C, BLOCK_C)
+    mean = per_channel(stats, c, c_mask, ACC, 0.0)
+    rstd = per_channel(stats + C, c, c_mask, ACC, 0.0)
+    scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
+    shift = per_channel(bias, c, c_mask, ACC, 0.0)
+    sum_g = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+    sum_gx = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+    for t in range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
+        start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+        g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
+        centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
+        if ACTIVATION != "identity":
+            if KEPT_RESULT:
+                z = tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
+            else:
+                z = centred * scale + shift
+                if kept is not None:
+                    z += tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
+            g = activation_backward(g, z, slope, ACTIVATION)
+        if grad_residual is not None:
+            tl.store(
+                grad_residual + start + offsets, g.to(grad_residual.dtype.element_ty), mask=mask
+            )
+        sum_g += g
+        # Where g is masked it is zero, and the mean of a channel is finite or spoils it anyway.
+        sum_gx += tl.where(mask, g * centred, 0.0)
+    total = tl.sum(sum_g, 1).to(tl.float64)
+    total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
+    if MERGE:
+        row = partials + split * 2 * C + c
+        tl.store(row, total, mask=c_mask)
+        tl.store(row + C, total_x, mask=c_mask)
+        if is_last(arrivals, block, num_splits):
+            total = merged(partials, 0, c, c_mask, C, num_splits, MERGE)
+            total_x = merged(partials, 1, c, c_mask, C, num_splits, MERGE)
+            tl.store(sums + c, total, mask=c_mask)
+            tl.store(sums + C + c, total_x, mask=c_mask)
+    else:
+        tl.store(sums + c, total, mask=c_mask)
+        tl.store(sums + C + c, total_x, mask=c_mask)

@@ -1,0 +1,225 @@
+"""The pass ``fuse_epilogue``: a BatchNorm takes the sum and the activation that follow it.
+
+    y = batch_norm(x, ...)
+    z = y + shortcut               ->      z = batch_norm_act(x, ..., shortcut, "relu")
+    z = relu(z)
+
+On GPUs the forward then reads ``x`` and the shortcut and writes ``z``, instead of five more passes
+over memory. Only where nobody else reads what lies between, and where the nodes can be brought
+together without anybody noticing.
+"""
+
+import dataclasses
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx
+
+from bnrewrite.activations import derivative_follows_from_result
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
+from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM
+from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
+from bnrewrite.passes.effects import Order
+from bnrewrite.passes.epilogues import (
+    Activation,
+    activation_of,
+    is_addition,
+    is_identity,
+    writes_into,
+)
+from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import has_hooks
+
+
+@dataclasses.dataclass
+class _Chain:
+    """A BatchNorm and the nodes behind it that become one with it, in order."""
+
+    nodes: list[fx.Node]
+    residual: fx.Node | None = None
+    activation: Activation | None = None
+    reason: str = ""
+
+    @property
+    def gains(self) -> bool:
+        """Whether it contains more than modules that do nothing."""
+        return self.residual is not None or self.activation is not None
+
+
+def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
+    """Fuses what follows the sites of one owner's training graph."""
+    if not target.training:
+        return
+    for node in target.graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
+        _report_shared(target, node, report)
+    order: Order | None = None
+    for node in target.graph.find_nodes(op="call_function", target=BATCH_NORM):
+        chain = _chain(target, node)
+        if chain is None:
+            continue
+        site: Rewrite = node.meta["site"]
+        if chain.gains and not _in_one_piece(chain):
+            order = order or Order(target.owner, target.graph)
+            _shorten_to_movable(target, chain, order)
+        if chain.reason:
+            report.skipped.append(target.skip(site.name, chain.reason, node, site.path))
+        if chain.gains:
+            new = _fuse(target, chain)
+            report.rewritten.append(site)
+            if order is not None:
+                order.before[new] = set().union(*(order.before[one] for one in chain.nodes))
+
+
+def _report_shared(target: OwnerGraph, node: fx.Node, report: PassReport) -> None:
+    """Sites that share their collective are one node for all, which fuses with nothing."""
+    for result in node.users:
+        site = node.args[0].meta["sites"][result.args[1]]  # pyright: ignore
+        if any(_follows(target, user) for user in result.users):
+            reason = "its collective is shared or overlapped, in nodes that take no epilogue"
+            report.skipped.append(target.skip(site.name, reason, result, site.path))
+
+
+def _follows(target: OwnerGraph, user: fx.Node) -> bool:
+    return is_addition(user) or activation_of(target.owner, user) is not None
+
+
+def _chain(target: OwnerGraph, site: fx.Node) -> _Chain | None:
+    """What can be fused behind ``site``; None where nothing is near."""
+    chain = _Chain([site])
+    while chain.activation is None and not chain.reason:
+        last = chain.nodes[-1]
+        users = list(last.users)
+        if len(users) != 1:
+            near = any(_follows(target, user) for user in users)
+            chain.reason = "its result is read in several places" if near else ""
+            break
+        user = users[0]
+        if not (_extend_by_sum(target, chain, last, user) or _extend_by_call(target, chain, user)):
+            break
+    _drop_identities(chain)
+    return chain if chain.gains or chain.reason else None
+
+
+def _extend_by_sum(target: OwnerGraph, chain: _Chain, last: fx.Node, user: fx.Node) -> bool:
+    """Takes an addition into the chain, or notes why not; whether ``user`` is one."""
+    if not is_addition(user) or chain.residual is not None:
+        return False
+    residual: Any = user.args[1] if user.args[0] is last else user.args[0]
+    if writes_into(user) not in (None, last):
+        chain.reason = "it is added to another value in place"
+    elif not _is_tensor(residual):
+        chain.reason = "what is added to it may be something else than a tensor"
+    else:
+        chain.residual = residual
+        chain.nodes.append(user)
+    return True
+
+
+def _extend_by_call(target: OwnerGraph, chain: _Chain, user: fx.Node) -> bool:
+    """Takes an activation or an identity into the chain, or notes why not; whether it is one."""
+    activation = activation_of(target.owner, user)
+    kept = "" if user.op != "call_module" else _kept(target, str(user.target))
+    if activation is None:
+        if kept or not is_identity(target.owner, user):
+            return False
+    elif kept:
+        chain.reason = kept
+        return True
+    elif chain.residual is not None and not derivative_follows_from_result(activation.name):
+        # Instead of the sum, which torch keeps, its backward would keep the residual, which other
+        # code may change in place.
+        chain.reason = f"a backward of {activation.name} needs the sum"
+        return True
+    chain.activation = activation
+    chain.nodes.append(user)
+    return True
+
+
+def _kept(target: OwnerGraph, path: str) -> str:
+    """Why the module at ``path`` must stay a call; "" if it need not."""
+    if any(fnmatchcase(target.qualified(path), pattern) for pattern in target.keep):
+        return "what follows it is to be kept"
+    if has_hooks(target.owner.get_submodule(path)):
+        return "what follows it has hooks, which only a call runs"
+    return ""
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether ``node`` makes a tensor; an argument is checked when it comes."""
+    if node.op == "call_function":
+        return isinstance(node.target, type(BATCH_NORM)) or _makes_tensor(node)
+    return node.op in ("placeholder", "call_module") or (
+        node.op == "call_method" and node.target in ("relu", "relu_", "add", "add_", "mul")
+    )
+
+
+def _makes_tensor(node: fx.Node) -> bool:
+    """Whether a function of tensors makes a tensor, or picks the result of a site."""
+    name = getattr(node.target, "__name__", "")
+    if name == "getitem":
+        return isinstance(node.args[0], fx.Node) and node.args[0].target is FINISH_BATCH_NORM
+    arithmetic = name in ("add", "iadd", "mul", "imul", "sub", "isub")
+    home = getattr(node.target, "__module__", "")
+    if arithmetic:
+        return any(_is_tensor(source) for source in node.all_input_nodes)
+    return home == "torch.nn.functional" or name in ("cat", "relu", "conv1d", "conv2d", "conv3d")
+
+
+def _drop_identities(chain: _Chain) -> None:
+    """Leaves out modules that do nothing at the end of the chain."""
+    while len(chain.nodes) > 1 and chain.nodes[-1].op == "call_module":
+        if chain.activation is not None:
+            return
+        chain.nodes.pop()
+
+
+def _in_one_piece(chain: _Chain) -> bool:
+    """Whether nothing runs between the nodes of the chain."""
+    return all(one.next is two for one, two in zip(chain.nodes, chain.nodes[1:], strict=False))
+
+
+def _shorten_to_movable(target: OwnerGraph, chain: _Chain, order: Order) -> None:
+    """Cuts the chain where its nodes could not run together at the place of the last one."""
+    nodes = list(target.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    while len(chain.nodes) > 1:
+        first, last = position[chain.nodes[0]], position[chain.nodes[-1]]
+        moved = set(chain.nodes)
+        between = [node for node in nodes[first:last] if node not in moved]
+        if not any(moved & order.before[node] for node in between):
+            target.flags.update(order.flags)
+            return
+        chain.reason = "what runs meanwhile must not run before it"
+        cut = chain.nodes.pop()
+        if chain.activation is not None and activation_of(target.owner, cut) is not None:
+            chain.activation = None
+        elif is_addition(cut):
+            chain.residual = None
+        _drop_identities(chain)
+
+
+def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
+    """Puts one node in place of the chain, where its last node is; returns it."""
+    site, last = chain.nodes[0], chain.nodes[-1]
+    activation = chain.activation or Activation("identity")
+    if chain.residual is not None and chain.residual.op == "placeholder":
+        target.tensors.add(chain.residual.name)
+    for node in chain.nodes[1:]:
+        if node.op == "call_module":
+            path = str(node.target)
+            module = target.owner.get_submodule(path)
+            target.absorbed[path] = original_class(module)
+            if activation_of(target.owner, node) is not None:
+                for name in activation.flags:
+                    target.flags[path, name] = getattr(module, name)
+    *arguments, skip_nonfinite = site.args
+    epilogue = (chain.residual, activation.name, activation.slope)
+    with target.graph.inserting_before(last):
+        new = target.graph.call_function(BATCH_NORM_ACT, (*arguments, *epilogue, skip_nonfinite))
+    new.meta.update(site.meta)
+    new.stack_trace = site.stack_trace
+    last.replace_all_uses_with(new)
+    for node in reversed(chain.nodes):
+        target.graph.erase_node(node)
+    return new

@@ -1,0 +1,109 @@
+"""All-reduces on the CPU whose rank notices while it waits that something is wrong.
+
+The collectives of torch block in C++ until their time-out, whatever happens elsewhere. Here the
+rank looks up now and then, and what the backend says is put into an error that names the site.
+"""
+
+import contextlib
+import dataclasses
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bnrewrite.agreement import describe_group, join_open_round
+from bnrewrite.errors import PeerError
+from bnrewrite.naming import sites_of
+
+_SUSPICIOUS_S = 2.0
+"""How long a collective takes before its rank looks what the others are doing."""
+
+_WORK = "_bnrewrite_work"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    work: Any
+    group: dist.ProcessGroup
+    site: tuple[Any, ...]
+    started: float
+
+
+def can_watch(packed: Tensor) -> bool:
+    """Whether nothing looks at the ops that run, so that collectives need not be functional ones.
+
+    Other devices than the CPU do not make the host wait.
+    """
+    return packed.is_cpu and type(packed) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+
+
+def launch(packed: Tensor, group: dist.ProcessGroup, site: tuple[Any, ...]) -> Tensor:
+    """Launches the sum of ``packed`` over the ranks of ``group``; :func:`finish` waits for it.
+
+    Args:
+        packed: (K,), on the CPU; it is left as it is.
+        group: with more than one rank.
+        site: tensors of the sites, by which an error finds their names.
+
+    Raises:
+        PeerError: another rank died or left.
+    """
+    reduced = packed.clone()
+    started = time.monotonic()
+    try:
+        work = group.allreduce([reduced])
+    except RuntimeError as error:
+        raise peer_error("all-reduce", group, site, 0.0, error) from error
+    setattr(reduced, _WORK, _Work(work, group, site, started))
+    return reduced
+
+
+def is_watched(pending: Tensor) -> bool:
+    """Whether ``pending`` comes from :func:`launch`."""
+    return _WORK in pending.__dict__
+
+
+def finish(pending: Tensor) -> Tensor:
+    """``pending`` once it holds the sum.
+
+    Raises:
+        PeerError: another rank died, stalled or left.
+        ScheduleError: another rank has left the schedule that the ranks agreed on.
+    """
+    launched: _Work = pending.__dict__.pop(_WORK)
+    work, patience = launched.work, timedelta(seconds=_SUSPICIOUS_S)
+    while True:
+        try:
+            work.wait(patience)
+            return pending
+        except RuntimeError as error:
+            waited_s = time.monotonic() - launched.started
+            if work.is_completed():
+                group, site = launched.group, launched.site
+                raise peer_error("all-reduce", group, site, waited_s, error) from error
+            if waited_s > 2 * _SUSPICIOUS_S:
+                join_open_round(launched.group.group_name)
+            patience = timedelta(seconds=1)
+
+
+def peer_error(
+    what: str,
+    group: dist.ProcessGroup,
+    site: tuple[Any, ...],
+    waited_s: float,
+    error: RuntimeError,
+) -> PeerError:
+    """The error for a collective that failed with ``error``."""
+    ranks, this = [], -1
+    with contextlib.suppress(KeyError, ValueError):
+        ranks, this = dist.get_process_group_ranks(group), dist.get_rank()
+    return PeerError(
+        f"{sites_of(site)}: the {what} over {describe_group(group.group_name)} (ranks {ranks}, "
+        f"this is rank {this}) failed after {waited_s:.1f} s: another rank died, stalled or left. "
+        "The group cannot be used any more; the model can: call "
+        "torch.distributed.destroy_process_group(), form a new group of the ranks that are left "
+        f"and go on. What the backend says: {error}"
+    )

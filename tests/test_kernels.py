@@ -1,0 +1,454 @@
+"""The Triton kernels against the reference in float64, and in the ops, in the interpreter."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnrewrite import reference as definition
+from bnrewrite.activations import ACTIVATIONS, activate, derivative_follows_from_result
+from bnrewrite.kernels import gpu as gpu_kernels
+from bnrewrite.kernels.statistics import statistics_table, track
+from bnrewrite.kernels.triton.plan import plan
+from bnrewrite.ops import batch_norm_act as batch_norm_act_module
+from bnrewrite.ops.library import LIBRARY
+from tests import interpreter as harness
+from tests.interpreter import Interpreter, kernels_on_cpu_tensors
+
+# Without types: cases pass arguments on in groups.
+gpu: Any = gpu_kernels
+reference: Any = definition
+batch_norm_act: Any = batch_norm_act_module
+EPS = 1e-3
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAYOUTS = ["contiguous", "channels-last"]
+SHAPES = [
+    (5, 3),
+    (1, 2, 1, 2),
+    (1, 1, 3, 1),
+    (2, 3, 7),
+    (3, 7, 7, 9),
+    (7, 63, 1, 1),
+    (2, 5, 3, 4, 5),
+    (3, 4, 52, 48),
+    (2, 65, 17, 3),
+]
+"""Odd sizes: masks everywhere, accesses of one to eight values, one program and many."""
+SLOPE = 0.25
+PHASES = (
+    "moments",
+    "normalize",
+    "normalize_backward_reduce",
+    "activation_backward_reduce",
+    "normalize_backward",
+)
+
+run = pytest.fixture(scope="module", name="run")(harness.fixture)
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` (N, C, *) in another order in memory."""
+    if layout == "contiguous":
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _case(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, offset: float = 1.0
+) -> dict[str, Tensor]:
+    """Consistent arguments of all kernels, statistics from the reference."""
+    device = harness.device()
+    acc = reference.accumulate_dtype(dtype)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64).to(device)
+
+    x, grad, residual = (
+        _laid_out(values.to(dtype), layout)
+        for values in (draw(*shape) * 2 + offset, draw(*shape), draw(*shape))
+    )
+    totals = reference.moments(x)
+    stats = reference.statistics(totals, EPS, acc)
+    C = shape[1]
+    return {
+        "x": x,
+        "grad": grad,
+        "residual": residual,
+        "totals": totals,
+        "stats": stats,
+        "weight": draw(C).to(acc),
+        "bias": draw(C).to(acc),
+        "sums": reference.normalize_backward_reduce(grad, x, stats),
+    }
+
+
+def _close(result: Tensor, exact: Tensor, what: str, *, terms: float = 1.0) -> None:
+    """``result`` is ``exact`` (float64) to its own rounding and that of accumulation.
+
+    Each is allowed a few units in the last place of the largest value; ``terms`` is how many times
+    larger the terms are than what they add up to.
+    """
+    acc = reference.accumulate_dtype(result.dtype)
+    scale = max(exact.abs().max().item(), 1.0) if exact.numel() else 1.0
+    unit = torch.finfo(result.dtype).eps if result.dtype.is_floating_point else 0.0
+    allowed = scale * (unit + 16 * terms * torch.finfo(acc).eps)
+    error = (result.double() - exact).abs().max().item() if exact.numel() else 0.0
+    assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+    assert result.shape == exact.shape, what
+
+
+def _check_moments(shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: float) -> None:
+    x = _case(shape, layout, dtype, offset=offset)["x"]
+    with kernels_on_cpu_tensors():
+        packed = gpu.moments(x)
+    count, mean, var = reference.finalize(packed)
+    values = x.double().movedim(1, 0).flatten(1)
+    assert packed.dtype == torch.float64
+    assert count.item() == values.size(1)
+    unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
+    std = values.std(1, correction=0).clamp_min(1e-3)
+    # What packing costs in float64.
+    packing = 4 * torch.finfo(torch.float64).eps * ((values.mean(1) / std) ** 2 + 1)
+    assert ((mean - values.mean(1)).abs() <= std * (8 * unit + packing)).all()
+    error = (var - values.var(1, correction=0)).abs() / std**2
+    assert (error <= 16 * unit + packing).all(), error.max()
+
+
+class TestMoments:
+    """Statistics of any layout, with as many digits as their precision has."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_layout_and_dtype(
+        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        run(_check_moments, shape, layout, dtype, 1.0)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_a_mean_of_ten_thousand_deviations(
+        self, run: Interpreter, layout: str, dtype: torch.dtype
+    ) -> None:
+        run(_check_moments, (3, 4, 52, 48), layout, dtype, 2e4)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_first_tile_unlike_the_others(self, run: Interpreter, layout: str) -> None:
+        run(_check_drift, layout)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_bad_value_spoils_its_channel_and_no_other(
+        self, run: Interpreter, value: float, layout: str
+    ) -> None:
+        run(_check_bad_value, value, layout)
+
+
+def _check_drift(layout: str) -> None:
+    """The mean jumps by a thousand deviations after the first of many tiles."""
+    x = torch.randn(1, 2, 90, 90, device=harness.device())
+    x[:, :, 12:] += 1000
+    x = _laid_out(x, layout)
+    with kernels_on_cpu_tensors():
+        _, mean, var = reference.finalize(gpu.moments(x))
+    values = x.double().movedim(1, 0).flatten(1)
+    torch.testing.assert_close(mean, values.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var, values.var(1, correction=0), rtol=1e-5, atol=0)
+
+
+def _check_bad_value(value: float, layout: str) -> None:
+    t = _case((3, 4, 13, 11), layout, torch.float32)
+    x = t["x"]
+    with kernels_on_cpu_tensors():
+        clean, _ = gpu.normalize(x, gpu.moments(x), None, None, EPS, *[None] * 4)
+        x[1, 1, 2, 3] = value
+        y, _ = gpu.normalize(x, gpu.moments(x), None, None, EPS, *[None] * 4)
+        sums = gpu.normalize_backward_reduce(t["grad"], x, t["stats"])
+    assert y[:, 1].isnan().all()
+    torch.testing.assert_close(y[:, ::2], clean[:, ::2], rtol=0, atol=0)
+    assert torch.equal(sums.isfinite(), torch.tensor([1, 1, 1, 1, 1, 0, 1, 1]).bool().to(x.device))
+
+
+def _check_forward(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    t = _case(shape, layout, dtype)
+    residual = t["residual"] if options.get("residual") else None
+    weight, bias = (t[name] if name in options["affine"] else None for name in ("weight", "bias"))
+    activation = options.get("activation", "identity")
+    with kernels_on_cpu_tensors():
+        y, stats = gpu.normalize(
+            t["x"], t["totals"], weight, bias, EPS, *[None] * 4, residual, activation, SLOPE
+        )
+    exact, exact_stats = reference.normalize(
+        t["x"].double(), t["totals"], weight, bias, EPS, residual, activation, SLOPE
+    )
+    assert y.dtype == dtype
+    assert y.stride() == t["x"].stride()
+    assert stats.dtype == t["stats"].dtype
+    _close(y, exact, "y")
+    _close(stats, exact_stats, "stats")
+
+
+def _check_running(shape: tuple[int, ...], dtype: torch.dtype, momentum: float | None) -> None:
+    t = _case(shape, "contiguous", torch.float32)
+    C = shape[1]
+    device = harness.device()
+    running: list[Tensor] = [
+        torch.randn(C, device=device).to(dtype),
+        (torch.rand(C, device=device) + 0.5).to(dtype),
+        torch.tensor(3, device=device),
+    ]
+    expected = [running[0].double(), running[1].double(), running[2].clone()]
+    table = statistics_table(t["totals"], EPS, torch.float64, known_nonempty=False)
+    as_running: Any = (*expected, momentum)
+    track(table, t["totals"], as_running, known_nonempty=False)
+    with kernels_on_cpu_tensors():
+        gpu.normalize(t["x"], t["totals"], None, None, EPS, *running, momentum)
+    unit = torch.finfo(dtype).eps
+    for mine, its in zip(running[:2], expected[:2], strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), its, rtol=unit, atol=unit)
+    assert running[2].item() == expected[2].item()
+
+
+def _check_nobody_holds_a_value(momentum: float | None) -> None:
+    """A rank whose batch is empty; first others hold values, then nobody does."""
+    device = harness.device()
+    x = torch.empty(0, 3, 4, device=device)
+    totals = reference.moments(torch.randn(5, 3, 4, device=device))
+    for count, packed in ((1, totals), (1, torch.zeros_like(totals))):
+        running = [torch.zeros(3, device=device), torch.ones(3, device=device)]
+        tracked = torch.tensor(0, device=device)
+        with kernels_on_cpu_tensors():
+            y, stats = gpu.normalize(x, packed, None, None, EPS, *running, tracked, momentum)
+            assert torch.equal(gpu.moments(x), torch.zeros_like(totals))
+        assert y.shape == x.shape
+        changes = packed is totals
+        assert tracked.item() == (count if changes else 0)
+        assert (not torch.equal(running[0], torch.zeros_like(running[0]))) == changes
+        _close(stats, reference.statistics(packed, EPS, torch.float64), "stats")
+
+
+class TestNormalize:
+    """y, stats and running statistics."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_layout_and_dtype(
+        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        options = {"affine": ("weight", "bias"), "residual": True, "activation": "relu"}
+        run(_check_forward, shape, layout, dtype, options)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    def test_every_activation(
+        self, run: Interpreter, activation: str, residual: bool, dtype: torch.dtype
+    ) -> None:
+        options = {"affine": ("weight", "bias"), "residual": residual, "activation": activation}
+        run(_check_forward, (3, 7, 7, 9), "contiguous", dtype, options)
+
+    @pytest.mark.parametrize("affine", [("weight",), ("bias",), ()], ids=str)
+    def test_without_weight_or_bias(self, run: Interpreter, affine: tuple[str, ...]) -> None:
+        run(_check_forward, (3, 7, 7, 9), "contiguous", torch.float32, {"affine": affine})
+
+    @pytest.mark.parametrize("momentum", [0.25, None])
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("shape", [(4, 3, 5), (2, 1100)], ids=str)
+    def test_running_statistics_of_any_precision(
+        self, run: Interpreter, shape: tuple[int, ...], dtype: torch.dtype, momentum: float | None
+    ) -> None:
+        run(_check_running, shape, dtype, momentum)
+
+    @pytest.mark.parametrize("momentum", [0.25, None])
+    def test_empty_batches(self, run: Interpreter, momentum: float | None) -> None:
+        run(_check_nobody_holds_a_value, momentum)
+
+
+def _check_backward(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    t = _case(shape, layout, dtype)
+    activation = options.get("activation", "identity")
+    affine = [t[name] if name in options["affine"] else None for name in ("weight", "bias")]
+    act = (activation, SLOPE)
+    kept = None
+    if options.get("residual"):
+        kept = t["residual"]
+        if derivative_follows_from_result(activation):
+            kept = reference.normalize(t["x"], t["totals"], *affine, EPS, kept, *act)[0]
+    wide: Any = [
+        None if v is None else v.double() for v in (t["grad"], t["x"], t["stats"], *affine)
+    ]
+    exact, exact_inner = reference.activation_backward_reduce(*wide, kept, *act, True)
+    exact_dx = reference.normalize_backward(
+        *wide[:3], t["totals"], wide[3], exact, wide[4], kept, *act
+    )
+    with kernels_on_cpu_tensors():
+        sums, inner = gpu.activation_backward_reduce(
+            t["grad"], t["x"], t["stats"], *affine, kept, *act, True
+        )
+        same, nothing = gpu.activation_backward_reduce(
+            t["grad"], t["x"], t["stats"], *affine, kept, *act, False
+        )
+        dx = gpu.normalize_backward(
+            t["grad"], t["x"], t["stats"], t["totals"], affine[0], exact, affine[1], kept, *act
+        )
+        dx_of_inner = gpu.normalize_backward(
+            inner, t["x"], t["stats"], t["totals"], affine[0], exact
+        )
+        if activation == "identity":
+            plain = gpu.normalize_backward_reduce(t["grad"], t["x"], t["stats"])
+            assert torch.equal(plain, sums)
+    assert torch.equal(same, sums)
+    assert nothing.numel() == 0
+    assert inner.dtype == dx.dtype == dtype
+    assert inner.stride() == dx.stride() == t["x"].stride()
+    _close(inner, exact_inner, "gradient of the residual")
+    # A sum of M terms of order one, each rounded to float32 before it is added.
+    terms = (t["x"].numel() / shape[1]) ** 0.5
+    unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
+    assert (sums - exact).abs().max().item() <= 16 * terms * unit
+    # rstd is up to 1 / sqrt(eps) where the values of a channel are nearly equal.
+    terms = t["stats"][1].max().item() * 4 + 1
+    _close(dx, exact_dx, "dx", terms=terms)
+    # inner is rounded to its dtype before it is scaled.
+    unit = torch.finfo(dtype).eps
+    difference = (dx_of_inner.double() - exact_dx).abs().max().item()
+    scale = max(exact_dx.abs().max().item(), exact_inner.abs().max().item() * terms, 1.0)
+    assert difference <= 16 * scale * unit
+
+
+class TestBackward:
+    """Sums, the gradient of the residual, and the input gradient."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_layout_and_dtype(
+        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        options = {"affine": ("weight", "bias"), "residual": True, "activation": "relu"}
+        run(_check_backward, shape, layout, dtype, options)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    def test_every_activation(
+        self, run: Interpreter, activation: str, residual: bool, dtype: torch.dtype
+    ) -> None:
+        options = {"affine": ("weight", "bias"), "residual": residual, "activation": activation}
+        run(_check_backward, (3, 7, 7, 9), "contiguous", dtype, options)
+
+    @pytest.mark.parametrize("affine", [("weight",), ("bias",), ()], ids=str)
+    def test_without_weight_or_bias(self, run: Interpreter, affine: tuple[str, ...]) -> None:
+        options = {"affine": affine, "activation": "silu"}
+        run(_check_backward, (3, 7, 7, 9), "channels-last", torch.float32, options)
+
+    def test_a_gradient_of_another_layout_and_unaligned_memory(self, run: Interpreter) -> None:
+        run(_check_strides)
+
+
+def _check_strides() -> None:
+    device = harness.device()
+    memory = torch.randn(2 * 3 * 4 * 8 + 1, device=device)
+    x = memory[1:].view(2, 3, 4, 8)
+    grad = _laid_out(torch.randn(2, 3, 4, 8, device=device), "channels-last")
+    with kernels_on_cpu_tensors():
+        totals = gpu.moments(x)
+        stats = reference.statistics(totals, EPS, torch.float32)
+        sums = gpu.normalize_backward_reduce(grad, x, stats)
+        dx = gpu.normalize_backward(grad, x, stats, totals, None, sums)
+    leaf = x.double().requires_grad_()
+    F.batch_norm(leaf, None, None, training=True, eps=EPS).backward(grad.double())
+    assert leaf.grad is not None
+    torch.testing.assert_close(dx.double(), leaf.grad, rtol=1e-5, atol=1e-5)
+    assert dx.stride() == x.stride()
+
+
+def _check_ops(activation: str, with_residual: bool) -> None:
+    """The whole op on these kernels, derivatives of both orders, against torch's own."""
+    device = harness.device()
+    if device.type == "cpu":
+        for name in PHASES:
+            LIBRARY.impl(name, getattr(gpu, name), "CPU", allow_override=True)
+    args = [
+        torch.randn(size, dtype=torch.float64, device=device).requires_grad_()
+        for size in ((3, 2, 5), 2, 2, (3, 2, 5))
+    ]
+    x, weight, bias, residual = args
+    if not with_residual:
+        args, residual = args[:3], None
+    with (
+        kernels_on_cpu_tensors(),
+        mock.patch.object(batch_norm_act, "recomputes", return_value=True),
+    ):
+        y = batch_norm_act.BATCH_NORM_ACT(
+            x, weight, bias, None, None, None, True, True, 0.1, EPS, "", residual, activation, SLOPE
+        )
+        ours = _derivatives(y, args)
+    z = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+    z = z if residual is None else z + residual
+    expected = _derivatives(activate(z, activation, SLOPE), args)
+    for mine, its in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+
+
+def _derivatives(y: Tensor, args: list[Tensor]) -> list[Tensor]:
+    """y, first derivatives without and with a graph, and second ones."""
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+    grad.requires_grad_()
+    plain = torch.autograd.grad(y, args, grad, retain_graph=True)
+    first = torch.autograd.grad(y, args, grad, create_graph=True)
+    total = torch.stack([(one * one).sum() for one in first]).sum()
+    return [y, *plain, *first, *torch.autograd.grad(total, [*args, grad], materialize_grads=True)]
+
+
+def _check_addresses(N: int, C: int, S: int, last: bool, t: int, block: int) -> None:
+    from tests import tile_kernel
+
+    kernel: Any = tile_kernel.addresses_kernel
+
+    cut = plan(N, C, S, 2, last=last)
+    assert cut is not None
+    t %= cut.num_tiles
+    block %= cut.num_blocks
+    shape = (cut.BLOCK_C, cut.BLOCK_S)
+    result = torch.empty(shape, dtype=torch.int64, device=harness.device())
+    kernel[(1,)](result, *cut.sizes[1:], t, block, cut.BLOCK_C, cut.BLOCK_S, cut.VEC, last)
+    n, first = divmod(t * cut.BLOCK_S, -(-cut.S // cut.BLOCK_S) * cut.BLOCK_S)
+    c = block * cut.BLOCK_C + torch.arange(cut.BLOCK_C).unsqueeze(1)
+    s = first + torch.arange(cut.BLOCK_S)
+    expected = s * C + c if last else (n * C + c) * cut.S + s
+    expected[(c >= C).expand(shape) | (s >= cut.S)] = -1
+    assert expected.max() > 1 << 31
+    assert torch.equal(result.cpu(), expected)
+
+
+class TestAddresses:
+    """Tensors of more than 2^31 values, of which only addresses are computed."""
+
+    @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+    @pytest.mark.parametrize(
+        ("N", "C", "S"), [(4096, 65, 50000), (3, 7, 1 << 31), (70001, 8192, 49)], ids=str
+    )
+    @pytest.mark.parametrize(("t", "block"), [(-1, 0), (-1, -1), (-2, -1)], ids=str)
+    def test_beyond_32_bits(
+        self, run: Interpreter, N: int, C: int, S: int, last: bool, t: int, block: int
+    ) -> None:
+        run(_check_addresses, N, C, S, last, t, block)
+
+
+class TestOps:
+    """``batch_norm_act`` as a GPU runs it."""
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+    def test_derivatives(self, run: Interpreter, activation: str, residual: bool) -> None:
+        run(_check_ops, activation, residual)

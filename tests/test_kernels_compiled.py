@@ -1,0 +1,242 @@
+"""The Triton kernels as compilers see them: resources, width of accesses; and how work is cut."""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.activations import ACTIVATIONS
+from bnrewrite.kernels.triton.plan import layout_of, plan, plan_of
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from bnrewrite.kernels.triton import launch
+from bnrewrite.kernels.triton.launch import Launch
+
+TARGETS = [80, 90, 100]
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a launch: registers, bytes that were spilled, memory accesses."""
+
+    registers: int
+    spilled: int
+    accesses: frozenset[str]
+
+
+def _compile(one: Launch, target: int, folder: Path) -> Compiled:
+    names = one.kernel.arg_names
+    annotated = {parameter.name: parameter.annotation_type for parameter in one.kernel.params}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(one.constants)
+    attributes: dict[tuple[int, ...], list] = {}
+    for index, (name, value) in enumerate(zip(names, one.args, strict=False)):
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = annotated[name]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=one.kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=constants,
+        attrs=attributes,
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=one.options)
+    code = folder / "kernel.ptx"
+    code.write_text(made.asm["ptx"])
+    tool = get_ptxas(target).path
+    report = subprocess.run(
+        [tool, "-v", f"--gpu-name={_architecture(made.asm['ptx'])}", code, "-o", folder / "cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers, report
+    assert spills, report
+    accesses = frozenset(re.findall(r"(?:ld|st)\.global[\w.:]*", made.asm["ptx"]))
+    return Compiled(int(registers[1]), int(spills[1]) + int(spills[2]), accesses)
+
+
+def _architecture(code: str) -> str:
+    found = re.search(r"^\.target (\w+)", code, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What decides about the code of a kernel."""
+
+    shape: tuple[int, ...]
+    last: bool
+    dtype: torch.dtype
+    activation: str
+    residual: bool
+    affine: bool = True
+    momentum: float | None = 0.1
+
+    def __str__(self) -> str:
+        words = [
+            "x".join(map(str, self.shape)),
+            "last" if self.last else "contiguous",
+            str(self.dtype).removeprefix("torch."),
+            self.activation,
+            "residual" if self.residual else "alone",
+        ]
+        words += [] if self.affine else ["plain"]
+        return "-".join(words if self.momentum is not None else [*words, "cumulative"])
+
+    def launches(self) -> list[Launch]:
+        """All kernels in this variant, on tensors without memory."""
+        x = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        if self.last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        C = x.size(1)
+        cut = plan_of(x)
+        assert cut is not None
+        acc = reference.accumulate_dtype(self.dtype)
+        totals, sums = x.new_empty((2, 2 * C + 1), dtype=torch.float64)
+        stats = x.new_empty((2, C), dtype=acc)
+        one = x.new_empty(C, dtype=acc)
+        affine = (one, one) if self.affine else (None, None)
+        running = (one, one, x.new_empty((), dtype=torch.int64), self.momentum)
+        kept = x if self.residual else None
+        act = (self.activation, 0.1)
+        return [
+            launch.moments(cut, x, totals),
+            launch.normalize(cut, x, kept, x, totals, affine, stats, running, 1e-5, *act),
+            launch.normalize_backward_reduce(cut, x, x, kept, stats, affine, kept, sums, *act),
+            launch.normalize_backward(cut, x, x, kept, x, stats, totals, affine, sums, *act),
+        ]
+
+
+QUICK = [
+    Variant((32, 64, 56, 56), False, torch.float32, "relu", True),
+    Variant((32, 64, 56, 56), True, torch.bfloat16, "gelu", False),
+]
+ALL = [
+    Variant(shape, last, dtype, activation, residual)
+    for shape, last, dtype, activation, residual in itertools.product(
+        [(32, 64, 56, 56), (32, 2048, 7, 7), (32, 3, 224, 224), (16, 128, 14, 14)],
+        [False, True],
+        [torch.float16, torch.bfloat16, torch.float32, torch.float64],
+        ACTIVATIONS,
+        [False, True],
+    )
+] + [
+    Variant((32, 2048), False, torch.float32, "identity", False),
+    Variant((32, 64, 56, 56), False, torch.float32, "identity", False, affine=False),
+    Variant((32, 8192, 4), False, torch.float16, "silu", True, momentum=None),
+]
+
+
+class TestCompiled:
+    """Nothing spills, and memory is accessed 16 bytes at a time where the sizes allow it."""
+
+    @pytest.mark.parametrize("variant", QUICK, ids=str)
+    @pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
+    def test_common_variants(self, variant: Variant, target: int, tmp_path: Path) -> None:
+        _check(variant, target, tmp_path)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("variant", ALL, ids=str)
+    @pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
+    def test_every_variant(self, variant: Variant, target: int, tmp_path: Path) -> None:
+        _check(variant, target, tmp_path)
+
+
+def _check(variant: Variant, target: int, folder: Path) -> None:
+    itemsize = variant.dtype.itemsize
+    along = variant.shape[1] if variant.last else torch.Size(variant.shape[2:]).numel()
+    for one in variant.launches():
+        made = _compile(one, target, folder)
+        name = one.kernel.__name__
+        assert made.spilled == 0, f"{name} spills: {made}"
+        assert made.registers <= 255
+        if along * itemsize % 16:
+            continue
+        wide = ("v4.b32", "v2.b64")
+        assert any(a.startswith("ld.") and a.endswith(wide) for a in made.accesses), (name, made)
+        if name in ("normalize_kernel", "normalize_backward_kernel"):
+            assert any(a.startswith("st.") and a.endswith(wide) for a in made.accesses), name
+
+
+class TestPlan:
+    """How tensors are cut into tiles and programs."""
+
+    @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+    @pytest.mark.parametrize("itemsize", [2, 4, 8])
+    @pytest.mark.parametrize("C", [1, 3, 64, 1000, 8192])
+    @pytest.mark.parametrize("S", [1, 2, 49, 196, 3136, 50176, 1 << 22])
+    def test_tiles_cover_everything_once(self, S: int, C: int, itemsize: int, last: bool) -> None:
+        cut = plan(7, C, S, itemsize, last=last)
+        assert cut is not None
+        assert cut.BLOCK_C * cut.BLOCK_S <= 2048
+        assert (cut.num_blocks - 1) * cut.BLOCK_C < C <= cut.num_blocks * cut.BLOCK_C
+        per_image = -(-cut.S // cut.BLOCK_S)
+        assert cut.num_tiles == cut.N * per_image
+        assert (per_image - 1) * cut.BLOCK_S < cut.S <= per_image * cut.BLOCK_S
+        assert cut.N * cut.S == 7 * S
+        N, units_c, units_s = cut.sizes
+        assert N * units_c * units_s * cut.VEC == 7 * C * S
+        for reduction in (False, True):
+            splits = cut.num_splits(reduction=reduction)
+            assert 1 <= splits <= min(cut.num_tiles, 65535)
+
+    @pytest.mark.parametrize(
+        ("N", "C", "S", "last"),
+        [
+            (64, 64, 112 * 112, False),
+            (32, 4, 224 * 224, False),
+            (32, 4, 224 * 224, True),
+            (2, 16, 128**3, False),
+            (128, 1, 224 * 224, False),
+        ],
+    )
+    def test_few_channels_fill_a_device(self, N: int, C: int, S: int, last: bool) -> None:
+        cut = plan(N, C, S, 4, last=last)
+        assert cut is not None
+        assert cut.num_blocks * cut.num_splits(reduction=True) >= 500
+
+    def test_sizes_beyond_32_bits_are_planned_or_refused(self) -> None:
+        assert plan(1 << 12, 64, 1 << 16, 2, last=False) is not None
+        assert plan(1 << 12, 64, 1 << 16, 2, last=True) is not None
+        assert plan(1, 1, 1 << 33, 2, last=False) is not None
+        assert plan(64, 1 << 28, 1, 2, last=True) is None
+
+    def test_layouts(self) -> None:
+        x = torch.empty(2, 3, 4, 5)
+        assert layout_of(x) is False
+        assert layout_of(x.contiguous(memory_format=torch.channels_last)) is True
+        assert layout_of(x.flatten(2).transpose(0, 1).contiguous().transpose(0, 1)) is None
+        assert layout_of(torch.empty(4, 3)) is True
+        assert layout_of(torch.empty(4, 3, 1)) is True
+        assert layout_of(torch.empty(4, 5, 3).transpose(1, 2)) is True
+        assert layout_of(x[:, :, ::2]) is None
