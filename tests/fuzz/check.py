@@ -46,7 +46,7 @@ def check(example: Example, pool: RankPool) -> bool:
     alone = world_size == 1 or not _drops(example["net"])
     fit = _expect(example)
     expected = fit if alone else None
-    results = pool.run(run_rank, world_size, example, timeout_s=150.0)
+    results = _run(pool, world_size, example)
     for rank, variants in enumerate(results):
         for index, steps in enumerate(variants):
             _check_order([step.collectives for step in steps], results[0][index], rank)
@@ -65,6 +65,17 @@ def check(example: Example, pool: RankPool) -> bool:
         len(default.collectives) < len(without.collectives)
         for default, without in zip(*results[0][:2], strict=True)
     )
+
+
+def _run(pool: RankPool, world_size: int, example: Example) -> list[list[list[StepResult]]]:
+    """Results of all ranks. Gloo does not always form a world where ports are many and busy."""
+    for _ in range(2):
+        try:
+            return pool.run(run_rank, world_size, example, timeout_s=150.0)
+        except AssertionError as error:
+            if "connectFullMesh" not in str(error):
+                raise
+    return pool.run(run_rank, world_size, example, timeout_s=150.0)
 
 
 def _drops(net: object) -> bool:

@@ -45,7 +45,15 @@ def activate(x: Tensor, name: str) -> Tensor:
     if name == "silu":
         return F.silu(x)
     if name == "leaky":
-        return F.leaky_relu(x, 0.2)
+        return F.leaky_relu(x, 0.2, inplace=True)
+    if name == "gelu":
+        return F.gelu(x, approximate="tanh")
+    if name == "hardswish":
+        return F.hardswish(x)
+    if name == "relu6":
+        return F.hardtanh(x, 0, 6, inplace=True)
+    if name == "method":
+        return x.relu()
     return x
 
 
@@ -55,6 +63,10 @@ ACTIVATIONS = {
     "tanh": nn.Tanh,
     "silu": nn.SiLU,
     "leaky": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "relu6": nn.ReLU6,
+    "method": nn.ReLU,
     "none": nn.Identity,
 }
 
@@ -120,6 +132,8 @@ class Residual(nn.Module):
             y = y.add_(identity)
         elif self.style == "reversed":
             y = torch.add(identity, y)
+        elif self.style == "broadcast":
+            y = y + identity.mean(-1, keepdim=True)
         else:
             y = y + identity
         return activate(y, self.act)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tests.fuzz.networks import Spec
 from tests.fuzz.worker import Example
 
-_SMOOTH = ("tanh", "silu", "none")
-_ALL = ("relu", "relu_", "tanh", "silu", "leaky", "none")
+_SMOOTH = ("tanh", "silu", "gelu", "none")
+_ALL = (*_SMOOTH, "relu", "relu", "relu_", "relu_", "leaky", "hardswish", "relu6", "method")
 
 # Branches and independent sites are frequent: passes that move code are hardest there.
 _INNER = (
@@ -101,7 +101,7 @@ class _Draw:
             "body": self.part(depth),
             "shortcut": self.of(None, True) and self.part(depth),
             "act": self.of(*self.acts),
-            "style": self.of("plain", "shortcut first", "inplace", "add_", "reversed"),
+            "style": self.of("plain", "shortcut first", "inplace", "add_", "reversed", "broadcast"),
         }
 
     def _branches(self, kind: str, depth: int) -> Spec:
