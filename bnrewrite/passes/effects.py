@@ -128,8 +128,7 @@ class Order:
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
             return {_STATE} if self._is_state(node) else set(), set()
-        reads: set[Hashable] = {self._memory.of(node)}
-        reads.update(map(self._memory.of, node.all_input_nodes))
+        reads: set[Hashable] = set(map(self._memory.of, node.all_input_nodes))
         writes: set[Hashable] = set()
         if node.op == "call_module":
             self._add_call(node, writes)
@@ -198,7 +197,7 @@ class _Memory:
             elif node.op == "get_attr":
                 self._join(node, first.setdefault(node.target, node))
             elif not self._is_fresh(owner, node):
-                for source in node.all_input_nodes:
+                for source in self._returned(node):
                     self._join(node, source)
 
     def of(self, node: fx.Node) -> Hashable:
@@ -229,6 +228,15 @@ class _Memory:
             self._tensors.add(node)
         return fresh
 
+    def _returned(self, node: fx.Node) -> list[fx.Node]:
+        """Arguments whose memory the result of ``node`` may share."""
+        first: Any = node.args[0] if node.args else None
+        # What arithmetic in place reads besides, a tensor does not keep; a list would.
+        if _written_arguments(node) == [first] and first in self._tensors:
+            self._tensors.add(node)
+            return [first]
+        return node.all_input_nodes
+
     def _join(self, a: fx.Node, b: fx.Node) -> None:
         root_a, root_b = self.of(a), self.of(b)
         if root_a is not root_b:
@@ -254,6 +262,8 @@ def _name(node: fx.Node) -> str:
 
 def _written_arguments(node: fx.Node) -> list[Any] | None:
     """Arguments that a function or method writes in place; None if nobody knows."""
+    if node.op not in ("call_function", "call_method"):
+        return None
     name = _name(node)
     if node.op == "call_method":
         in_place = name.endswith("_") and not name.endswith("__")
