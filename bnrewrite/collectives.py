@@ -4,13 +4,14 @@ Collectives are torch's functional collectives, so that a compiled graph shows e
 they are created in program order, which is the same on every rank.
 """
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnrewrite.groups import NO_GROUP, find_group, place_in
-from bnrewrite.watch import can_watch, finish, is_watched, launch
+from bnrewrite.watch import can_watch, finish, is_watched, launch, peer_error
 
 
 def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
@@ -67,6 +68,18 @@ def wait(pending: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
+def _wait_or_name(pending: Tensor, what: str, group: str) -> Tensor:
+    """:func:`wait`, with ``what`` and ``group`` in the error outside of compiled graphs."""
+    if torch.compiler.is_compiling():
+        return wait(pending)
+    started = time.monotonic()
+    try:
+        return wait(pending)
+    except RuntimeError as error:
+        waited_s = time.monotonic() - started
+        raise peer_error(what, find_group(group), (), waited_s, error) from error
+
+
 class _AllReduceSum(torch.autograd.Function):
     """All-reduce whose gradient is the all-reduce of the gradients, to any order."""
 
@@ -101,7 +114,7 @@ def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) 
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
-    return wait(received)
+    return _wait_or_name(received, "exchange", group)
 
 
 class _SendAround(torch.autograd.Function):
@@ -123,7 +136,7 @@ def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
     Not differentiable; see :func:`receive_from`.
     """
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
-    return wait(table).view(world_size, -1)
+    return _wait_or_name(table, "all-gather", group).view(world_size, -1)
 
 
 def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:

@@ -118,6 +118,10 @@ def _others(rank: int, world_size: int) -> dict[str, list[str]]:
     bnrewrite.revert(ignored)
     left["reverted"] = sorted({n.rpartition(".")[0] for n in ddp.named_module_buffers})
     assert ddp.parameters_to_ignore == {"bn.running_var"}
+    checked = bnrewrite.convert(_net())
+    bnrewrite.check(checked)
+    note("checked by hand before", checked)
+    note("wrapped again", checked)
     part = _net()
     note("another mode", bnrewrite.convert(part))
     bnrewrite.convert(part, {"bn": "local", "*": "sync"})
@@ -138,6 +142,8 @@ def test_what_stays_in_the_broadcast(ranks: RankPool) -> None:
         assert left["a buffer of the user"] == [""]
         assert left["an own forward"] == ["2"]
         assert left["ignored by the user"] == []
+        assert left["checked by hand before"] == []
+        assert left["wrapped again"] == []
         assert left["another mode"] == []
         assert left["converted again"] == ["bn"]
 

@@ -292,6 +292,32 @@ def test_inputs_and_outputs_are_named_after_arguments_and_keys():
     assert report.verified == (3, 4)
 
 
+class Frames(nn.Module):
+    """Two batches through one network, taken apart again, as models of optical flow do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        both = self.bn(self.conv(torch.cat([first, second])))
+        one, other = torch.chunk(both, 2)
+        return one * other
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_dynamic_axis_is_split_by_slices(fold):
+    """The program ties the two batches by nothing but the name that both were given."""
+    model = bnrewrite.convert(randomize(Frames()))
+    report = export_onnx(model, (IMAGE, IMAGE + 1), dynamic_shapes=[{0: "n"}] * 2, fold=fold)
+    assert report.model is not None
+    found = operators(report.model)
+    assert found["Slice"] == 2
+    assert not any("Sequence" in name for name in found)
+    assert report.verified == (2, 3)
+
+
 def test_given_names_win_over_names_in_the_graph():
     report = export_onnx(Block(), (IMAGE,), input_names=["relu"], output_names=["conv2d"])
     assert [one.name for one in (*report.inputs, *report.outputs)] == ["relu", "conv2d"]

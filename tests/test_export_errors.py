@@ -339,6 +339,17 @@ def test_the_default_tolerance_is_relative_to_the_scale_of_the_output(dtype, rto
                 compare([wanted], [got.numpy()], ["y"], Tolerance(None, None))
 
 
+def test_a_failure_of_the_optimizer_is_an_error_of_the_export(monkeypatch):
+    import onnxscript.optimizer
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Error during constant folding for node 'n' (::Op)")
+
+    monkeypatch.setattr(onnxscript.optimizer, "fold_constants", fail)
+    with pytest.raises(ExportError, match=r"onnxscript .* cannot simplify.*node 'n' \(::Op\)"):
+        export_onnx(Block(), (X,))
+
+
 def test_an_invalid_model_never_becomes_a_file(tmp_path, monkeypatch):
     from bnrewrite.export import pipeline
 

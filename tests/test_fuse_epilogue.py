@@ -167,7 +167,7 @@ class TestFused:
         assert _ops(model, "layer1") == ["batch_norm_act", "batch_norm_act"]
         text = str(bnrewrite.report(model))
         assert "fuse_epilogue" in text
-        assert "its collective is shared or overlapped" in text
+        assert "it shares or overlaps its collective" in text
 
     def test_a_sequence(self) -> None:
         def make() -> nn.Module:
@@ -260,6 +260,11 @@ class TestLeft:
         bnrewrite.convert(model)
         assert _ops(model) == ["batch_norm"]
         assert _reasons(model) == ["what follows it has hooks, which only a call runs"]
+
+    def test_shuffled_statistics(self) -> None:
+        model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), mode="shuffle")
+        assert _ops(model) == ["shuffle_batch_norm"]
+        assert _reasons(model) == ["its statistics come from another rank"]
 
     def test_an_activation_to_keep(self) -> None:
         model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), keep=["act"])

@@ -92,7 +92,7 @@ def _layouts(values: Tensor) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("shape", [(4, 2, 1, 2), (4, 2, 2, 1), (1, 3, 2, 2), (3, 1, 2, 1)], ids=str)
 def test_layouts_in_which_torch_computes_a_wrong_gradient(shape: tuple[int, ...]) -> None:
-    """Torch's own CPU backward errs for 264 of the 5,184 pairs of each shape but the last."""
+    """On the CPU torch's own backward errs for 264 of 5,184 pairs of each shape but the last."""
     x, grad = torch.randn(2, *shape, dtype=torch.float64)
     weight = torch.rand(shape[1], dtype=torch.float64)
 

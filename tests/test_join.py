@@ -52,6 +52,8 @@ def _rank(rank: int, world_size: int, lengths: list[int], how: str) -> list[Tens
         gradient_as_bucket_view=how == "views",
     )
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.02)
+    if how == "after a check by hand":
+        bnrewrite.check(model)
     if how == "second epoch":
         _loss(ddp(_x(rank, 99))).mul(world_size).backward()
         optimizer.step()
@@ -101,7 +103,16 @@ def test_training_equals_one_process_on_what_is_left(ranks: RankPool, lengths: l
 
 
 @pytest.mark.parametrize(
-    "how", ["no passes", "unused parameters", "static graph", "views", "second epoch", "compiled"]
+    "how",
+    [
+        "no passes",
+        "unused parameters",
+        "static graph",
+        "views",
+        "second epoch",
+        "compiled",
+        "after a check by hand",
+    ],
 )
 def test_with_other_options(ranks: RankPool, how: str) -> None:
     _assert_equal(ranks.run(_rank, 2, [4, 2], how), _expected([4, 2], how))

@@ -181,7 +181,7 @@ def _check_forward(
     activation = options.get("activation", "identity")
     with kernels_on_cpu_tensors():
         y, stats = gpu.normalize(
-            t["x"], t["totals"], weight, bias, EPS, *[None] * 4, residual, activation, SLOPE
+            t["x"], t["totals"], weight, bias, EPS, *[None] * 4, False, residual, activation, SLOPE
         )
     exact, exact_stats = reference.normalize(
         t["x"].double(), t["totals"], weight, bias, EPS, residual, activation, SLOPE
@@ -204,7 +204,7 @@ def _check_running(shape: tuple[int, ...], dtype: torch.dtype, momentum: float |
     ]
     expected = [running[0].double(), running[1].double(), running[2].clone()]
     table = statistics_table(t["totals"], EPS, torch.float64, known_nonempty=False)
-    as_running: Any = (*expected, momentum)
+    as_running: Any = (*expected, momentum, False)
     track(table, t["totals"], as_running, known_nonempty=False)
     with kernels_on_cpu_tensors():
         gpu.normalize(t["x"], t["totals"], None, None, EPS, *running, momentum)

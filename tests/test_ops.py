@@ -93,8 +93,8 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         ),
         "normalize with residual and activation": (
             NORMALIZE,
-            (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, None, t["grad"],
-             "silu", 0.0),
+            (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, None, False,
+             t["grad"], "silu", 0.0),
         ),
         "activation_backward_reduce": (
             ACTIVATION_BACKWARD_REDUCE,

@@ -7,7 +7,11 @@ are not computed ahead.
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+import onnxscript
 import onnxscript.optimizer
+
+from bnrewrite.errors import ExportError
+from bnrewrite.export.splits import slice_dynamic_splits
 
 
 def clean(model: ir.Model, named: set[str], *, fold_weights: bool = False) -> None:
@@ -17,6 +21,9 @@ def clean(model: ir.Model, named: set[str], *, fold_weights: bool = False) -> No
         model: as torch's exporter wrote it.
         named: initializers that are parameters and buffers.
         fold_weights: compute operations on parameters ahead too; their names are lost.
+
+    Raises:
+        ExportError: onnxscript fails on the graph.
     """
 
     def should_fold(node: ir.Node) -> bool | None:
@@ -25,7 +32,14 @@ def clean(model: ir.Model, named: set[str], *, fold_weights: bool = False) -> No
         return None
 
     common.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model, should_fold=should_fold)
+    slice_dynamic_splits(model.graph)
+    try:
+        onnxscript.optimizer.fold_constants(model, should_fold=should_fold)
+    except RuntimeError as error:
+        raise ExportError(
+            f"onnxscript {onnxscript.__version__} cannot simplify the graph: {error}. Replace the "
+            "operation, or try another version of onnxscript."
+        ) from error
     common.RemoveUnusedNodesPass()(model)
     common.IdentityEliminationPass()(model)
     for node in list(model.graph):

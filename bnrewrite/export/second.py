@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from bnrewrite.export.arguments import Example
-from bnrewrite.export.dynamic import Axes
+from bnrewrite.export.dynamic import Axes, axis_name
 
 
 def second_example(
@@ -15,7 +15,7 @@ def second_example(
 ) -> tuple[Tensor, ...] | None:
     """Inputs with one more sample (or one less) than ``example``; None if the batch is fixed.
 
-    Axes that the program ties to the batch change with it.
+    Axes that the program ties to the batch change with it, and those that have its name.
     """
     sizes = _sizes(program)
     batches = (
@@ -31,10 +31,11 @@ def second_example(
     if symbol not in values:
         return None
     now = values[symbol]
-    limits = program.range_constraints.get(symbol)
+    tied = [one for one in _of_one_name(symbol, sizes, axes) if values.get(one) == now]
+    limits = [program.range_constraints[one] for one in tied if one in program.range_constraints]
     for then in (now + 1, now - 1):
-        if then >= 1 and (limits is None or limits.lower <= then <= limits.upper):
-            values[symbol] = then
+        if then >= 1 and all(one.lower <= then <= one.upper for one in limits):
+            values.update(dict.fromkeys(tied, then))
             return tuple(
                 _resized(
                     tensor, [one if isinstance(one, int) else int(one.subs(values)) for one in size]
@@ -42,6 +43,18 @@ def second_example(
                 for tensor, size in zip(example.tensors, sizes, strict=True)
             )
     return None
+
+
+def _of_one_name(symbol: Any, sizes: list[list[Any]], axes: Axes) -> list[Any]:
+    """``symbol`` and the symbols of the axes to which the user gave the same name."""
+    names = {
+        size[axis]: axis_name(what)
+        for size, one in zip(sizes, axes, strict=True)
+        for axis, what in one.items()
+        if not isinstance(size[axis], int) and size[axis].is_Symbol
+    }
+    name = names.get(symbol)
+    return [symbol, *(one for one in names if one != symbol and name and names[one] == name)]
 
 
 def _sizes(program: ExportedProgram) -> list[list[Any]]:

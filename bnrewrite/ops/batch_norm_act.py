@@ -11,7 +11,7 @@ from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.batch_norm import BATCH_NORM, check_statistics
+from bnrewrite.ops.batch_norm import _batch_norm, check_statistics
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -50,17 +50,23 @@ def _batch_norm_act(
     and promoted as by torch's ``+``, or None; ``activation`` is one of
     :data:`bnrewrite.activations.ACTIVATIONS`; ``slope`` is that of ``leaky_relu``.
     """
-    activations.check_activation(activation, slope)
+    if activation != "relu":
+        activations.check_activation(activation, slope)
+    uses_batch = training or running_mean is None
+    if not (uses_batch and _profits(input, residual, activation, group)):
+        # Both are composites, so the function is the op, without a dispatch of its own.
+        y = _batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+            track_running_stats, momentum, eps, group, skip_nonfinite,
+        )  # fmt: skip
+        return _compose(y, residual, activation, slope)
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked,
         training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
-    uses_batch = training or running_mean is None
-    if not (uses_batch and _profits(input, residual, activation, group)):
-        return _compose(BATCH_NORM(*site[:-1], group, skip_nonfinite), residual, activation, slope)
     check_statistics(site, group)
     return _BatchNormAct.apply(
-        dense(input), weight, bias, residual, eps, site.running, group, (activation, slope)
+        dense(input), weight, bias, residual, site, group, (activation, slope)
     )
 
 
@@ -81,14 +87,14 @@ def _compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) 
     return y
 
 
-def recomputes(device: torch.device) -> bool:
-    """Whether arithmetic is free on ``device``, so that a backward better computes than reads."""
-    return device.type == "cuda"
+def recomputes(x: Tensor) -> bool:
+    """Whether arithmetic is free where ``x`` is, so that a backward better computes than reads."""
+    return x.is_cuda
 
 
 def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
-    if group == NO_GROUP and not recomputes(input.device):
+    if group == NO_GROUP and not recomputes(input):
         # There one op does without phases what ``batch_norm`` has to do.
         return False
     if residual is not None:
@@ -103,31 +109,31 @@ def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str
         return True
     # Of other activations torch keeps the argument. Keeping the result would make an error of what
     # changes it in place afterwards, and computing the argument again needs no residual.
-    return recomputes(input.device) and residual is None
+    return recomputes(input) and residual is None
 
 
 class _BatchNormAct(torch.autograd.Function):
     """As ``batch_norm``'s, with the residual and the activation in the phases."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, running, group, act):
+    def forward(ctx, x, weight, bias, residual, site, group, act):
         activation, _ = act
         with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group, (weight, bias, *running[:3]))
-            y, stats = NORMALIZE(x, totals, weight, bias, eps, *running, residual, *act)
+            totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
+            y, stats = NORMALIZE(x, totals, weight, bias, site.eps, *site.running, residual, *act)
         kept = residual
         if activation == "identity":
             kept = None
         elif activations.derivative_follows_from_result(activation) and (
-            residual is not None or not recomputes(x.device)
+            residual is not None or not recomputes(x)
         ):
             kept = y
         ctx.save_for_backward(x, weight, bias, stats, totals, kept)
-        ctx.eps = eps
+        ctx.eps = site.eps
+        # Only to name the site if a peer dies; a compiler has no use for it.
+        ctx.site = () if torch.compiler.is_compiling() else site.per_channel
         ctx.group = group
         ctx.act = act
-        # Only to name the site if a peer dies; a compiler has no use for it.
-        ctx.site = () if torch.compiler.is_compiling() else (weight, bias, *running[:3])
         return y
 
     @staticmethod
@@ -149,7 +155,7 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
     if act[0] == "identity":
         sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
     else:
-        write = needs_residual or not recomputes(x.device)
+        write = needs_residual or not recomputes(x)
         sums, inner = ACTIVATION_BACKWARD_REDUCE(grad, x, stats, weight, bias, kept, *act, write)
         if write:
             grad, act = inner, ("identity", 0.0)
@@ -164,4 +170,4 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
         else:
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums, bias, kept, *act)
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, *[None] * 4
+    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None

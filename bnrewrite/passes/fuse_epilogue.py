@@ -19,6 +19,7 @@ from bnrewrite.activations import derivative_follows_from_result
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM
+from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import Order
 from bnrewrite.passes.epilogues import (
@@ -53,6 +54,11 @@ def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
         return
     for node in target.graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
         _report_shared(target, node, report)
+    for node in target.graph.find_nodes(op="call_function", target=SHUFFLE_BATCH_NORM):
+        if any(_follows(target, user) for user in node.users):
+            site = node.meta["site"]
+            reason = "its statistics come from another rank"
+            report.skipped.append(target.skip(site.name, reason, node, site.path))
     order: Order | None = None
     for node in target.graph.find_nodes(op="call_function", target=BATCH_NORM):
         chain = _chain(target, node)
@@ -76,7 +82,7 @@ def _report_shared(target: OwnerGraph, node: fx.Node, report: PassReport) -> Non
     for result in node.users:
         site = node.args[0].meta["sites"][result.args[1]]  # pyright: ignore
         if any(_follows(target, user) for user in result.users):
-            reason = "its collective is shared or overlapped, in nodes that take no epilogue"
+            reason = "it shares or overlaps its collective"
             report.skipped.append(target.skip(site.name, reason, result, site.path))
 
 

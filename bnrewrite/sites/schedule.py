@@ -71,6 +71,8 @@ class Schedule:
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
         self._agreed: tuple[Callable[[], object], list[bool]] | None = None
+        # The DDP instance that was running then.
+        self._told: Callable[[], object] = _alone
         _living[self.key] = self
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
@@ -98,30 +100,48 @@ class Schedule:
         """
         if torch.compiler.is_compiling():
             _agree_while_compiling(self.key)
-        elif self._seen() is not default_group():
+        elif self.is_news():
             self.look()
+
+    def is_news(self) -> bool:
+        """Whether a flag, the world or the DDP instance that runs has changed since the last look.
+
+        This is all that a call costs that changes nothing.
+        """
+        if self._seen() is not default_group():
+            return True
+        ddp = DistributedDataParallel._active_ddp_module
+        return ddp is not None and ddp is not self._told()
 
     def look(self, *, by_hand: bool = False) -> None:
         """Agrees with the other ranks unless these flags have been agreed on before."""
         world = default_group()
         members = self.members()
         flags = [member.training for member in members]
-        known = self._agreed is not None and self._agreed[0]() is world
-        known = known and self._agreed is not None and self._agreed[1] == flags
-        if world is not None and (by_hand or not known) and (by_hand or check_enabled()):
-            answered = [
-                agree(name, view, patience_s=self._patience_s(view, by_hand), by_hand=by_hand)
-                for name, view in self._views(members)
-            ]
-            if all(answered):
+        if world is not None and (by_hand or check_enabled()):
+            agreed = self._agreed is not None and self._agreed[0]() is world
+            agreed = agreed and self._agreed is not None and self._agreed[1] == flags
+            if by_hand or not agreed:
+                # Every group is asked, whatever the others answered.
+                answers = [
+                    agree(name, view, patience_s=_patience_s(view, by_hand), by_hand=by_hand)
+                    for name, view in self._views(members)
+                ]
+                agreed = all(answers)
+            if agreed:
                 self._agreed = (weakref.ref(world), flags)
                 self._tell_ddp(members)
         # Weak: a group that is destroyed shall let go of its connections.
         self._seen = _alone if world is None else weakref.ref(world)
+        ddp = DistributedDataParallel._active_ddp_module
+        self._told = _alone if ddp is None else weakref.ref(ddp)
 
     def _tell_ddp(self, members: list[Any]) -> None:
-        """Tells the DDP instance that runs what it need not broadcast, and how to shadow."""
-        ddp = DistributedDataParallel._get_active_ddp_module()
+        """Tells the DDP instance that runs what it need not broadcast, and how to shadow.
+
+        All ranks do so in the same forward, since a forward of DDP is one of all its ranks.
+        """
+        ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None:
             self.ddp_buffers.leave_out(ddp, members)
             shadow_when_done(ddp)
@@ -130,9 +150,6 @@ class Schedule:
         """Living sites and owners, in the order in which they entered."""
         found = [module for one in self._members if (module := one()) is not None]
         return [m for m in dict.fromkeys(found) if m.__dict__.get(SCHEDULE) is self]
-
-    def _patience_s(self, view: View, by_hand: bool) -> float | None:
-        return _PATIENCE_S if view.empty and not by_hand else None
 
     def _views(self, members: list[Any]) -> Iterator[tuple[str, View]]:
         """Name of each group to agree in, and the view there."""
@@ -157,6 +174,10 @@ class Schedule:
                 yield group.group_name, view
 
 
+def _patience_s(view: View, by_hand: bool) -> float | None:
+    return _PATIENCE_S if view.empty and not by_hand else None
+
+
 def schedule_of(module: nn.Module) -> Schedule | None:
     """The schedule of a site or owner, or None for any other module."""
     return module.__dict__.get(SCHEDULE)
@@ -166,7 +187,7 @@ def schedule_of(module: nn.Module) -> Schedule | None:
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
     schedule = _living.get(key)
-    if schedule is None or schedule._seen() is default_group():
+    if schedule is None or not schedule.is_news():
         return
     try:
         schedule.look()

@@ -285,7 +285,7 @@ _ENTRIES = (
             "future_time_features": torch.rand(n, 24, 2),
         },
         device="cpu",
-        config={"prediction_length": 24, "num_time_features": 2},
+        config={"prediction_length": 24, "num_time_features": 2, "use_cache": False},
     ),
     _Entry("LasrForCTC", _floats(input_features=(100, 128)), device="cpu"),
     _Entry("ParakeetForCTC", _floats(input_features=(100, 80)), device="cpu"),

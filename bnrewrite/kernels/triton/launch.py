@@ -159,7 +159,8 @@ def normalize_backward_reduce(
             slope, *plan.sizes,
         ),
         _constants(plan, x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
-        plan.num_warps,
+        # Two accumulators, three operands and what an activation needs: half as many per thread.
+        plan.num_warps if activation == "identity" else min(2 * plan.num_warps, 8),
     )  # fmt: skip
 
 
