@@ -23,6 +23,8 @@ ACTIVATIONS = (
 
 _FROM_RESULT = ("identity", "relu", "relu6", "leaky_relu")
 
+_RESULT_KEPT = ("identity", "relu")
+
 
 def check_activation(activation: str, slope: float) -> None:
     """Refuses what no kernel knows.
@@ -44,6 +46,14 @@ def check_activation(activation: str, slope: float) -> None:
 def derivative_follows_from_result(activation: str) -> bool:
     """Whether the result tells the derivative, so that a backward needs nothing else."""
     return activation in _FROM_RESULT
+
+
+def torch_keeps_result(activation: str) -> bool:
+    """Whether torch itself keeps no more than the result for the backward.
+
+    Of other activations it keeps the argument, so that the result may change in place afterwards.
+    """
+    return activation in _RESULT_KEPT
 
 
 def activate(z: Tensor, activation: str, slope: float) -> Tensor:

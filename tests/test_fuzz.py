@@ -3,9 +3,10 @@
 ``python -m tests.fuzz --examples N --seed S`` runs as long as you like.
 """
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +33,50 @@ def test_a_batch_norm_left_alone_by_patterns_is_no_owner() -> None:
     bnrewrite.convert(model, {"1": "sync"})
     skips = bnrewrite.report(model).skipped
     assert [(skip.name, skip.reason) for skip in skips] == [("0", "no pattern of mode matches it")]
+
+
+class _Changed(nn.Module):
+    """Changes in place what an activation returns, of which torch keeps the argument."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn(x)).mul_(1.5)
+
+
+def _train_changed(rank: int, world_size: int, name: str) -> list[Tensor]:
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(4, 3)[rank::world_size]
+    x = x.clone().requires_grad_()
+    model = _Changed(_ACTIVATIONS[name]).double()
+    y = bnrewrite.convert(model)(x) if world_size > 1 else model(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": functools.partial(F.leaky_relu, negative_slope=0.1),
+    "leaky module": nn.LeakyReLU(0.1),
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("name", _ACTIVATIONS)
+def test_the_result_of_an_activation_may_change_in_place(name: str, ranks: RankPool) -> None:
+    """The fused site kept it for the backward, which raised."""
+    expected = _train_changed(0, 1, name)
+    for ours, theirs in zip(
+        zip(*ranks.run(_train_changed, 2, name), strict=True), expected, strict=True
+    ):
+        joined = torch.stack(ours, 1).view_as(theirs)
+        # Sums of four values in another order.
+        assert (joined - theirs).abs().max() < 1e-12
+    model = bnrewrite.convert(_Changed(_ACTIVATIONS[name]))
+    model(torch.randn(4, 3)).sum().backward()
 
 
 def _layouts(values: Tensor) -> Iterator[Tensor]:

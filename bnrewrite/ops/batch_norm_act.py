@@ -81,7 +81,7 @@ def _compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) 
         fits = residual.shape == y.shape and residual.dtype == y.dtype
         in_place = fits and residual.stride() == y.stride()
         y = y.add_(residual) if in_place else y + residual
-    if not activations.derivative_follows_from_result(activation):
+    if not activations.torch_keeps_result(activation):
         return activations.activate(y, activation, slope)
     activations.activate_(y, activation, slope)
     return y
@@ -105,8 +105,11 @@ def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str
         # The strides of a sum are those of its first operand where the two differ.
         if not residual.is_contiguous(memory_format=layout):
             return False
-    # torch keeps the argument of other activations for their backward, which we would recompute.
-    return recomputes(input) or activations.derivative_follows_from_result(activation)
+    if activations.torch_keeps_result(activation):
+        return True
+    # Of other activations torch keeps the argument. Keeping the result would make an error of what
+    # changes it in place afterwards, and computing the argument again needs no residual.
+    return recomputes(input) and residual is None
 
 
 class _BatchNormAct(torch.autograd.Function):
