@@ -59,17 +59,15 @@ def communication(node: fx.Node, of_module: Callable[[str], Communication]) -> C
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """When the collectives of a graph can run at the earliest and at the latest.
+    """When the collectives of a graph can run at the latest.
 
     Attributes:
         total: rounds of the longest chain of nodes that communicate: the minimum.
         latest: for each node the number of rounds that may have run after it at the latest,
             without making the whole longer.
-        earliest: for each node the number of rounds that have run after it at the earliest.
     """
 
     total: int
-    earliest: dict[fx.Node, int]
     latest: dict[fx.Node, int]
 
     @classmethod
@@ -87,4 +85,4 @@ class Levels:
             for source in order.before[node]:
                 own = 0 if source in order.beside[node] else weight(node)
                 rest[source] = max(rest[source], rest[node] + own)
-        return cls(total, earliest, {node: total - rest[node] for node in nodes})
+        return cls(total, {node: total - rest[node] for node in nodes})
