@@ -31,7 +31,7 @@ with_or_without_residual = pytest.mark.parametrize(
 def recomputes(request: pytest.FixtureRequest) -> Any:
     """Both ways to split the work, whatever the device is, and with nobody to share with."""
     with (
-        mock.patch.object(batch_norm_act, "recomputes", return_value=request.param),
+        mock.patch.object(batch_norm_act, "prefers_recomputing", return_value=request.param),
         mock.patch.object(batch_norm_act, "NO_GROUP", "another name"),
     ):
         yield request.param

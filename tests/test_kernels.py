@@ -387,7 +387,7 @@ def _check_ops(activation: str, with_residual: bool) -> None:
         args, residual = args[:3], None
     with (
         kernels_on_cpu_tensors(),
-        mock.patch.object(batch_norm_act, "recomputes", return_value=True),
+        mock.patch.object(batch_norm_act, "prefers_recomputing", return_value=True),
     ):
         y = batch_norm_act.BATCH_NORM_ACT(
             x, weight, bias, None, None, None, True, True, 0.1, EPS, "", residual, activation, SLOPE

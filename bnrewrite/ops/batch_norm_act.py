@@ -87,14 +87,14 @@ def _compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) 
     return y
 
 
-def recomputes(x: Tensor) -> bool:
+def prefers_recomputing(x: Tensor) -> bool:
     """Whether arithmetic is free where ``x`` is, so that a backward better computes than reads."""
     return x.is_cuda
 
 
 def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
-    if group == NO_GROUP and not recomputes(input):
+    if group == NO_GROUP and not prefers_recomputing(input):
         # There one op does without phases what ``batch_norm`` has to do.
         return False
     if residual is not None:
@@ -109,7 +109,7 @@ def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str
         return True
     # Of other activations torch keeps the argument. Keeping the result would make an error of what
     # changes it in place afterwards, and computing the argument again needs no residual.
-    return recomputes(input) and residual is None
+    return prefers_recomputing(input) and residual is None
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _BatchNormAct(torch.autograd.Function):
         if activation == "identity":
             kept = None
         elif activations.derivative_follows_from_result(activation) and (
-            residual is not None or not recomputes(x)
+            residual is not None or not prefers_recomputing(x)
         ):
             kept = y
         ctx.save_for_backward(x, weight, bias, stats, totals, kept)
@@ -155,7 +155,7 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
     if act[0] == "identity":
         sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
     else:
-        write = needs_residual or not recomputes(x)
+        write = needs_residual or not prefers_recomputing(x)
         sums, inner = ACTIVATION_BACKWARD_REDUCE(grad, x, stats, weight, bias, kept, *act, write)
         if write:
             grad, act = inner, ("identity", 0.0)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from bnrewrite.modes import Sync
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import is_known_leaf
-from bnrewrite.passes.rounds import group_of
+from bnrewrite.passes.rounds import communicates
 from bnrewrite.passes.schedule import independent
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_hooks, has_own_forward, is_site, site_state
@@ -69,16 +69,6 @@ def _independent_calls(target: OwnerGraph) -> dict[str, fx.Node]:
         ):
             calls[str(node.target)] = node
     return calls
-
-
-def communicates(owner: nn.Module, node: fx.Node) -> bool:
-    """Whether ``node`` may wait for other ranks in training."""
-    if node.op == "call_module":
-        return any(
-            is_site(child) and site_state(child).mode.communicates
-            for child in owner.get_submodule(str(node.target)).modules()
-        )
-    return group_of(node) is not None
 
 
 def _subtree(target: OwnerGraph, path: str) -> set[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm import BATCH_NORM
@@ -12,6 +12,7 @@ from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.effects import Order
+from bnrewrite.sites.floor import is_site, site_state
 
 
 def group_of(node: fx.Node) -> str | None:
@@ -22,6 +23,16 @@ def group_of(node: fx.Node) -> str | None:
     if isinstance(group, fx.Node) and group.target is active_group:
         return str(group.args[0])
     return None
+
+
+def communicates(owner: nn.Module, node: fx.Node) -> bool:
+    """Whether ``node`` may wait for other ranks in training."""
+    if node.op == "call_module":
+        return any(
+            is_site(child) and site_state(child).mode.communicates
+            for child in owner.get_submodule(str(node.target)).modules()
+        )
+    return group_of(node) is not None
 
 
 class Communication(NamedTuple):

@@ -16,8 +16,7 @@ from torch import fx
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport
 from bnrewrite.passes.effects import Order
-from bnrewrite.passes.inline_children import communicates
-from bnrewrite.passes.rounds import Levels, group_of
+from bnrewrite.passes.rounds import Levels, communicates, group_of
 from bnrewrite.passes.schedule import reorder
 
 
