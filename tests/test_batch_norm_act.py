@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
 from bnrewrite.activations import ACTIVATIONS, activate
-from bnrewrite.ops import batch_norm_act
+from bnrewrite.ops import epilogue, sites
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 
 EPS = 1e-3
@@ -31,8 +31,8 @@ with_or_without_residual = pytest.mark.parametrize(
 def recomputes(request: pytest.FixtureRequest) -> Any:
     """Both ways to split the work, whatever the device is, and with nobody to share with."""
     with (
-        mock.patch.object(batch_norm_act, "prefers_recomputing", return_value=request.param),
-        mock.patch.object(batch_norm_act, "NO_GROUP", "another name"),
+        mock.patch.object(sites, "prefers_recomputing", return_value=request.param),
+        mock.patch.object(epilogue, "NO_GROUP", "another name"),
     ):
         yield request.param
 

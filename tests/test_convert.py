@@ -179,15 +179,15 @@ class TestTheObjectStays:
 
         model.bn.forward = forward
         _assert_equal(_step(model, _x()), expected)
-        assert seen == [(4, 4, 5, 6)]
+        assert seen == [(4, 8, 5, 6)]
 
     def test_a_layer_that_is_replaced_later_is_called(self) -> None:
         model = bnrewrite.convert(ResidualNet().double())
         model.bn = nn.Identity()
-        model.layer1.bn1 = nn.GroupNorm(2, 4).double()
+        model.layer1.bn1 = nn.GroupNorm(2, 8).double()
         plain = ResidualNet().double()
         plain.bn = nn.Identity()
-        plain.layer1.bn1 = nn.GroupNorm(2, 4).double()
+        plain.layer1.bn1 = nn.GroupNorm(2, 8).double()
         plain.load_state_dict(model.state_dict())
         _assert_equal(_step(model, _x()), _step(plain, _x()))
 

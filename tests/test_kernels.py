@@ -14,6 +14,7 @@ from bnrewrite.kernels import gpu as gpu_kernels
 from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.kernels.triton.plan import plan
 from bnrewrite.ops import batch_norm_act as batch_norm_act_module
+from bnrewrite.ops import sites
 from bnrewrite.ops.library import LIBRARY
 from tests import interpreter as harness
 from tests.interpreter import Interpreter, kernels_on_cpu_tensors
@@ -387,7 +388,7 @@ def _check_ops(activation: str, with_residual: bool) -> None:
         args, residual = args[:3], None
     with (
         kernels_on_cpu_tensors(),
-        mock.patch.object(batch_norm_act, "prefers_recomputing", return_value=True),
+        mock.patch.object(sites, "prefers_recomputing", return_value=True),
     ):
         y = batch_norm_act.BATCH_NORM_ACT(
             x, weight, bias, None, None, None, True, True, 0.1, EPS, "", residual, activation, SLOPE

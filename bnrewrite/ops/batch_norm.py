@@ -13,7 +13,8 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
+from bnrewrite.ops.normalize_sites import normalize_sites
+from bnrewrite.ops.sites import Site, dense, memory_format
 
 LIBRARY.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -23,7 +24,7 @@ LIBRARY.define(
 )
 
 
-def _batch_norm(
+def batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -74,21 +75,29 @@ def _batch_norm(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
-    check_statistics(site, group)
-    x = dense(input)
-    if group == NO_GROUP and x.is_cpu:
-        return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
+    if group == NO_GROUP and input.is_cpu:
+        _check_statistics(site, group)
+        layout = memory_format(input)
+        x = input.contiguous(memory_format=layout)
+        return apply_batch_norm_local(x, weight, bias, eps, site.running, layout)
+    return evaluate_site(site, group)
+
+
+def evaluate_site(site: Site, group: str) -> Tensor:
+    """Evaluates one site with batch statistics by the phases, with what follows it.
+
+    Raises:
+        UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
+    """
+    _check_statistics(site, group)
+    x = dense(site.input)
     with below_autograd():
         totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
     return normalize_sites([site], [x], totals, group)[0]
 
 
-def check_statistics(site: Site, group: str) -> None:
-    """Refuses a site of whose input no statistics can be taken.
-
-    Raises:
-        UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
-    """
+def _check_statistics(site: Site, group: str) -> None:
+    """Refuses a site of whose input no statistics can be taken."""
     site.check()
     if group == NO_GROUP and site.input.numel() == site.input.size(1):
         raise UnsupportedBatchNorm(
@@ -98,6 +107,6 @@ def check_statistics(site: Site, group: str) -> None:
         )
 
 
-LIBRARY.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("batch_norm", batch_norm, "CompositeImplicitAutograd")
 
 BATCH_NORM = torch.ops.bnrewrite.batch_norm.default

@@ -7,17 +7,11 @@ activation's derivative in those of its backward; elsewhere it is what its parts
 import torch
 from torch import Tensor
 
-from bnrewrite import activations, reference
-from bnrewrite.collectives import all_reduce_sum
-from bnrewrite.groups import NO_GROUP
-from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.batch_norm import _batch_norm, check_statistics
-from bnrewrite.ops.library import LIBRARY, below_autograd
-from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.normalize import NORMALIZE
-from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
-from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
-from bnrewrite.ops.sites import Site, dense, memory_format
+from bnrewrite import activations
+from bnrewrite.ops.batch_norm import batch_norm, evaluate_site
+from bnrewrite.ops.epilogue import compose, joins_phases
+from bnrewrite.ops.library import LIBRARY
+from bnrewrite.ops.sites import Site
 
 LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -53,121 +47,20 @@ def _batch_norm_act(
     if activation != "relu":
         activations.check_activation(activation, slope)
     uses_batch = training or running_mean is None
-    if not (uses_batch and _profits(input, residual, activation, group)):
+    if not (uses_batch and joins_phases(input, residual, activation, group)):
         # Both are composites, so the function is the op, without a dispatch of its own.
-        y = _batch_norm(
+        y = batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training,
             track_running_stats, momentum, eps, group, skip_nonfinite,
         )  # fmt: skip
-        return _compose(y, residual, activation, slope)
+        return compose(y, residual, activation, slope)
     site = Site(
-        input, weight, bias, running_mean, running_var, num_batches_tracked,
-        training, track_running_stats, momentum, eps, skip_nonfinite,
+        input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+        track_running_stats, momentum, eps, skip_nonfinite, residual, None, (activation, slope),
     )  # fmt: skip
-    check_statistics(site, group)
-    return _BatchNormAct.apply(
-        dense(input), weight, bias, residual, site, group, (activation, slope)
-    )
+    return evaluate_site(site, group)
 
 
 LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeImplicitAutograd")
 
 BATCH_NORM_ACT = torch.ops.bnrewrite.batch_norm_act.default
-
-
-def _compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
-    """``act(y + residual)`` by torch's own ops, into the fresh ``y`` where that changes nothing."""
-    if residual is not None:
-        fits = residual.shape == y.shape and residual.dtype == y.dtype
-        in_place = fits and residual.stride() == y.stride()
-        y = y.add_(residual) if in_place else y + residual
-    if not activations.torch_keeps_result(activation):
-        return activations.activate(y, activation, slope)
-    activations.activate_(y, activation, slope)
-    return y
-
-
-def prefers_recomputing(x: Tensor) -> bool:
-    """Whether arithmetic is free where ``x`` is, so that a backward better computes than reads."""
-    return x.is_cuda
-
-
-def _profits(input: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
-    """Whether the phases can do all of it, without a copy, and faster than separate ops."""
-    if group == NO_GROUP and not prefers_recomputing(input):
-        # There one op does without phases what ``batch_norm`` has to do.
-        return False
-    if residual is not None:
-        layout = memory_format(input)
-        same = residual.shape == input.shape and residual.dtype == input.dtype
-        if not (same and residual.device == input.device and input.dim() >= 2):
-            return False
-        # The strides of a sum are those of its first operand where the two differ.
-        if not residual.is_contiguous(memory_format=layout):
-            return False
-    if activations.torch_keeps_result(activation):
-        return True
-    # Of other activations torch keeps the argument. Keeping the result would make an error of what
-    # changes it in place afterwards, and computing the argument again needs no residual.
-    return prefers_recomputing(input) and residual is None
-
-
-class _BatchNormAct(torch.autograd.Function):
-    """As ``batch_norm``'s, with the residual and the activation in the phases."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, site, group, act):
-        activation, _ = act
-        with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
-            y, stats = NORMALIZE(x, totals, weight, bias, site.eps, *site.running, residual, *act)
-        kept = residual
-        if activation == "identity":
-            kept = None
-        elif activations.derivative_follows_from_result(activation) and (
-            residual is not None or not prefers_recomputing(x)
-        ):
-            kept = y
-        ctx.save_for_backward(x, weight, bias, stats, totals, kept)
-        ctx.eps = site.eps
-        # Only to name the site if a peer dies; a compiler has no use for it.
-        ctx.site = () if torch.compiler.is_compiling() else site.per_channel
-        ctx.group = group
-        ctx.act = act
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, stats, totals, kept = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=memory_format(x))
-        if torch.is_grad_enabled():
-            # create_graph: the statistics depend on x too, and every phase is differentiable.
-            totals = all_reduce_sum(MOMENTS(x), ctx.group, ctx.site)
-            stats = reference.statistics(totals, ctx.eps, stats.dtype)
-            return _backward(ctx, grad, x, weight, bias, stats, totals, kept)
-        with below_autograd():
-            return _backward(ctx, grad, x, weight, bias, stats, totals, kept)
-
-
-def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    act = ctx.act
-    if act[0] == "identity":
-        sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
-    else:
-        write = needs_residual or not prefers_recomputing(x)
-        sums, inner = ACTIVATION_BACKWARD_REDUCE(grad, x, stats, weight, bias, kept, *act, write)
-        if write:
-            grad, act = inner, ("identity", 0.0)
-    # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-    grad_bias, grad_weight = sums.chunk(2)
-    grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-    grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-    grad_x = None
-    if needs_x:
-        sums = all_reduce_sum(sums, ctx.group, ctx.site)
-        if act[0] == "identity":
-            grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
-        else:
-            grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums, bias, kept, *act)
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None

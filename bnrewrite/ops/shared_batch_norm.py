@@ -20,7 +20,8 @@ from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.sites import Site, check, dense, join, normalize_sites
+from bnrewrite.ops.normalize_sites import join, normalize_sites
+from bnrewrite.ops.sites import Site, check, dense
 
 LIBRARY.define(
     "start_batch_norm(Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, Tensor?[] running_mean, "
@@ -127,7 +128,7 @@ def _finish_batch_norm(
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):
         if i not in results:
-            results[i] = BATCH_NORM(*site[:-1], NO_GROUP, site.skip_nonfinite)
+            results[i] = BATCH_NORM(*site[:10], NO_GROUP, site.skip_nonfinite)
     return [results[i] for i in range(len(sites))]
 
 

@@ -10,6 +10,7 @@ import time
 from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
 from bnrewrite.passes.fuse_epilogue import fuse_epilogue
 from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.passes.overlap_backward import overlap_backward
 from bnrewrite.passes.overlap_collectives import overlap_collectives
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.passes.share_collectives import share_collectives
@@ -23,6 +24,7 @@ OPTIMISING: tuple[Pass, ...] = (
     share_collectives,
     overlap_collectives,
     fuse_epilogue,
+    overlap_backward,
 )
 
 

@@ -1,0 +1,38 @@
+"""What follows a site: whether the phases take it, and what it is where they do not."""
+
+from torch import Tensor
+
+from bnrewrite import activations
+from bnrewrite.groups import NO_GROUP
+from bnrewrite.ops import sites
+
+
+def joins_phases(x: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
+    """Whether the phases can do all of it, without a copy, and faster than separate ops."""
+    if group == NO_GROUP and not sites.prefers_recomputing(x):
+        # There one op does without phases what ``batch_norm`` has to do.
+        return False
+    if residual is not None:
+        same = residual.shape == x.shape and residual.dtype == x.dtype
+        if not (same and residual.device == x.device and x.dim() >= 2):
+            return False
+        # The strides of a sum are those of its first operand where the two differ.
+        if not residual.is_contiguous(memory_format=sites.memory_format(x)):
+            return False
+    if activations.torch_keeps_result(activation):
+        return True
+    # Of other activations torch keeps the argument. Keeping the result would make an error of what
+    # changes it in place afterwards, and computing the argument again needs no residual.
+    return sites.prefers_recomputing(x) and residual is None
+
+
+def compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
+    """``act(y + residual)`` by torch's own ops, into the fresh ``y`` where that changes nothing."""
+    if residual is not None:
+        fits = residual.shape == y.shape and residual.dtype == y.dtype
+        in_place = fits and residual.stride() == y.stride()
+        y = y.add_(residual) if in_place else y + residual
+    if not activations.torch_keeps_result(activation):
+        return activations.activate(y, activation, slope)
+    activations.activate_(y, activation, slope)
+    return y

@@ -1,0 +1,280 @@
+"""The autograd of sites with batch statistics: normalisation forward, one collective backward.
+
+In eager mode the backward is two nodes, so that other work runs while its collective is under way:
+
+    _BatchNorm       sums of the gradients -> launch of the collective
+    ...              whatever is ready, above all the slot (see :mod:`bnrewrite.ops.slot`)
+    _EndCollective   end of the collective -> input gradients
+
+For a compiler, which orders the graph by itself, and where a graph of the backward is made, it is
+one node.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnrewrite import activations, reference
+from bnrewrite.collectives import all_reduce_sum, start_all_reduce_sum, wait
+from bnrewrite.groups import NO_GROUP
+from bnrewrite.ops import sites as site_arguments
+from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
+from bnrewrite.ops.library import below_autograd
+from bnrewrite.ops.moments import MOMENTS
+from bnrewrite.ops.normalize import NORMALIZE
+from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
+from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+from bnrewrite.ops.sites import Site, memory_format
+from bnrewrite.ops.slot import open_slot
+
+_IDENTITY = ("identity", 0.0)
+_TENSORS = 4
+"""Tensors that autograd is given for each site: x, weight, bias, residual."""
+
+
+def normalize_sites(
+    sites: Sequence[Site], xs: Sequence[Tensor], totals: Tensor, group: str
+) -> tuple[Tensor, ...]:
+    """Normalises with totals that are there; the backward of all sites shares one collective.
+
+    Args:
+        sites: with batch statistics, of one process group; their running statistics move.
+        xs: their inputs as :func:`bnrewrite.ops.sites.dense` makes them.
+        totals: packed sums of all sites, one after the other, over all ranks.
+        group: name of the process group that ``totals`` came from, or "".
+    """
+    launched = None
+    if group != NO_GROUP and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        launched, xs = _ending_later(xs)
+    tensors = [
+        tensor
+        for site, x in zip(sites, xs, strict=True)
+        for tensor in (x, site.weight, site.bias, site.residual)
+    ]
+    scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
+    return _BatchNorm.apply(scalars, totals, group, launched, *tensors)  # pyright: ignore
+
+
+def _ending_later(xs: Sequence[Tensor]) -> "tuple[_Launched | None, Sequence[Tensor]]":
+    """``xs`` behind the node that ends the collective of their backward, where they need one."""
+    wanted = [i for i, x in enumerate(xs) if x.requires_grad]
+    if not wanted:
+        return None, xs
+    launched = _Launched()
+    behind = _EndCollective.apply(launched, *(xs[i] for i in wanted))
+    xs = list(xs)
+    for i, x in zip(wanted, behind, strict=True):  # pyright: ignore[reportArgumentType]
+        xs[i] = x
+    return launched, xs
+
+
+class _Gradient(NamedTuple):
+    """What the input gradient of one site follows from, but for the sums of all ranks."""
+
+    grad: Tensor
+    x: Tensor
+    stats: Tensor
+    totals: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kept: Tensor | None
+    act: tuple[str, float]
+
+    def of(self, sums: Tensor) -> Tensor:
+        arguments = (self.grad, self.x, self.stats, self.totals, self.weight, sums)
+        if self.act[0] == "identity":
+            return NORMALIZE_BACKWARD(*arguments)
+        return NORMALIZE_BACKWARD(*arguments, self.bias, self.kept, *self.act)
+
+
+class _Launched:
+    """A collective between the node that launches it and the one that ends it.
+
+    Attributes:
+        end: sequence number of the node that ends it.
+    """
+
+    def __init__(self) -> None:
+        self.end = -1
+        self._pending: dict[int, tuple[Tensor, list[int], list[_Gradient]]] = {}
+
+    def keep(self, pending: Tensor, sizes: list[int], gradients: list[_Gradient]) -> None:
+        self._pending[torch._C._current_graph_task_id()] = pending, sizes, gradients
+
+    def gradients(self) -> list[Tensor] | None:
+        """The input gradients, as soon as the collective has ended; None if it was not launched."""
+        launched = self._pending.pop(torch._C._current_graph_task_id(), None)
+        if launched is None:
+            return None
+        pending, sizes, gradients = launched
+        parts = split(wait(pending), sizes)
+        return [one.of(sums) for one, sums in zip(gradients, parts, strict=True)]
+
+
+class _EndCollective(torch.autograd.Function):
+    """The inputs themselves; in backward, the end of the collective and the input gradients."""
+
+    @staticmethod
+    def forward(ctx, launched: _Launched, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.launched = launched
+        launched.end = ctx._sequence_nr()
+        return xs
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with below_autograd():
+            found = ctx.launched.gradients()
+        if found is None:
+            return None, *grads
+        # Second derivatives come here by other ways than through the site, too.
+        sums = (
+            one if other is None else one + other for one, other in zip(found, grads, strict=True)
+        )
+        return None, *sums
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Normalisation of sites by the statistics of the global batch, and its gradient.
+
+    The tensors are x, weight, bias and residual of each site in turn. A residual may also be the
+    result of an earlier site.
+    """
+
+    @staticmethod
+    def forward(ctx, scalars, totals, group, launched, *tensors):
+        xs, weights, biases, residuals = (tensors[i::_TENSORS] for i in range(_TENSORS))
+        ys, stats, kept = [], [], []
+        with below_autograd():
+            parts = split(totals, [2 * x.size(1) + 1 for x in xs])
+            for x, weight, bias, residual, total, (eps, running, from_site, act) in zip(
+                xs, weights, biases, residuals, parts, scalars, strict=True
+            ):
+                other = residual if from_site is None else ys[from_site]
+                y, stat = NORMALIZE(x, total, weight, bias, eps, *running, other, *act)
+                ys.append(y)
+                stats.append(stat)
+                kept.append(_kept(x, y, other, act[0]))
+        used = [
+            None if act[0] == "identity" else bias
+            for bias, (_, _, _, act) in zip(biases, scalars, strict=True)
+        ]
+        ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
+        ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.group = group
+        ctx.launched = launched
+        # Only to name the sites if a peer dies; a compiler has no use for it.
+        ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
+        if launched is not None:
+            ctx.set_materialize_grads(False)
+            open_slot(launched.end, ctx)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        num = len(grads)
+        totals, *saved = ctx.saved_tensors
+        xs, weights, biases, stats, kept = (saved[i * num : (i + 1) * num] for i in range(5))
+        sizes = [2 * x.size(1) + 1 for x in xs]
+        if not torch.is_grad_enabled():
+            with below_autograd():
+                columns = (grads, xs, stats, split(totals, sizes), weights, biases, kept)
+                return _backward(ctx, columns, ctx.launched)
+        # create_graph: the statistics depend on x too, and every phase is differentiable.
+        parts = split(all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites), sizes)
+        stats = [
+            reference.statistics(total, eps, stat.dtype)
+            for total, (eps, _, _), stat in zip(parts, ctx.scalars, stats, strict=True)
+        ]
+        return _backward(ctx, (grads, xs, stats, parts, weights, biases, kept), None)
+
+
+def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
+    """What the derivative of the activation needs besides the arguments of the forward."""
+    if activation == "identity":
+        return None
+    follows = activations.derivative_follows_from_result(activation)
+    if follows and (residual is not None or not site_arguments.prefers_recomputing(x)):
+        return y
+    return residual
+
+
+def _backward(ctx, columns, launched):
+    num = len(ctx.scalars)
+    needs = ctx.needs_input_grad[-_TENSORS * num :]
+    results: list[Tensor | None] = [None] * len(needs)
+    ones: list[Any] = [None] * num
+    sums: list[Any] = [None] * num
+    grads = list(columns[0])
+    others = list(zip(*columns[1:], strict=True))
+    for i in reversed(range(num)):
+        _, from_site, act = ctx.scalars[i]
+        first = _TENSORS * i
+        needs_residual = needs[first + 3] or from_site is not None
+        sums[i], ones[i] = _reduce(_gradient(grads[i], *others[i], act), write=needs_residual)
+        if from_site is not None:
+            # Nobody else reads the result of that site, which comes before this one.
+            grads[from_site] = ones[i].grad
+        # Gradients of weight and bias stay local: DistributedDataParallel averages them.
+        grad_bias, grad_weight = sums[i].chunk(2)
+        if needs[first + 1]:
+            results[first + 1] = grad_weight.to(ones[i].weight.dtype)
+        if needs[first + 2]:
+            results[first + 2] = grad_bias.to(ctx.bias_dtypes[i])
+        if needs[first + 3]:
+            results[first + 3] = ones[i].grad
+    wanted = [i for i in range(num) if needs[_TENSORS * i]]
+    if wanted:
+        found = _input_gradients(
+            ctx, [ones[i] for i in wanted], [sums[i] for i in wanted], launched
+        )
+        for i, grad in zip(wanted, found, strict=True):
+            results[_TENSORS * i] = grad
+    return None, None, None, None, *results
+
+
+def _gradient(grad: Tensor | None, x: Tensor, *others: Any) -> _Gradient:
+    """Of a site whose result got the gradient ``grad``, None if nobody has read it."""
+    if grad is None:
+        grad = torch.zeros_like(x)
+    return _Gradient(grad.contiguous(memory_format=memory_format(x)), x, *others)
+
+
+def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
+    """The sums of a site; ``write``: its gradient is wanted behind the activation, too."""
+    if one.act[0] == "identity":
+        return NORMALIZE_BACKWARD_REDUCE(one.grad, one.x, one.stats), one
+    write = write or not site_arguments.prefers_recomputing(one.x)
+    sums, inner = ACTIVATION_BACKWARD_REDUCE(
+        one.grad, one.x, one.stats, one.weight, one.bias, one.kept, *one.act, write
+    )
+    return sums, one._replace(grad=inner, act=_IDENTITY) if write else one
+
+
+def _input_gradients(ctx, ones, sums, launched):
+    """The input gradients; None for each if another node makes them when the collective ends."""
+    sizes = [one.numel() for one in sums]
+    if launched is not None:
+        pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
+        launched.keep(pending, sizes, ones)
+        return [None] * len(ones)
+    parts = split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes)
+    return [one.of(total) for one, total in zip(ones, parts, strict=True)]
+
+
+def named_by(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> tuple[Any, ...]:
+    """Tensors by which an error finds the names of the sites."""
+    return (*tensors, *(tensor for _, running, *_ in scalars for tensor in running[:3]))
+
+
+def join(vectors: list[Tensor]) -> Tensor:
+    """One vector of all; a lone one itself."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def split(vector: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Inverse of :func:`join`."""
+    return (vector,) if len(sizes) == 1 else vector.split(sizes)

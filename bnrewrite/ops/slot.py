@@ -1,0 +1,44 @@
+"""The order of a backward in eager mode: what runs while a collective is under way.
+
+Of the nodes that are ready, autograd runs the one with the highest sequence number, which is the
+one that was created last. The two nodes of a site leave one number free between them, its *slot*:
+
+    number          node
+    n + 2           launches the collective of the site's backward
+    n + 1           the slot: weight gradients of the convolutions behind the site
+    n               ends the collective and makes the input gradient of the site
+
+So a node in the slot runs after the launch and before the end, if it is ready by then. Numbers
+decide nothing but the order, which is the same on all ranks that run the same model.
+"""
+
+import threading
+from typing import Any
+
+
+class _Latest(threading.local):
+    """The slot of the latest site that this thread has evaluated: numbers are those of a thread."""
+
+    number = -1
+
+
+_latest = _Latest()
+
+
+def open_slot(end: int, launch: Any) -> None:
+    """Opens a slot between two nodes of autograd: number ``end``, and ``launch`` behind it."""
+    launch._set_sequence_nr(end + 2)
+    _latest.number = end + 1
+
+
+def has_slot() -> bool:
+    """Whether this thread has evaluated a site in eager mode, with a collective in its backward."""
+    return _latest.number >= 0
+
+
+def move_to_slot(node: Any) -> None:
+    """Puts a node that was just created into the slot of the latest site.
+
+    Of an earlier forward, if this one has no site yet: then the node runs last, as it would have.
+    """
+    node._set_sequence_nr(_latest.number)

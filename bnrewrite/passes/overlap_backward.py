@@ -1,0 +1,142 @@
+"""The pass ``overlap_backward``: weight gradients run while the collective of a backward does.
+
+    z = conv(y)                    ->       z = convolve(conv, y, group)
+
+In backward, the collective of a site is launched when the input gradient of the convolution behind
+it is there. The weight gradient of that convolution is needed by nobody until the optimizer comes,
+so it is made while the collective is under way. This is the schedule of eager mode; compiled graphs
+get theirs from :mod:`bnrewrite.compiler`. All gradients are the same bits.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from bnrewrite.groups import NO_GROUP, active_group
+from bnrewrite.ops.convolution import Geometry, convolution
+from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
+from bnrewrite.ops.slot import has_slot
+from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, where
+from bnrewrite.passes.rounds import Communication, communication
+from bnrewrite.sites.floor import has_hooks
+
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
+    """Gives the convolutions beside the sites of one training graph gradients in two parts."""
+    group = _group(target.graph)
+    if not target.training or group is None:
+        return
+    for node in list(target.graph.nodes):
+        conv = target.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(conv) not in _CONVOLUTIONS or len(node.args) != 1 or node.kwargs:
+            continue
+        path = str(node.target)
+        name = target.qualified(path)
+        if not _has_plain_padding(conv):
+            reason = "its padding is more than zeros around the image"
+            report.skipped.append(target.skip(name, reason, node, path))
+            continue
+        with target.graph.inserting_before(node):
+            site_group = target.graph.call_function(active_group, _copied(target.graph, group))
+            arguments = (target.graph.get_attr(path), node.args[0], site_group)
+            new = target.graph.call_function(convolve, arguments)
+        new.meta.update(node.meta)
+        new.stack_trace = node.stack_trace
+        node.replace_all_uses_with(new)
+        target.graph.erase_node(node)
+        report.rewritten.append(Rewrite(name, target.name, path, None, where(new)))
+
+
+def _group(graph: fx.Graph) -> tuple[Any, ...] | None:
+    """How a site of ``graph`` itself finds its group; None if no backward here has a collective.
+
+    Arguments of ``active_group``: attributes of the owner and constants, known at every place.
+    """
+    for node in graph.nodes:
+        if communication(node, lambda path: Communication()).backward > 0:
+            groups = node.args[5] if node.target is START_BATCH_NORM else [node.args[10]]
+            args = groups[0].args
+            if all(not isinstance(arg, fx.Node) or arg.op == "get_attr" for arg in args):
+                return args
+    return None
+
+
+def _copied(graph: fx.Graph, group: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments ``group`` for a place before the nodes that they come from."""
+    return tuple(
+        graph.get_attr(str(arg.target)) if isinstance(arg, fx.Node) else arg for arg in group
+    )
+
+
+def _has_plain_padding(conv: Any) -> bool:
+    return conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+
+
+def convolve(conv: Any, x: Tensor, group: str) -> Tensor:
+    """``conv(x)``, with a weight gradient that can wait where one is wanted in eager mode.
+
+    What ranks do must not depend on hooks, which one of them may have and the others not: with
+    gradients in another order, collectives of other owners would meet those of the sites.
+
+    Args:
+        conv: one of torch's convolutions.
+        x: its input.
+        group: name of the group with which the sites beside it communicate now, or "".
+    """
+    if torch.compiler.is_compiling() or group == NO_GROUP or "forward" in conv.__dict__:
+        return conv(x)
+    if not has_hooks(conv):
+        return _forward(conv, x)
+    conv.__dict__["forward"] = functools.partial(_forward, conv)
+    try:
+        return conv(x)
+    finally:
+        del conv.__dict__["forward"]
+
+
+def _forward(conv: Any, x: Tensor) -> Tensor:
+    if not _can_wait(conv, x):
+        return type(conv).forward(conv, x)
+    x, weight = _cast(x), _cast(conv.weight)
+    bias = None if conv.bias is None else _cast(conv.bias)
+    transposed = isinstance(conv, _ConvTransposeNd)
+    geometry = Geometry(
+        conv.stride, conv.padding, conv.dilation, transposed, conv.output_padding, conv.groups
+    )
+    return convolution(x, weight, bias, geometry)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    """``tensor`` as autocast gives it to a convolution; gradients need what that has seen."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _can_wait(conv: Any, x: Tensor) -> bool:
+    """Whether both gradients of ``conv(x)`` are wanted, and nobody waits for that of the weight.
+
+    FSDP2 takes the gradients of a module for complete when that of its input is.
+    """
+    weight = conv._parameters.get("weight")
+    return (
+        has_slot()
+        and torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.requires_grad
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.requires_grad
+        and type(conv) in _CONVOLUTIONS
+        and not conv.__dict__.get("_is_fsdp_managed_module")
+        and x.dim() == weight.dim()
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and _has_plain_padding(conv)
+    )

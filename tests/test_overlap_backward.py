@@ -1,0 +1,279 @@
+"""Weight gradients in the backward of eager mode: when they run, and that they stay the same."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import bnrewrite
+from bnrewrite.passes import OPTIMISING
+from tests.models import ResidualNet
+from tests.ranks import RankPool
+
+WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "overlap_backward")
+
+
+class _Trace(TorchDispatchMode):
+    """Launches, waits and the halves of convolutions, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._opname
+        if name == "convolution_backward":
+            input, weight, _ = args[-1]
+            self.seen.append("both" if input and weight else "input" if input else "weight")
+        elif name in ("all_reduce", "wait_tensor"):
+            self.seen.append({"all_reduce": "launch"}.get(name, "wait"))
+        return func(*args, **(kwargs or {}))
+
+
+def _chain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
+    )  # fmt: skip
+
+
+def _orders(rank: int, world_size: int) -> dict[str, list[str]]:
+    """What runs in the backward of a chain, and of a network whose blocks are graphs apart."""
+    found = {}
+    models = {"plain": (_chain(), WITHOUT), "chain": (_chain(), None), "net": (ResidualNet(), None)}
+    for name, (model, passes) in models.items():
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        out = bnrewrite.convert(model, passes=passes)(x).sum()
+        with _Trace() as trace:
+            out.backward()
+        found[name] = trace.seen
+    return found
+
+
+def test_weight_gradients_run_between_launch_and_wait(ranks: RankPool) -> None:
+    found = ranks.run(_orders, 2)
+    assert found[0] == found[1]
+    orders = found[0]
+    assert orders["plain"] == ["both", "launch", "wait", "both", "launch", "wait", "both"]
+    hidden = ["input", "launch", "weight", "wait"]
+    assert orders["chain"] == [*hidden, *hidden, "input", "weight"]
+    # Every collective hides a weight gradient, but the two behind which no convolution lies.
+    launches = [i for i, what in enumerate(orders["net"]) if what == "launch"]
+    assert len(launches) == ResidualNet.NUM_ROUNDS
+    assert [orders["net"][i + 1] for i in launches] == ["wait", "wait", *["weight"] * 4]
+
+
+class Convolutions(nn.Module):
+    """Every kind of convolution behind a site, with and without bias, padding and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm1d(4)
+        self.conv1 = nn.Conv1d(4, 6, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm1d(6)
+        self.up1 = nn.ConvTranspose1d(6, 8, 2, stride=2, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=(1, 0), dilation=(1, 2), bias=False)
+        self.bn4 = nn.BatchNorm2d(8)
+        self.up2 = nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1, groups=4)
+        self.bn5 = nn.BatchNorm3d(4)
+        self.conv3 = nn.Conv3d(4, 4, (1, 2, 2))
+        self.bn6 = nn.BatchNorm3d(4)
+        self.up3 = nn.ConvTranspose3d(4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up1(self.bn2(self.conv1(self.bn1(x))))
+        x = x.unflatten(2, (4, -1))
+        x = self.up2(self.bn4(self.conv2(self.bn3(x))))
+        return self.up3(self.bn6(self.conv3(self.bn5(x.unsqueeze(2)))))
+
+
+def _gradients(model: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Any]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+        out = model(x)
+    (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    found = [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+    return [None if one is None else one.clone() for one in found]
+
+
+def _freeze_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("conv1.weight" not in name and "conv2" not in name)
+
+
+def _same_bits(rank: int, world_size: int, case: str) -> bool:
+    torch.manual_seed(0)
+    plain = Convolutions() if case != "channels-last" else ResidualNet()
+    if case == "frozen":
+        _freeze_weights(plain)
+    if case == "double":
+        plain.double()
+    torch.manual_seed(rank)
+    x = torch.randn(2, 4, 12) if case != "channels-last" else torch.randn(2, 3, 8, 8)
+    x = x.double() if case == "double" else x
+    if case == "channels-last":
+        x = x.contiguous(memory_format=torch.channels_last)
+        plain.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    ours, other = (
+        bnrewrite.convert(copy.deepcopy(plain), passes=passes) for passes in (None, WITHOUT)
+    )
+    pairs: list[Any] = [_gradients(m, x, autocast=case == "autocast") for m in (ours, other)]
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("case", ["float", "double", "autocast", "frozen", "channels-last"])
+def test_all_gradients_are_the_same_bits(ranks: RankPool, case: str) -> None:
+    assert ranks.run(_same_bits, 2, case) == [True, True]
+
+
+def _twice(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """One graph gives the same gradients as often as it is asked."""
+    out = model(x).square().sum()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(out, parameters, retain_graph=True)
+    second = torch.autograd.grad(out, parameters)
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def _some_only(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Asking for some gradients only, the others later."""
+    out = model(x).square().sum()
+    parameters = dict(model.named_parameters())
+    some = {name: one for name, one in parameters.items() if name.endswith(("bn1.weight", "bias"))}
+    first = torch.autograd.grad(out, list(some.values()), retain_graph=True)
+    everything = dict(
+        zip(parameters, torch.autograd.grad(out, list(parameters.values())), strict=True)
+    )
+    return [one - everything[name] for name, one in zip(some, first, strict=True)]
+
+
+def _second_order(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """A gradient penalty on the input, whose derivative comes to all nodes by two ways."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    parameters = list(model.parameters())
+    return list(torch.autograd.grad(grad.square().sum() + out.sum(), parameters, allow_unused=True))
+
+
+def _recomputed(model: nn.Module, x: Tensor, *, reentrant: bool = False) -> list[Tensor]:
+    out: Any = checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
+    return list(torch.autograd.grad(out.square().sum(), list(model.parameters())))
+
+
+def _reentrant(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    out: Any = checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+    out.square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _under_ddp(model: nn.Module, x: Tensor) -> list[Tensor]:
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)  # pyright: ignore
+    for _ in range(2):
+        ddp.zero_grad()
+        ddp(x).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+USES = {
+    "twice": _twice,
+    "some-only": _some_only,
+    "second-order": _second_order,
+    "recomputed": _recomputed,
+    "reentrant": _reentrant,
+    "under-ddp": _under_ddp,
+}
+
+
+def _uses(rank: int, world_size: int, name: str) -> tuple[list[Any], list[Any]]:
+    torch.manual_seed(0)
+    plain = ResidualNet().double()
+    torch.manual_seed(rank)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    use: Callable[[nn.Module, Tensor], list[Tensor]] = USES[name]
+    ours, other = (
+        use(bnrewrite.convert(copy.deepcopy(plain), passes=passes), x) for passes in (None, ())
+    )
+    return ours, other
+
+
+@pytest.mark.parametrize("use", USES)
+def test_other_uses_of_a_graph_give_what_they_gave(ranks: RankPool, use: str) -> None:
+    for ours, other in ranks.run(_uses, 2, use):
+        assert len(ours) == len(other) > 0
+        for a, b in zip(ours, other, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                # Of float64, through a network with sums of some hundred values.
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        if use in ("twice", "some-only"):
+            assert all(not one.any() for one in ours)
+
+
+def test_what_is_left_has_a_reason() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding="same"), nn.Linear(8, 8),
+    )  # fmt: skip
+    report = bnrewrite.report(bnrewrite.convert(model))
+    (summary,) = (one for one in report.passes if one.name == "overlap_backward")
+    padding = "its padding is more than zeros around the image"
+    assert {skip.name: skip.reason for skip in summary.skipped} == {"2": padding, "3": padding}
+    assert summary.num_rewritten == 1
+
+
+def _with_hooks(rank: int, world_size: int) -> tuple[list[str], list[Any]]:
+    """A rank with hooks makes its gradients in the order of the others, and calls the hooks."""
+    torch.manual_seed(0)
+    model = bnrewrite.convert(_chain())
+    calls: list[Any] = []
+    if rank == 1:
+        model[3].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        model[3].register_forward_hook(lambda _, args, out: calls.append(out.shape))
+        model[3].register_full_backward_hook(lambda _, grads, __: calls.append(grads[0].shape))
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.0001)  # pyright: ignore
+    out = ddp(torch.randn(2, 3, 8, 8, requires_grad=True)).sum()
+    with _Trace() as trace:
+        out.backward()
+    return [one for one in trace.seen if one != "launch"], calls
+
+
+def test_ranks_with_and_without_hooks_keep_one_order(ranks: RankPool) -> None:
+    (plain, _), (hooked, calls) = ranks.run(_with_hooks, 2)
+    assert plain == hooked == ["input", "weight", "wait"] * 2 + ["input", "weight"]
+    shape = (2, 4, 4, 4)
+    assert calls == [shape, (2, 4, 6, 6)]
+
+
+def _after_eval(rank: int, world_size: int) -> list[str]:
+    """Frozen by its user after a step: nothing communicates, so torch makes the gradients."""
+    model = bnrewrite.convert(_chain())
+    model(torch.randn(2, 3, 8, 8, requires_grad=True)).sum().backward()
+    model[1].eval()
+    model[4].eval()
+    out = model(torch.randn(2, 3, 8, 8, requires_grad=True)).sum()
+    with _Trace() as trace:
+        out.backward()
+    return trace.seen
+
+
+def test_without_a_collective_nothing_waits(ranks: RankPool) -> None:
+    assert ranks.run(_after_eval, 2) == [["both"] * 3] * 2
+
+
+def test_alone_torch_makes_both_gradients_at_once() -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    out = bnrewrite.convert(_chain())(x).sum()
+    with _Trace() as trace:
+        out.backward()
+    assert trace.seen == ["both", "both", "both"]
