@@ -7,6 +7,9 @@ collective is under way.
     pending = start_batch_norm(inputs, ...)     moments of every site -> all-reduce
     ...
     ys = finish_batch_norm(pending, inputs, ...)      wait -> normalize for every site
+
+What follows a site, a residual and an activation, is part of its normalisation, as in
+``batch_norm_act``; the residual may be the result of another site.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from bnrewrite.collectives import start_all_reduce_sum, wait
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.epilogue import compose, joins_phases
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import join, normalize_sites
@@ -31,7 +35,8 @@ LIBRARY.define(
     "finish_batch_norm(Tensor pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
     "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
     "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group, "
-    "bool[] skip_nonfinite) -> Tensor[]"
+    "bool[] skip_nonfinite, Tensor?[] residual, int[] residual_site, str[] activation, "
+    "float[] slope) -> Tensor[]"
 )
 
 
@@ -85,6 +90,10 @@ def _finish_batch_norm(
     eps: list[float],
     group: list[str],
     skip_nonfinite: list[bool],
+    residual: list[Tensor | None],
+    residual_site: list[int],
+    activation: list[str],
+    slope: list[float],
 ) -> list[Tensor]:
     """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
 
@@ -102,6 +111,11 @@ def _finish_batch_norm(
         eps: as ``training``.
         group: the same as ``start_batch_norm`` was given.
         skip_nonfinite: as ``training``.
+        residual: for each site what is added to it, or None.
+        residual_site: for each site an earlier one whose result is added to it, or -1. That result
+            may be anything then.
+        activation: for each site the activation of the sum.
+        slope: of the activations.
 
     Returns:
         K tensors (N, C_k, *), in the dtypes and memory formats of ``inputs``.
@@ -113,23 +127,49 @@ def _finish_batch_norm(
         Site(*each)
         for each in zip(
             inputs, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, track_running_stats, momentum, eps, skip_nonfinite,
+            training, track_running_stats, momentum, eps, skip_nonfinite, residual,
+            (None if other < 0 else other for other in residual_site),
+            zip(activation, slope, strict=True),
             strict=True,
         )
     ]  # fmt: skip
-    taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
+    taking_part = {i: name for i, name in enumerate(group) if name != NO_GROUP}
+    xs = {i: dense(sites[i].input) for i in taking_part}
+    fused = {i for i in taking_part if _joins_phases(sites[i], xs[i], xs, taking_part[i])}
     results: dict[int, Tensor] = {}
     if taking_part:
-        members = [sites[i] for i in taking_part]
-        xs = [dense(site.input) for site in members]
+        place = {i: index for index, i in enumerate(taking_part)}
+        members = [_member(sites[i], place) if i in fused else sites[i].alone() for i in place]
         with below_autograd():
             totals = wait(pending)
-        ys = normalize_sites(_counted(members), xs, totals, group[taking_part[0]])
+        group_name = next(iter(taking_part.values()))
+        ys = normalize_sites(_counted(members), list(xs.values()), totals, group_name)
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):
         if i not in results:
             results[i] = BATCH_NORM(*site[:10], NO_GROUP, site.skip_nonfinite)
+        if i not in fused:
+            other = site.residual if site.residual_site is None else results[site.residual_site]
+            results[i] = compose(results[i], other, *site.act)
     return [results[i] for i in range(len(sites))]
+
+
+def _joins_phases(site: Site, x: Tensor, xs: dict[int, Tensor], group: str) -> bool:
+    """Whether what follows a site that takes part, as those with ``xs``, is part of its phases."""
+    residual = site.residual
+    if site.residual_site is not None:
+        # The result of that site is laid out as its input.
+        residual = xs.get(site.residual_site)
+        if residual is None:
+            return False
+    return joins_phases(x, residual, site.act[0], group)
+
+
+def _member(site: Site, place: dict[int, int]) -> Site:
+    """The site among those that take part."""
+    if site.residual_site is None:
+        return site
+    return site._replace(residual_site=place[site.residual_site])
 
 
 def _counted(sites: Sequence[Site]) -> Sequence[Site]:

@@ -46,6 +46,10 @@ class Site(NamedTuple):
         tensors = (self.running_mean, self.running_var, self.num_batches_tracked)
         return (*tensors, self.momentum, self.skip_nonfinite)
 
+    def alone(self) -> "Site":
+        """The site without what follows it."""
+        return self._replace(residual=None, residual_site=None, act=("identity", 0.0))
+
     def check(self) -> None:
         """Raises ``UnsupportedBatchNorm`` if a size or dtype does not fit."""
         check(self.input, self.per_channel)

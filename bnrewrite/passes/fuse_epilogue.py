@@ -10,6 +10,7 @@ together without anybody noticing.
 """
 
 import dataclasses
+import operator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,7 +54,7 @@ def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
     if not target.training:
         return
     for node in target.graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
-        _report_shared(target, node, report)
+        _fuse_shared(target, node, report)
     for node in target.graph.find_nodes(op="call_function", target=SHUFFLE_BATCH_NORM):
         if any(_follows(target, user) for user in node.users):
             site = node.meta["site"]
@@ -77,13 +78,88 @@ def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
                 order.before[new] = set().union(*(order.before[one] for one in chain.nodes))
 
 
-def _report_shared(target: OwnerGraph, node: fx.Node, report: PassReport) -> None:
-    """Sites that share their collective are one node for all, which fuses with nothing."""
-    for result in node.users:
-        site = node.args[0].meta["sites"][result.args[1]]  # pyright: ignore
-        if any(_follows(target, user) for user in result.users):
-            reason = "it shares or overlaps its collective"
-            report.skipped.append(target.skip(site.name, reason, result, site.path))
+def _fuse_shared(target: OwnerGraph, finish: fx.Node, report: PassReport) -> None:
+    """Fuses what follows the sites that end a collective together, at the place of that end.
+
+    The last one first: where the results of two sites are added, the later site takes the sum.
+    """
+    sites: list[Rewrite] = finish.args[0].meta["sites"]  # pyright: ignore
+    results = {node.args[1]: node for node in finish.users}
+    order: Order | None = None
+    for index in sorted(results, reverse=True):  # pyright: ignore[reportCallIssue, reportArgumentType]
+        chain = _chain(target, results[index])
+        if chain is None:
+            continue
+        order = order or Order(target.owner, target.graph)
+        _shorten_to_early(target, chain, finish, order)
+        site = sites[index]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if chain.reason:
+            report.skipped.append(target.skip(site.name, chain.reason, chain.nodes[0], site.path))
+        if chain.gains:
+            _fuse_into(target, chain, finish, index)
+            report.rewritten.append(site)
+            order = None
+
+
+def _shorten_to_early(target: OwnerGraph, chain: _Chain, finish: fx.Node, order: Order) -> None:
+    """Cuts the chain where its nodes could not run as soon as ``finish`` has ended."""
+    early = {finish, *finish.users}
+    for node in target.graph.nodes:
+        if node is finish:
+            break
+        early.add(node)
+    added = _result_of(finish, chain.residual)
+    for index, node in enumerate(chain.nodes[1:], start=1):
+        if added is not None and is_addition(node) and not _may_be_added(added, chain):
+            chain.reason = "it is added to another site's result, which is read elsewhere, too"
+        elif not order.before[node] <= early:
+            chain.reason = "what it needs besides is not there when its collective ends"
+        else:
+            early.add(node)
+            continue
+        while len(chain.nodes) > index:
+            _cut(target, chain)
+        return
+
+
+def _result_of(finish: fx.Node, node: fx.Node | None) -> fx.Node | None:
+    """``node`` if it is the result of a site of ``finish``."""
+    return node if node is not None and node in finish.users else None
+
+
+def _may_be_added(added: fx.Node, chain: _Chain) -> bool:
+    """Whether nobody else reads the result of a site, and it is there before that of the chain."""
+    own, its = (int(node.args[1]) for node in (chain.nodes[0], added))  # pyright: ignore
+    return len(added.users) == 1 and its < own
+
+
+def _cut(target: OwnerGraph, chain: _Chain) -> None:
+    """Takes the last node off the chain, and what does nothing before it."""
+    cut = chain.nodes.pop()
+    if chain.activation is not None and activation_of(target.owner, cut) is not None:
+        chain.activation = None
+    elif is_addition(cut):
+        chain.residual = None
+    _drop_identities(chain)
+
+
+def _fuse_into(target: OwnerGraph, chain: _Chain, finish: fx.Node, index: Any) -> None:
+    """Gives site ``index`` of ``finish`` what follows it."""
+    _note_assumptions(target, chain)
+    *others, residual, residual_site, activation, slope = map(list, finish.args[1:])  # pyright: ignore
+    added = _result_of(finish, chain.residual)
+    if added is None:
+        residual[index] = chain.residual
+    else:
+        residual_site[index] = added.args[1]
+    act = chain.activation or Activation("identity")
+    activation[index], slope[index] = act.name, act.slope
+    finish.args = (finish.args[0], *others, residual, residual_site, activation, slope)
+    chain.nodes[-1].replace_all_uses_with(chain.nodes[0])
+    for node in reversed(chain.nodes[1:]):
+        target.graph.erase_node(node)
+    if added is not None:
+        target.graph.erase_node(added)
 
 
 def _follows(target: OwnerGraph, user: fx.Node) -> bool:
@@ -112,7 +188,8 @@ def _extend_by_sum(target: OwnerGraph, chain: _Chain, last: fx.Node, user: fx.No
     if not is_addition(user) or chain.residual is not None:
         return False
     residual: Any = user.args[1] if user.args[0] is last else user.args[0]
-    if writes_into(user) not in (None, last):
+    written = writes_into(user)
+    if written not in (None, last) and not _ends_with(last, written):
         chain.reason = "it is added to another value in place"
     elif not _is_tensor(residual):
         chain.reason = "what is added to it may be something else than a tensor"
@@ -120,6 +197,16 @@ def _extend_by_sum(target: OwnerGraph, chain: _Chain, last: fx.Node, user: fx.No
         chain.residual = residual
         chain.nodes.append(user)
     return True
+
+
+def _ends_with(result: fx.Node, other: fx.Node | None) -> bool:
+    """Whether both are results of one collective, of which nobody else reads ``other``."""
+    return (
+        other is not None
+        and result.target is other.target is operator.getitem
+        and result.args[0] is other.args[0]
+        and len(other.users) == 1
+    )
 
 
 def _extend_by_call(target: OwnerGraph, chain: _Chain, user: fx.Node) -> bool:
@@ -197,28 +284,14 @@ def _shorten_to_movable(target: OwnerGraph, chain: _Chain, order: Order) -> None
             target.flags.update(order.flags)
             return
         chain.reason = "what runs meanwhile must not run before it"
-        cut = chain.nodes.pop()
-        if chain.activation is not None and activation_of(target.owner, cut) is not None:
-            chain.activation = None
-        elif is_addition(cut):
-            chain.residual = None
-        _drop_identities(chain)
+        _cut(target, chain)
 
 
 def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
     """Puts one node in place of the chain, where its last node is; returns it."""
+    _note_assumptions(target, chain)
     site, last = chain.nodes[0], chain.nodes[-1]
     activation = chain.activation or Activation("identity")
-    if chain.residual is not None and chain.residual.op == "placeholder":
-        target.tensors.add(chain.residual.name)
-    for node in chain.nodes[1:]:
-        if node.op == "call_module":
-            path = str(node.target)
-            module = target.owner.get_submodule(path)
-            target.absorbed[path] = original_class(module)
-            if activation_of(target.owner, node) is not None:
-                for name in activation.flags:
-                    target.flags[path, name] = getattr(module, name)
     *arguments, skip_nonfinite = site.args
     epilogue = (chain.residual, activation.name, activation.slope)
     with target.graph.inserting_before(last):
@@ -229,3 +302,17 @@ def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
     for node in reversed(chain.nodes):
         target.graph.erase_node(node)
     return new
+
+
+def _note_assumptions(target: OwnerGraph, chain: _Chain) -> None:
+    """Notes what must hold so that one node can stand for the nodes of the chain."""
+    if chain.residual is not None and chain.residual.op == "placeholder":
+        target.tensors.add(chain.residual.name)
+    for node in chain.nodes[1:]:
+        if node.op == "call_module":
+            path = str(node.target)
+            module = target.owner.get_submodule(path)
+            target.absorbed[path] = original_class(module)
+            if chain.activation is not None and activation_of(target.owner, node) is not None:
+                for name in chain.activation.flags:
+                    target.flags[path, name] = getattr(module, name)

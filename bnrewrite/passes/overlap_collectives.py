@@ -111,9 +111,10 @@ def _pairs(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, bool]]:
 
 def _undo(graph: fx.Graph, start: fx.Node, finish: fx.Node) -> None:
     """Makes one ``batch_norm`` of a pair with a single site."""
-    _, *columns = finish.args
+    num_arguments = len(BATCH_NORM._schema.arguments)
+    columns: Any = finish.args[1 : 1 + num_arguments]
     with graph.inserting_before(finish):
-        node = graph.call_function(BATCH_NORM, tuple(column[0] for column in columns))  # pyright: ignore
+        node = graph.call_function(BATCH_NORM, tuple(column[0] for column in columns))
     (result,) = finish.users
     node.stack_trace = result.stack_trace
     node.meta["site"] = start.meta["sites"][0]

@@ -51,7 +51,9 @@ def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     checked = (inputs, weight, bias, running_mean, running_var)
     with graph.inserting_before(nodes[0]):
         pending = graph.call_function(START_BATCH_NORM, (*checked, group))
-        rest = (*others, group, skip_nonfinite)
+        # What follows the sites: nothing yet.
+        epilogue = [[one] * len(nodes) for one in (None, -1, "identity", 0.0)]
+        rest = (*others, group, skip_nonfinite, *epilogue)
         results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *rest))
         for new in (pending, results):
             new.stack_trace = nodes[0].stack_trace

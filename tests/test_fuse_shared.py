@@ -1,0 +1,191 @@
+"""The pass ``fuse_epilogue`` behind sites that share a collective, or overlap theirs."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import bnrewrite
+from bnrewrite.ops import epilogue, sites
+from bnrewrite.passes import OPTIMISING
+from tests.models import perturb
+from tests.parity import assert_same_training
+from tests.ranks import RankPool
+
+FINISH = torch.ops.bnrewrite.finish_batch_norm.default
+WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "fuse_epilogue")
+
+Tail = Callable[["Pair", Tensor, Tensor, Tensor], Any]
+
+
+class Pair(nn.Module):
+    """Two branches with a BatchNorm each, and whatever ``tail`` does with both results."""
+
+    def __init__(self, tail: Tail, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 4, 3, 1, 1, bias=False)
+        self.right = nn.Conv2d(3, 4, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True) if act is None else act
+        self.last = nn.Conv2d(4, 3, 1)
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        return self.last(self.tail(self, self.bn1(self.left(x)), self.bn2(self.right(x)), x))
+
+
+def _iadd(a: Tensor, b: Tensor) -> Tensor:
+    a += b
+    return a
+
+
+def _into_residual(self: Pair, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """The residual is there before the collective ends, but changes after it."""
+    shortcut = torch.cat([x, x[:, :1]], 1)
+    a = F.relu(a)
+    shortcut.mul_(a.mean())
+    return a + F.relu(b + shortcut)
+
+
+# For each form: what fuses into the first and the second site, as (residual, activation), where a
+# residual is "-", "tensor" or the number of a site.
+FORMS: dict[str, tuple[Tail, list[tuple[str, str]]]] = {
+    "relu(a + b)": (lambda s, a, b, x: F.relu(a + b), [("-", "identity"), ("0", "relu")]),
+    "relu(b + a)": (lambda s, a, b, x: F.relu(b + a), [("-", "identity"), ("0", "relu")]),
+    "a += b": (lambda s, a, b, x: s.act(_iadd(a, b)), [("-", "identity"), ("0", "relu")]),
+    "b += a": (lambda s, a, b, x: s.act(_iadd(b, a)), [("-", "identity"), ("0", "relu")]),
+    "a + b": (lambda s, a, b, x: a + b, [("-", "identity"), ("0", "identity")]),
+    "silu(a + b)": (lambda s, a, b, x: F.silu(a + b), [("-", "identity"), ("0", "identity")]),
+    "relu(a) * gelu(b)": (lambda s, a, b, x: F.relu(a) * F.gelu(b), [("-", "relu"), ("-", "gelu")]),
+    "relu(a) + b": (lambda s, a, b, x: F.relu(a) + b, [("-", "relu"), ("-", "identity")]),
+    "a + relu(b)": (lambda s, a, b, x: a + F.relu(b), [("-", "identity"), ("-", "relu")]),
+    "a is read elsewhere": (
+        lambda s, a, b, x: F.relu(a + b) * a,
+        [("-", "identity"), ("-", "identity")],
+    ),
+    "the residual was there": (
+        lambda s, a, b, x: F.relu(a + torch.cat([x, x[:, :1]], 1)) * b,
+        [("tensor", "relu"), ("-", "identity")],
+    ),
+    "the residual changes": (_into_residual, [("-", "relu"), ("-", "identity")]),
+    "broadcast": (
+        lambda s, a, b, x: F.relu(a + torch.cat([x[:, :1]])) * b,
+        [("tensor", "relu"), ("-", "identity")],
+    ),
+}
+
+
+def _epilogues(model: nn.Module) -> list[tuple[str, str]]:
+    (node,) = bnrewrite.graphs(model)[""].graph.find_nodes(op="call_function", target=FINISH)
+    residuals, residual_sites, activations, _ = node.args[13:]
+    return [
+        (str(site) if site >= 0 else "-" if residual is None else "tensor", activation)
+        for residual, site, activation in zip(residuals, residual_sites, activations, strict=True)
+    ]
+
+
+def _inputs(n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(n, 3, 5, 7),), {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains_as_it_did(form: str) -> None:
+    tail, expected = FORMS[form]
+    model = assert_same_training(lambda: perturb(Pair(tail)), _inputs)
+    assert _epilogues(model) == expected
+
+
+def test_report_says_why_the_rest_is_left() -> None:
+    reasons = {}
+    for form in ("a is read elsewhere", "the residual changes", "relu(a) + b"):
+        model = bnrewrite.convert(Pair(FORMS[form][0]))
+        passes = {one.name: one for one in bnrewrite.report(model).passes}
+        reasons[form] = {skip.name: skip.reason for skip in passes["fuse_epilogue"].skipped}
+    late = "what it needs besides is not there when its collective ends"
+    assert reasons["the residual changes"] == {"bn2": late}
+    assert reasons["relu(a) + b"] == {"bn2": late}
+    assert reasons["a is read elsewhere"]["bn1"] == "its result is read in several places"
+    assert "read elsewhere" in reasons["a is read elsewhere"]["bn2"]
+
+
+class Overlap(nn.Module):
+    """A lone site that overlaps its collective with the convolution of its own residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 1, 1)
+        self.bn = nn.BatchNorm2d(4)
+        self.shortcut = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return F.relu(y + self.shortcut(x))
+
+
+def test_a_site_that_overlaps_takes_what_was_made_meanwhile() -> None:
+    model = assert_same_training(lambda: perturb(Overlap()), _inputs)
+    assert _epilogues(model) == [("tensor", "relu")]
+
+
+def _train(rank: int, world_size: int, case: str) -> list[list[Any]]:
+    """Values, gradients and buffers with and without the pass, over ranks of 4, 1 and 0 images."""
+    torch.manual_seed(0)
+    form, layer = case.split(", ") if ", " in case else (case, "")
+    plain = perturb(Overlap() if form == "overlap" else Pair(FORMS[form][0])).double()
+    torch.manual_seed(rank)
+    x = torch.randn((4, 1, 0)[rank], 3, 5, 7, dtype=torch.float64)
+    results = []
+    for passes in (None, WITHOUT, ()):
+        model = bnrewrite.convert(copy.deepcopy(plain), passes=passes)
+        if layer:
+            model.get_submodule(layer).eval()
+        y = model(x)
+        (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    return results
+
+
+CASES = [*FORMS, "overlap", "relu(a + b), bn1", "relu(a + b), bn2", "relu(a) * gelu(b), bn1"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_and_without_the_pass(ranks: RankPool, case: str) -> None:
+    for fused, unfused, apart in ranks.run(_train, 3, case):
+        for one, other, third in zip(fused, unfused, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one, third, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradcheck_of_a_site_that_is_added_to_another(
+    order: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the phases, as if there were somebody to share with."""
+    monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
+    monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
+
+    def function(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from bnrewrite.ops.moments import MOMENTS
+        from bnrewrite.ops.normalize_sites import join, normalize_sites
+
+        common = (None, None, None, True, True, 0.1, 1e-3)
+        first = sites.Site(a, weight, None, *common)
+        second = sites.Site(b, weight, bias, *common)._replace(residual_site=0, act=("relu", 0.0))
+        with torch.no_grad():
+            totals = join([MOMENTS(a), MOMENTS(b)])
+        return normalize_sites([first, second], [a, b], totals, "")[1]
+
+    args = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in ((3, 2, 4), (3, 2, 4), (2,), (2,))
+    ]
+    check: Any = gradcheck if order == 1 else gradgradcheck
+    assert check(function, args)
