@@ -70,10 +70,11 @@ def _batch_norm(
     )  # fmt: skip
     if not training and running_mean is not None:
         site.check()
-        return torch.ops.aten.batch_norm.default(
+        y = torch.ops.aten.batch_norm.default(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
+        return _lay_out_gradient(y, input)
     check_statistics(site, group)
     x = dense(input)
     if group == NO_GROUP and x.is_cpu:
@@ -81,6 +82,21 @@ def _batch_norm(
     with below_autograd():
         totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
     return normalize_sites([site], [x], totals, group)[0]
+
+
+def _lay_out_gradient(y: Tensor, input: Tensor) -> Tensor:
+    """``y``, whose gradient will arrive in the memory format of ``input``.
+
+    The strides of dimensions of size one may be anything, and torch's CPU backward then takes
+    tensors whose values lie in another order for contiguous ones.
+    """
+    if input.dim() < 4 or not (y.requires_grad and input.is_cpu):
+        return y
+    # The size of a channel does not matter; a size that is not known yet may be one.
+    if any(not isinstance(n, int) or n == 1 for n in (input.size(0), *input.shape[2:])):
+        layout = memory_format(input)
+        y.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+    return y
 
 
 def check_statistics(site: Site, group: str) -> None:
