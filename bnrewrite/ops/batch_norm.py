@@ -11,7 +11,8 @@ from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
-from bnrewrite.ops.library import LIBRARY, below_autograd
+from bnrewrite.ops.checkpointing import communicate_once
+from bnrewrite.ops.library import LIBRARY
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.sites import Site, dense, memory_format, normalize_sites
 
@@ -79,8 +80,9 @@ def _batch_norm(
     x = dense(input)
     if group == NO_GROUP and x.is_cpu:
         return apply_batch_norm_local(x, weight, bias, eps, site.running, memory_format(x))
-    with below_autograd():
-        totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
+    totals = communicate_once(
+        (x,), (running_mean,), group, lambda: all_reduce_sum(MOMENTS(x), group, site.per_channel)
+    )
     return normalize_sites([site], [x], totals, group)[0]
 
 

@@ -12,6 +12,7 @@ from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import _batch_norm, check_statistics
+from bnrewrite.ops.checkpointing import communicate_once
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -65,9 +66,11 @@ def _batch_norm_act(
         training, track_running_stats, momentum, eps, skip_nonfinite,
     )  # fmt: skip
     check_statistics(site, group)
-    return _BatchNormAct.apply(
-        dense(input), weight, bias, residual, site, group, (activation, slope)
+    x = dense(input)
+    totals = communicate_once(
+        (x,), (running_mean,), group, lambda: all_reduce_sum(MOMENTS(x), group, site.per_channel)
     )
+    return _BatchNormAct.apply(x, weight, bias, residual, totals, site, group, (activation, slope))
 
 
 LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeImplicitAutograd")
@@ -116,10 +119,9 @@ class _BatchNormAct(torch.autograd.Function):
     """As ``batch_norm``'s, with the residual and the activation in the phases."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, site, group, act):
+    def forward(ctx, x, weight, bias, residual, totals, site, group, act):
         activation, _ = act
         with below_autograd():
-            totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
             y, stats = NORMALIZE(x, totals, weight, bias, site.eps, *site.running, residual, *act)
         kept = residual
         if activation == "identity":
@@ -170,4 +172,4 @@ def _backward(ctx, grad, x, weight, bias, stats, totals, kept):
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums)
         else:
             grad_x = NORMALIZE_BACKWARD(grad, x, stats, totals, weight, sums, bias, kept, *act)
-    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad if needs_residual else None, *[None] * 4
