@@ -57,7 +57,10 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         site: as :func:`all_reduce_sum` takes it.
     """
     if not torch.compiler.is_compiling() and can_watch(packed):
-        return launch(packed, find_group(group), site)
+        reduced = packed.clone()
+        return launch(
+            "all-reduce", reduced, find_group(group), site, lambda to: to.allreduce([reduced])
+        )
     return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
 
 
@@ -116,6 +119,10 @@ def send_around(
     num_sent, num_received = [0] * size, [0] * size
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
+    if not torch.compiler.is_compiling() and can_watch(values):
+        received = torch.empty_like(values)
+        begin = lambda to: to.alltoall_base(received, values, num_received, num_sent)  # noqa: E731
+        return finish(launch("exchange", received, find_group(group), site, begin))
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
     return _wait_or_name(received, "exchange", group, site)
 
@@ -138,6 +145,11 @@ def all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...
 
     Not differentiable; see :func:`receive_from`.
     """
+    if not torch.compiler.is_compiling() and can_watch(values):
+        table = values.new_empty(world_size * values.numel())
+        begin = lambda to: to._allgather_base(table, values)  # noqa: E731
+        finish(launch("all-gather", table, find_group(group), site, begin))
+        return table.view(world_size, -1)
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
     return _wait_or_name(table, "all-gather", group, site).view(world_size, -1)
 
