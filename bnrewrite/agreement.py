@@ -7,6 +7,7 @@ group's store, and the first rank of the group compares them:
     every rank      publishes the digest and the text of its view of round k
     rank 0          compares the digests and publishes the verdict of round k
     every rank      reads the verdict: goes on, or raises and shows both texts
+    every rank      takes over what rank 0 holds, where a rank has loaded something else
 
 A store answers within its time-outs whatever the other ranks do, which no collective does. Only
 plain text travels, and nothing that is read is executed or unpickled.
@@ -18,11 +19,14 @@ import hashlib
 import json
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bnrewrite.errors import PeerError, ScheduleError
 
@@ -31,6 +35,16 @@ Line = tuple[str, str]
 
 _GRACE_S = 1.5
 """How long a view with collectives outlives one of the same model without: the rank may be late."""
+
+_LOADED = (
+    "This rank has loaded a state_dict since its last step, which all ranks have to do if the "
+    "others cannot be corrected. "
+)
+
+_CANNOT_TAKE_OVER: Line = (
+    "the state",
+    "nothing was loaded, and compiled code that waits cannot be corrected: load on all ranks",
+)
 
 _LONGEST_TEXT = 300
 """Characters of one line in an error message; names are what another rank chose to send."""
@@ -46,12 +60,16 @@ class View:
         others: what need not, to explain a difference.
         empty: nothing is communicated. Such a view waits for nobody for long, since the ranks may
             have other things to do.
+        loaded: the rank has loaded a state since, which the others may have done or not.
+        state: gives the tensors that must be equal on all ranks, if one of them has loaded.
     """
 
     model: str
     lines: tuple[Line, ...]
     others: tuple[Line, ...] = ()
     empty: bool = False
+    loaded: bool = False
+    state: Callable[[], list[Tensor]] = list
 
     @functools.cached_property
     def digest(self) -> str:
@@ -60,7 +78,7 @@ class View:
 
     def record(self, *, final: bool) -> bytes:
         """What the others compare."""
-        return json.dumps([self.digest, self.model, final]).encode()
+        return json.dumps([self.digest, self.model, final, self.loaded]).encode()
 
     def text(self) -> bytes:
         """What the others read if they differ."""
@@ -79,6 +97,8 @@ class _Group:
         self.timeout_s = _timeout_s(group)
         self.round = 0
         self.last: View | None = None
+        # The last view of each model, since ranks may ask about another one than the last.
+        self.views: dict[str, View] = {}
 
     @property
     def _store(self) -> Any:
@@ -103,13 +123,13 @@ class _Group:
         # Every backend of store takes text; some bindings take no bytes.
         self._store.set(self.key(what), value.decode())
 
-    def close_round(self) -> None:
+    def close_round(self, num_tensors: int = 0) -> None:
         """Goes on to the next round; the last rank to leave this one clears it up."""
         if self._store.add(self.key("done"), 1) == self.size:
             for rank in range(self.size):
                 self._store.delete_key(self.key(rank))
                 self._store.delete_key(self.key(f"{rank}/text"))
-            for what in ("open", "verdict", "done"):
+            for what in ("open", "verdict", "done", *(f"state/{i}" for i in range(num_tensors))):
                 self._store.delete_key(self.key(what))
         self.round += 1
 
@@ -157,7 +177,7 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
         if place.last is not None and place.has("verdict"):
             # This rank gave up waiting in the round; the others have ended it since.
             _conclude(place)
-        place.last = view
+        place.last = place.views[view.model] = view
         place.set(f"{place.rank}/text", view.text())
         place.set(place.rank, view.record(final=by_hand or not view.empty))
         place.set("open", b"1")
@@ -169,11 +189,16 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
         ) from error
 
 
-def join_open_round(name: str) -> None:
+def join_open_round(name: str, *, may_take_over: bool = True) -> None:
     """Tells ranks that wait for an agreement what this one does meanwhile: wait in a collective.
 
     Called by a rank whose collective takes suspiciously long. If others have opened a round they
-    have left the schedule that this rank follows, and all of them shall hear of it.
+    have left the schedule that this rank follows, and all of them shall hear of it; or they have
+    loaded a state, and all of them take over that of rank 0.
+
+    Args:
+        name: of the group.
+        may_take_over: whether the state of this rank may change now. Else a load is a difference.
 
     Raises:
         ScheduleError: the others follow another schedule.
@@ -181,10 +206,20 @@ def join_open_round(name: str) -> None:
     place = _place(name)
     try:
         if place.last is not None and place.has("open") and not place.has(place.rank):
-            agree(name, place.last)
+            _, model, _, loaded = _asked(place)
+            view = place.views.get(model, place.last)
+            if loaded and not may_take_over:
+                view = dataclasses.replace(view, lines=(*view.lines, _CANNOT_TAKE_OVER))
+            agree(name, view)
     except (dist.DistStoreError, dist.DistNetworkError):
         # The collective will fail by itself, with a better message.
         return
+
+
+def _asked(place: _Group) -> Any:
+    """What a rank that came to the open round has published."""
+    asked = (place.get(rank) for rank in range(place.size) if place.has(rank))
+    return next(asked, ("", "", False, False))
 
 
 def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: bool) -> bool:
@@ -193,25 +228,27 @@ def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: boo
     pause_s = 0.0005
     # The first rank hears all others, each of them only the first one.
     missing = set(range(place.size)) - {place.rank} if place.rank == 0 else {0}
+    loaded = view.loaded
     while not place.has("verdict"):
         waited_s = time.monotonic() - start
         doubtful = False
         for rank in sorted(missing):
             if not place.has(rank):
                 continue
-            digest, model, final = place.get(rank)
+            digest, model, final, has_loaded = place.get(rank)
             if digest == view.digest:
                 missing.discard(rank)
+                loaded = loaded or has_loaded
             elif (final and (by_hand or not view.empty)) or (
                 # One of the two communicates nothing. About another model that says nothing, about
                 # the same one it is a difference, unless the rank is still on its way here.
                 model == view.model and waited_s > _GRACE_S
             ):
-                place.set("verdict", json.dumps([rank, place.rank]).encode())
+                place.set("verdict", json.dumps({"differ": [rank, place.rank]}).encode())
             else:
                 doubtful = doubtful or model == view.model
         if place.rank == 0 and not missing:
-            place.set("verdict", b"[]")
+            place.set("verdict", json.dumps({"loaded": loaded}).encode())
         elif waited_s > (max(wait_s, 2 * _GRACE_S) if doubtful else wait_s):
             break
         else:
@@ -224,22 +261,39 @@ def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: boo
     who = f"rank(s) {sorted(missing)}" if missing else "some ranks"
     raise PeerError(
         f"{who} of {place} did not come to the agreement about the BatchNorm collectives within "
-        f"{wait_s:.0f} s: they died, stalled, or run something else. Next here: {_first(view)}."
+        f"{wait_s:.0f} s: they died, stalled, or run something else. "
+        f"{_LOADED if view.loaded else ''}Next here: {_first(view)}."
     )
 
 
 def _conclude(place: _Group) -> bool:
     verdict = place.get("verdict")
-    if not verdict:
-        place.close_round()
+    if "differ" not in verdict:
+        view: Any = place.last
+        tensors = view.state() if verdict["loaded"] else []
+        _take_over(place, tensors)
+        place.close_round(len(tensors))
         return True
-    texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict)}
+    texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict["differ"])}
     place.round += 1
     raise ScheduleError(
         f"the ranks of {place} are about to communicate different things, and would wait for each "
         f"other for ever. {_difference(texts)} Give all ranks the same model, conversion, flags "
         "and version of bnrewrite; bnrewrite.check(model) compares them."
     )
+
+
+def _take_over(place: _Group, tensors: list[Tensor]) -> None:
+    """Gives ``tensors`` the values of rank 0, through the store: ranks may wait in collectives."""
+    for index, tensor in enumerate(tensors):
+        key = f"state/{index}"
+        if place.rank == 0:
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            place.set(key, json.dumps(bytes(values.tolist()).hex()).encode())
+        else:
+            values = torch.frombuffer(bytearray.fromhex(place.get(key)), dtype=torch.uint8)
+            with torch.no_grad():
+                tensor.copy_(values.view(tensor.dtype).view(tensor.shape))
 
 
 def _difference(texts: dict[int, Any]) -> str:

@@ -57,7 +57,10 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         site: as :func:`all_reduce_sum` takes it.
     """
     if not torch.compiler.is_compiling() and can_watch(packed):
-        return launch(packed, find_group(group), site)
+        reduced = packed.clone()
+        return launch(
+            "all-reduce", reduced, find_group(group), site, lambda to: to.allreduce([reduced])
+        )
     return torch.ops._c10d_functional.all_reduce(packed, "sum", group)
 
 
@@ -68,8 +71,8 @@ def wait(pending: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
-def _wait_or_name(pending: Tensor, what: str, group: str) -> Tensor:
-    """:func:`wait`, with ``what`` and ``group`` in the error outside of compiled graphs."""
+def _wait_or_name(pending: Tensor, what: str, group: str, site: tuple[Any, ...]) -> Tensor:
+    """:func:`wait`, with all of this in the error outside of compiled graphs."""
     if torch.compiler.is_compiling():
         return wait(pending)
     started = time.monotonic()
@@ -77,7 +80,7 @@ def _wait_or_name(pending: Tensor, what: str, group: str) -> Tensor:
         return wait(pending)
     except RuntimeError as error:
         waited_s = time.monotonic() - started
-        raise peer_error(what, find_group(group), (), waited_s, error) from error
+        raise peer_error(what, find_group(group), site, waited_s, error) from error
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -94,7 +97,9 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(grad.contiguous(), ctx.group, ctx.site), None, None
 
 
-def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) -> Tensor:
+def send_around(
+    values: Tensor, group: str, place: tuple[int, int], shift: int, site: tuple[Any, ...] = ()
+) -> Tensor:
     """What rank ``(rank + shift) % W`` holds: each rank sends and receives ``values`` once.
 
         4 ranks holding   a b c d     shift 1 ->   b c d a     shift -1 ->   d a b c
@@ -106,40 +111,52 @@ def send_around(values: Tensor, group: str, place: tuple[int, int], shift: int) 
         group: a name from :func:`active_group`, not ``NO_GROUP``.
         place: of this rank, from :func:`place_in`.
         shift: how many ranks ahead the sender is, 1 or -1.
+        site: as :func:`all_reduce_sum` takes it.
     """
     if torch.is_grad_enabled() and values.requires_grad:
-        return _SendAround.apply(values, group, place, shift)
+        return _SendAround.apply(values, group, place, shift, site)
     rank, size = place
     num_sent, num_received = [0] * size, [0] * size
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
+    if not torch.compiler.is_compiling() and can_watch(values):
+        received = torch.empty_like(values)
+        begin = lambda to: to.alltoall_base(received, values, num_received, num_sent)  # noqa: E731
+        return finish(launch("exchange", received, find_group(group), site, begin))
     received = torch.ops._c10d_functional.all_to_all_single(values, num_received, num_sent, group)
-    return _wait_or_name(received, "exchange", group)
+    return _wait_or_name(received, "exchange", group, site)
 
 
 class _SendAround(torch.autograd.Function):
     """:func:`send_around` with its gradient."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: str, place: tuple[int, int], shift: int) -> Tensor:
-        ctx.way_back = group, place, -shift
-        return send_around(values.detach(), group, place, shift)
+    def forward(ctx, values, group, place, shift, site) -> Tensor:
+        ctx.way_back = group, place, -shift, site
+        return send_around(values.detach(), group, place, shift, site)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return send_around(grad.contiguous(), *ctx.way_back), None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return send_around(grad.contiguous(), *ctx.way_back), None, None, None, None
 
 
-def all_gather(values: Tensor, group: str, world_size: int) -> Tensor:
+def all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...] = ()) -> Tensor:
     """(W, K): ``values`` (K,) of every rank of ``group``, in order: the same bits on every rank.
 
     Not differentiable; see :func:`receive_from`.
     """
+    if not torch.compiler.is_compiling() and can_watch(values):
+        table = values.new_empty(world_size * values.numel())
+        begin = lambda to: to._allgather_base(table, values)  # noqa: E731
+        finish(launch("all-gather", table, find_group(group), site, begin))
+        return table.view(world_size, -1)
     table = torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, group)
-    return _wait_or_name(table, "all-gather", group).view(world_size, -1)
+    return _wait_or_name(table, "all-gather", group, site).view(world_size, -1)
 
 
-def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
+def receive_from(
+    values: Tensor, group: str, world_size: int, peers: Tensor, site: tuple[Any, ...] = ()
+) -> Tensor:
     """What rank ``peers[0]`` holds, for a permutation that only the device knows.
 
     It costs an all-gather: each rank receives W * K values to use K of them, because a send needs
@@ -150,27 +167,30 @@ def receive_from(values: Tensor, group: str, world_size: int, peers: Tensor) -> 
         group: a name from :func:`active_group`, not ``NO_GROUP``.
         world_size: number of its ranks.
         peers: (2,), int64: the rank to receive from, and the rank that receives from this one.
+        site: as :func:`all_reduce_sum` takes it.
     """
     if torch.is_grad_enabled() and values.requires_grad:
-        return _ReceiveFrom.apply(values, group, world_size, peers)
-    return all_gather(values, group, world_size).index_select(0, peers[:1])[0]
+        return _ReceiveFrom.apply(values, group, world_size, peers, site)
+    return all_gather(values, group, world_size, site).index_select(0, peers[:1])[0]
 
 
 class _ReceiveFrom(torch.autograd.Function):
     """:func:`receive_from` with its gradient."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: str, world_size: int, peers: Tensor) -> Tensor:
+    def forward(ctx, values, group, world_size, peers, site) -> Tensor:
         ctx.save_for_backward(peers)
         ctx.group = group
         ctx.world_size = world_size
-        return receive_from(values.detach(), group, world_size, peers)
+        ctx.site = site
+        return receive_from(values.detach(), group, world_size, peers, site)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (peers,) = ctx.saved_tensors
-        grad = receive_from(grad.contiguous(), ctx.group, ctx.world_size, peers.flip(0))
-        return grad, None, None, None
+        peers = peers.flip(0)
+        grad = receive_from(grad.contiguous(), ctx.group, ctx.world_size, peers, ctx.site)
+        return grad, None, None, None, None
 
 
 def all_gather_numbers(numbers: list[int], group: str, device: torch.device) -> list[list[int]]:

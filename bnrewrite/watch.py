@@ -1,4 +1,4 @@
-"""All-reduces on the CPU whose rank notices while it waits that something is wrong.
+"""Collectives on the CPU whose rank notices while it waits that something is wrong.
 
 The collectives of torch block in C++ until their time-out, whatever happens elsewhere. Here the
 rank looks up now and then, and what the backend says is put into an error that names the site.
@@ -7,6 +7,7 @@ rank looks up now and then, and what the backend says is put into an error that 
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -26,39 +27,47 @@ _WORK = "_bnrewrite_work"
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
+    what: str
     work: Any
     group: dist.ProcessGroup
     site: tuple[Any, ...]
     started: float
 
 
-def can_watch(packed: Tensor) -> bool:
+def can_watch(sent: Tensor) -> bool:
     """Whether nothing looks at the ops that run, so that collectives need not be functional ones.
 
     Other devices than the CPU do not make the host wait.
     """
-    return packed.is_cpu and type(packed) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return sent.is_cpu and type(sent) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
-def launch(packed: Tensor, group: dist.ProcessGroup, site: tuple[Any, ...]) -> Tensor:
-    """Launches the sum of ``packed`` over the ranks of ``group``; :func:`finish` waits for it.
+def launch(
+    what: str,
+    result: Tensor,
+    group: dist.ProcessGroup,
+    site: tuple[Any, ...],
+    begin: Callable[[dist.ProcessGroup], Any],
+) -> Tensor:
+    """Launches a collective into ``result``, which is returned; :func:`finish` waits for it.
 
     Args:
-        packed: (K,), on the CPU; it is left as it is.
+        what: how messages call it.
+        result: on the CPU.
         group: with more than one rank.
         site: tensors of the sites, by which an error finds their names.
+        begin: launches it in the group and gives torch's work.
 
     Raises:
         PeerError: another rank died or left.
     """
-    reduced = packed.clone()
     started = time.monotonic()
     try:
-        work = group.allreduce([reduced])
+        work = begin(group)
     except RuntimeError as error:
-        raise peer_error("all-reduce", group, site, 0.0, error) from error
-    setattr(reduced, _WORK, _Work(work, group, site, started))
-    return reduced
+        raise peer_error(what, group, site, 0.0, error) from error
+    setattr(result, _WORK, _Work(what, work, group, site, started))
+    return result
 
 
 def is_watched(pending: Tensor) -> bool:
@@ -83,7 +92,7 @@ def finish(pending: Tensor) -> Tensor:
             waited_s = time.monotonic() - launched.started
             if work.is_completed():
                 group, site = launched.group, launched.site
-                raise peer_error("all-reduce", group, site, waited_s, error) from error
+                raise peer_error(launched.what, group, site, waited_s, error) from error
             if waited_s > 2 * _SUSPICIOUS_S:
                 join_open_round(launched.group.group_name)
             patience = timedelta(seconds=1)

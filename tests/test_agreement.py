@@ -210,25 +210,68 @@ def test_with_four_ranks_all_hear_of_the_one_that_differs(ranks: RankPool) -> No
     _assert_all_heard(ranks.run(_one_of_four, 4), r"layer2\.bn1", said)
 
 
-def _change_later(rank: int, world_size: int, change: str) -> tuple[Outcome, Outcome]:
+def _change_later(rank: int, world_size: int, change: str, mode: Any) -> tuple[Outcome, Outcome]:
     """Two good steps, then a flag changes on one rank; after that all ranks do the same again."""
-    model = _net()
+    model = bnrewrite.convert(ResidualNet(), mode)
     for _ in range(2):
         _step(model)
     if rank == 1:
-        model.get_submodule("layer1.bn2" if change == "one" else "layer2").eval()
+        model.get_submodule({"one": "layer1.bn2", "several": "layer2", "all": ""}[change]).eval()
     failed = _outcome(_step, model)
     model.train()
     # The all-reduce in which rank 0 waited has no partner, so this world is spent.
     return failed, _outcome(bnrewrite.check, model)
 
 
-@pytest.mark.parametrize("change", ["one", "several"])
-def test_a_change_on_one_rank_between_steps_is_heard_by_all(ranks: RankPool, change: str) -> None:
-    outcomes = ranks.run(_change_later, 2, change)
-    subject = r"layer1\.bn2" if change == "one" else r"layer2\.bn1"
+@pytest.mark.parametrize(
+    ("change", "subject"), [("one", r"layer1\.bn2"), ("several", r"layer2\.bn1"), ("all", "bn")]
+)
+@pytest.mark.parametrize(
+    "mode", ["sync", "shuffle", bnrewrite.Shuffle(running="group")], ids=["sync", "ring", "group"]
+)
+def test_a_change_on_one_rank_between_steps_is_heard_by_all(
+    ranks: RankPool, change: str, subject: str, mode: object
+) -> None:
+    """A rank that evaluates its whole model has nothing to communicate: its backward asks."""
+    outcomes = ranks.run(_change_later, 2, change, mode)
     _assert_all_heard([first for first, _ in outcomes], subject, "rank 1: it evaluates")
     assert [kind for _, (kind, _, _) in outcomes] == ["", ""]
+
+
+def _evaluate_alone(rank: int, world_size: int) -> list[float]:
+    """Rank 0 evaluates with gradients enabled while rank 1 waits, and then goes on."""
+    model = _net()
+    _step(model)
+    start = time.monotonic()
+    if rank == 0:
+        model.eval()
+        for _ in range(6):
+            model(_x())
+            time.sleep(1.0)
+        model.train()
+    _step(model)
+    return [time.monotonic() - start]
+
+
+def test_a_rank_may_evaluate_for_long_while_others_wait(ranks: RankPool) -> None:
+    for (seconds,) in ranks.run(_evaluate_alone, 2):
+        assert seconds < SECONDS
+
+
+def _attack(rank: int, world_size: int) -> list[int]:
+    """Agreements of steps in which all ranks go backward through an evaluation, then train."""
+    model = _net()
+    counts = []
+    for _ in range(3):
+        with _Count() as count:
+            _step(model.eval())
+            _step(model.train())
+        counts.append(count.num)
+    return counts
+
+
+def test_evaluation_with_gradients_on_all_ranks_is_agreed_on_once(ranks: RankPool) -> None:
+    assert ranks.run(_attack, 2) == [[2, 0, 0]] * 2
 
 
 class _Count:

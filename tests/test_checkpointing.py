@@ -1,6 +1,7 @@
 """Activation checkpointing across ranks: the batch counts once, and all ranks keep their order."""
 
 import functools
+import gc
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 import bnrewrite
+from bnrewrite.ops import checkpointing
 from tests.models import Block, perturb
 from tests.ranks import CountCollectives, RankPool
 
@@ -32,6 +34,14 @@ SAVED = (
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+NESTED = {
+    f"{outer} around {inner}": (outer == "reentrant", inner == "reentrant")
+    for outer in ("reentrant", "non-reentrant")
+    for inner in ("reentrant", "non-reentrant")
+}
+"""Checkpoints in checkpoints: whether each of the two is reentrant."""
 
 
 class Net(nn.Module):
@@ -58,6 +68,10 @@ class Net(nn.Module):
         if self.how == "selective":
             contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
             return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        if self.how in NESTED:
+            outer, inner = NESTED[self.how]
+            inside = functools.partial(checkpoint, block, use_reentrant=inner)
+            return checkpoint(inside, x, use_reentrant=outer)
         if self.how == "sequential":
             return checkpoint_sequential(nn.Sequential(block), 1, x, use_reentrant=False)
         return checkpoint(block, x, use_reentrant=self.how == "reentrant")
@@ -116,9 +130,11 @@ def _assert_equal(results: list[list[Tensor]], expected: list[Tensor]) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", ["none", "reentrant", "non-reentrant", "sequential", "selective"])
+@pytest.mark.parametrize(
+    "how", ["none", "reentrant", "non-reentrant", "sequential", "selective", *NESTED]
+)
 def test_training_equals_one_process_without_checkpointing(ranks: RankPool, how: str) -> None:
-    wrap = "static graph" if how == "reentrant" else "DDP"
+    wrap = "DDP" if how in ("none", "non-reentrant", "sequential", "selective") else "static graph"
     _assert_equal(ranks.run(_rank, 2, how, wrap), _expected())
 
 
@@ -128,28 +144,143 @@ def test_so_it_does_with_other_wrappers(ranks: RankPool, how: str, wrap: str) ->
     _assert_equal(ranks.run(_rank, 2, how, wrap), _expected())
 
 
-def _count(rank: int, world_size: int, how: str) -> list[tuple[str, int]]:
-    model = bnrewrite.convert(_net(how), passes=())
-    with CountCollectives() as comm:
-        model(_x(2 + rank, 0)).square().sum().backward()
-    assert int(model.get_buffer("blocks.0.bn1.num_batches_tracked")) == 1
-    return [(name, size) for name, _, size in comm.seen]
+HOWS = ("none", "reentrant", "non-reentrant", "selective", *NESTED)
 
 
-def test_recomputation_communicates_in_one_order_and_not_where_results_are_saved(
-    ranks: RankPool,
+def _count(rank: int, world_size: int, passes: tuple[str, ...] | None) -> dict[str, Any]:
+    """Collectives and gradients of a step, for every way to checkpoint."""
+    found = {}
+    for how in HOWS:
+        model = bnrewrite.convert(_net(how), passes=passes)
+        with CountCollectives() as comm:
+            model(_x(2 + rank, 0)).square().sum().backward()
+        assert int(model.get_buffer("blocks.0.bn1.num_batches_tracked")) == 1
+        found[how] = [(name, size) for name, _, size in comm.seen], _gradients(model)
+    return found
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("passes", [(), None], ids=["no passes", "all passes"])
+def test_recomputation_communicates_nothing_again(
+    ranks: RankPool, passes: tuple[str, ...] | None
 ) -> None:
-    counts = {}
-    for how in ("none", "reentrant", "non-reentrant", "selective"):
-        seen = ranks.run(_count, 2, how)
-        assert seen[0] == seen[1]
-        counts[how] = len(seen[0])
-    num = 8
-    assert counts["none"] == 2 * num
-    assert counts["selective"] == 2 * num
-    assert counts["reentrant"] == 2 * num + Net.NUM_INSIDE
-    # It stops once all that backward needs is there.
-    assert 2 * num < counts["non-reentrant"] <= 2 * num + Net.NUM_INSIDE
+    for found in ranks.run(_count, 2, passes):
+        seen, expected = found["none"]
+        assert len(seen) == 2 * (8 if passes == () else 7)
+        for how in HOWS:
+            assert sorted(found[how][0]) == sorted(seen), how
+            for ours, theirs in zip(found[how][1], expected, strict=True):
+                assert torch.equal(ours, theirs), how
+
+
+class Twice(nn.Module):
+    """A checkpoint that evaluates one site twice, and is itself called twice before backward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm = perturb(nn.Sequential(nn.BatchNorm1d(3), nn.Tanh())).double()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inside(x: Tensor) -> Tensor:
+            return self.norm(self.norm(x) * x)
+
+        if self.how == "none":
+            return inside(inside(x) + x)
+        run = functools.partial(checkpoint, use_reentrant=self.how == "reentrant")
+        return run(inside, run(inside, x) + x)  # pyright: ignore
+
+
+def _twice(rank: int, world_size: int) -> dict[str, list[Tensor]]:
+    found = {}
+    for how in ("none", "reentrant", "non-reentrant"):
+        torch.manual_seed(0)
+        model = bnrewrite.convert(Twice(how))
+        torch.manual_seed(rank)
+        x, other = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        # Backward runs the later forward again first; the first is run again a second time.
+        loss, later = model(x).square().sum(), model(other).cos().sum()
+        with CountCollectives() as comm:
+            later.backward()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert len(comm.seen) == 3 * 4
+        assert x.grad is not None
+        assert other.grad is not None
+        found[how] = [x.grad, other.grad, *_gradients(model), *model.buffers()]
+    return found
+
+
+def test_every_evaluation_finds_its_own_result(ranks: RankPool) -> None:
+    for found in ranks.run(_twice, 2):
+        for how in ("reentrant", "non-reentrant"):
+            _assert_equal([found[how]], found["none"])
+
+
+def _abandoned(rank: int, world_size: int, how: str) -> int:
+    """Results that are still kept after a forward whose backward never comes."""
+    model = bnrewrite.convert(_net(how))
+    y = model(_x(2, 0))
+    assert _num_records() > 0
+    del y
+    return _num_records()
+
+
+def _num_records() -> int:
+    gc.collect()
+    return sum(type(one) is checkpointing._Record for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("how", ["reentrant", "non-reentrant"])
+def test_what_was_kept_goes_with_the_graph(ranks: RankPool, how: str) -> None:
+    assert ranks.run(_abandoned, 2, how) == [0, 0]
+
+
+def _untracked(rank: int, world_size: int) -> list[tuple[int, list[Tensor]]]:
+    """Collectives and gradients without checkpointing and with it."""
+    found = []
+    for how in (False, True):
+        torch.manual_seed(0)
+        norms = nn.Sequential(
+            nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Linear(3, 3)
+        ).double()
+        bnrewrite.convert(norms)
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        with CountCollectives() as comm:
+            y = checkpoint(norms, x, use_reentrant=False) if how else norms(x)
+            y.square().sum().backward()  # pyright: ignore
+        found.append((len(comm.seen), _gradients(norms)))
+    return found
+
+
+def test_sites_without_running_statistics_communicate_again(ranks: RankPool) -> None:
+    for (num, gradients), (num_again, same) in ranks.run(_untracked, 2):
+        assert (num, num_again) == (2, 3)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def _another_shape(rank: int, world_size: int) -> str:
+    model = bnrewrite.convert(nn.BatchNorm1d(3))
+    sizes = [4, 2]
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def inside(x: Tensor) -> Tensor:
+        return model(x[: sizes.pop(0)])
+
+    y: Any = checkpoint(inside, x, use_reentrant=False)
+    with pytest.raises(bnrewrite.BnRewriteError) as caught:
+        y.sum().backward()
+    return str(caught.value)
+
+
+def test_a_forward_that_does_something_else_again_is_an_error(ranks: RankPool) -> None:
+    for message in ranks.run(_another_shape, 2):
+        assert "shape (2, 3) where the first run had (4, 3)" in message
 
 
 def _compiled(rank: int, world_size: int, inside: bool) -> list[Tensor]:

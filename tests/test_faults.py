@@ -25,6 +25,13 @@ SLACK_S = 6.0
 
 VICTIM = 1
 
+SHUFFLES = {
+    "shuffle group": bnrewrite.Shuffle(running="group"),
+    "shuffle ring": bnrewrite.Shuffle(),
+    "shuffle random": bnrewrite.Shuffle(schedule="random"),
+}
+"""Three ways to borrow statistics, each with other collectives."""
+
 
 class Trap(nn.Module):
     """Passes values on, and runs a function on the way forward or back."""
@@ -107,8 +114,7 @@ def _live_through(
     """What a survivor sees, its state at the restart and after training on."""
     worlds.join("first", [0, 1, 2])
     rank = worlds.rank
-    mode = bnrewrite.Shuffle(running="group") if wrap == "shuffle" else "sync"
-    model = bnrewrite.convert(_net(), mode)
+    model = bnrewrite.convert(_net(), SHUFFLES.get(wrap, "sync"))
     if wrap == "compiled":
         model.compile(backend="aot_eager")
     ddp: Any = DistributedDataParallel(model) if wrap == "DDP" else model
@@ -156,7 +162,9 @@ def _live_through(
         ("SIGSTOP", "between", "plain"),
         ("SIGKILL", "backward", "compiled"),
         ("SIGSTOP", "forward", "compiled"),
-        ("SIGKILL", "forward", "shuffle"),
+        ("SIGKILL", "forward", "shuffle group"),
+        ("SIGKILL", "backward", "shuffle ring"),
+        ("SIGKILL", "backward", "shuffle random"),
     ],
 )
 def test_survivors_hear_of_it_and_train_on(how: str, when: str, wrap: str) -> None:
@@ -165,7 +173,7 @@ def test_survivors_hear_of_it_and_train_on(how: str, when: str, wrap: str) -> No
         assert seconds < TIMEOUT_S + SLACK_S
         if wrap != "DDP" or when != "between":
             _assert_named(kind, message, when, wrap)
-        if wrap == "shuffle":
+        if wrap in SHUFFLES:
             assert all(bool(tensor.isfinite().all()) for tensor in trained.values())
             continue
         model = _net()
@@ -182,12 +190,12 @@ def _assert_named(kind: str, message: str, when: str, wrap: str) -> None:
         assert re.search("Connection|Timed out|timed out", message), message
         return
     assert kind == "PeerError", message
-    if wrap == "shuffle":
-        assert message.startswith("a BatchNorm site: the all-gather over the default process group")
-        return
     # The trap lies between the sites: forward the second one waits, backward the first one.
     site = {"forward": "bn2", "backward": "bn1", "between": "bn1"}[when]
-    assert message.startswith(f"{site}: the all-reduce over the default process group"), message
+    what = "all-reduce"
+    if wrap.startswith("shuffle"):
+        what = "exchange" if wrap == "shuffle ring" else "all-gather"
+    assert message.startswith(f"{site}: the {what} over the default process group"), message
     assert "(ranks [0, 1, 2], this is rank" in message
     assert "destroy_process_group" in message
 

@@ -110,11 +110,18 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None:
             return call_in_trace(self, args, kwargs)
-        state = self._bnrewrite_owner
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)
         training = module.training and not frozen
         if training:
             self._bnrewrite_schedule.before_collectives()
+            return self._bnrewrite_run(training, args, kwargs)
+        result = self._bnrewrite_run(training, args, kwargs)
+        self._bnrewrite_schedule.after_evaluation(result)
+        return result
+
+    def _bnrewrite_run(self, training: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+        module: Any = self
+        state = self._bnrewrite_owner
         if state is not None:
             captured = state.train if training else state.eval
             values = captured.bind(args, kwargs)

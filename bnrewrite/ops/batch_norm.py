@@ -11,7 +11,8 @@ from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
-from bnrewrite.ops.library import LIBRARY, below_autograd
+from bnrewrite.ops.checkpointing import communicate_once
+from bnrewrite.ops.library import LIBRARY
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import normalize_sites
 from bnrewrite.ops.sites import Site, dense, memory_format
@@ -71,16 +72,32 @@ def batch_norm(
     )  # fmt: skip
     if not training and running_mean is not None:
         site.check()
-        return torch.ops.aten.batch_norm.default(
+        y = torch.ops.aten.batch_norm.default(
             input, weight, bias, running_mean, running_var, False, 0.0, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
+        return _lay_out_gradient(y, input)
     if group == NO_GROUP and input.is_cpu:
         _check_statistics(site, group)
         layout = memory_format(input)
         x = input.contiguous(memory_format=layout)
         return apply_batch_norm_local(x, weight, bias, eps, site.running, layout)
     return evaluate_site(site, group)
+
+
+def _lay_out_gradient(y: Tensor, input: Tensor) -> Tensor:
+    """``y``, whose gradient will arrive in the memory format of ``input``.
+
+    The strides of dimensions of size one may be anything, and torch's CPU backward then takes
+    tensors whose values lie in another order for contiguous ones.
+    """
+    if input.dim() < 4 or not (y.requires_grad and input.is_cpu):
+        return y
+    # The size of a channel does not matter; a size that is not known yet may be one.
+    if any(not isinstance(n, int) or n == 1 for n in (input.size(0), *input.shape[2:])):
+        layout = memory_format(input)
+        y.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+    return y
 
 
 def evaluate_site(site: Site, group: str) -> Tensor:
@@ -91,8 +108,12 @@ def evaluate_site(site: Site, group: str) -> Tensor:
     """
     _check_statistics(site, group)
     x = dense(site.input)
-    with below_autograd():
-        totals = all_reduce_sum(MOMENTS(x), group, site.per_channel)
+    totals = communicate_once(
+        (x,),
+        (site.running_mean,),
+        group,
+        lambda: all_reduce_sum(MOMENTS(x), group, site.per_channel),
+    )
     return normalize_sites([site], [x], totals, group)[0]
 
 

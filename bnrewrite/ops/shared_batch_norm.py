@@ -21,6 +21,7 @@ from bnrewrite.collectives import start_all_reduce_sum, wait
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.checkpointing import communicate_once
 from bnrewrite.ops.epilogue import compose, joins_phases
 from bnrewrite.ops.library import LIBRARY, below_autograd
 from bnrewrite.ops.moments import MOMENTS
@@ -70,10 +71,15 @@ def _start_batch_norm(
     taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
     if not taking_part:
         return inputs[0].new_empty(0, dtype=torch.float64)
-    with below_autograd():
-        packed = join([MOMENTS(dense(inputs[i])) for i in taking_part])
+    inputs = [inputs[i] for i in taking_part]
+    name = group[taking_part[0]]
+
+    def launch() -> Tensor:
+        packed = join([MOMENTS(dense(x)) for x in inputs])
         sites = (t for i in taking_part for t in (weight[i], bias[i], running_mean[i]))
-        return start_all_reduce_sum(packed, group[taking_part[0]], tuple(sites))
+        return start_all_reduce_sum(packed, name, tuple(sites))
+
+    return communicate_once(inputs, [running_mean[i] for i in taking_part], name, launch)
 
 
 def _finish_batch_norm(

@@ -49,6 +49,8 @@ class _Plan(NamedTuple):
     detach: bool
     follow_group: bool
     seed: int
+    # Only to name the site if a peer dies; a compiler has no use for it.
+    tensors: tuple[Tensor | None, ...]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -113,7 +115,8 @@ def _shuffle_batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training,
             track_running_stats, momentum, eps, NO_GROUP,
         )  # fmt: skip
-    check(input, (weight, bias, running_mean, running_var))
+    per_channel = (weight, bias, running_mean, running_var)
+    check(input, per_channel)
     if not track_running_stats:
         running_mean = running_var = num_batches_tracked = None
     if input.numel() == input.size(1):
@@ -121,7 +124,7 @@ def _shuffle_batch_norm(
             f"expected more than 1 value per channel on every rank when shuffling statistics, got "
             f"input size {tuple(input.shape)}: a peer cannot use the variance of a single value. "
             "Use a larger batch, mode 'sync', or .eval() on the layer.",
-            (weight, bias, running_mean, running_var),
+            per_channel,
         )
     is_random = schedule == "random"
     if is_random and num_batches_tracked is not None and _recomputes():
@@ -139,6 +142,7 @@ def _shuffle_batch_norm(
         detach=backward == "detach",
         follow_group=running == "group" and running_mean is not None,
         seed=seed,
+        tensors=() if torch.compiler.is_compiling() else per_channel,
     )
     return _ShuffleBatchNorm.apply(
         dense(input),
@@ -212,8 +216,8 @@ def _borrow(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Packed sums of the peer; in a random schedule peer and borrower; if known, all ranks' sum."""
     if not plan.is_random and not plan.follow_group:
-        return send_around(own, plan.group, plan.place, 1), None, None
-    table = all_gather(own, plan.group, plan.world_size)
+        return send_around(own, plan.group, plan.place, 1, plan.tensors), None, None
+    table = all_gather(own, plan.group, plan.world_size, plan.tensors)
     everyone = table.sum(0)
     if not plan.is_random:
         return table[(plan.rank + 1) % plan.world_size], None, everyone
@@ -234,9 +238,9 @@ def _substitute(own: Tensor, x: Tensor, everyone: Tensor | None, plan: _Plan) ->
 def _receive(values: Tensor, peers: Tensor | None, plan: _Plan, shift: int) -> Tensor:
     """What the peer (shift 1) or the borrower (shift -1) holds, differentiably."""
     if peers is None:
-        return send_around(values, plan.group, plan.place, shift)
+        return send_around(values, plan.group, plan.place, shift, plan.tensors)
     peers = peers if shift == 1 else peers.flip(0)
-    return receive_from(values, plan.group, plan.world_size, peers)
+    return receive_from(values, plan.group, plan.world_size, peers, plan.tensors)
 
 
 def _backward(ctx, grad, x, weight, stats, own, alone, peers):

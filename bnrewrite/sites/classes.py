@@ -25,6 +25,13 @@ class Converted:
                 schedule.change()
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        module: Any = self
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.before_load()
+        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # pyright: ignore
         module: Any = self

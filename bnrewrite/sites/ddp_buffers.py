@@ -1,12 +1,16 @@
 """Buffers that ``DistributedDataParallel`` need not broadcast before every forward.
 
 Sites that take their statistics over all ranks update their buffers alike, bit for bit. DDP's own
-broadcast, in its constructor and before the first forward, has made them equal by then.
+broadcast, in its constructor and before the first forward, has made them equal by then. When a rank
+loads a state afterwards, its next forward asks the others to take over the buffers of rank 0.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -16,9 +20,17 @@ class DDPBuffers:
     def __init__(self) -> None:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._left_out: set[str] = set()
+        self._group = ""
+        self._hook: Any = None
+        # What the buffers held before a state was loaded.
+        self._before: list[Tensor] = []
 
-    def leave_out(self, ddp: DistributedDataParallel, members: list[Any]) -> None:
+    def leave_out(
+        self, ddp: DistributedDataParallel, members: list[Any], before_forward: Callable[..., None]
+    ) -> None:
         """Leaves buffers that are equal on all ranks out of the broadcasts of ``ddp``.
+
+        ``before_forward`` is called before its forwards from then on.
 
         It is called when all ranks have agreed, so that all of them change their broadcast alike.
         """
@@ -30,10 +42,13 @@ class DDPBuffers:
         }
         names = {name for name, buffer in ddp.module.named_buffers() if id(buffer) in equal}
         self._ddp = weakref.ref(ddp)
+        self._group = group
         # What the user has left out himself stays out.
         self._left_out = names - set(ddp.parameters_to_ignore)
         ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | names
         ddp._assign_modules_buffers()
+        if names:
+            self._hook = ddp.register_forward_pre_hook(before_forward)
 
     def put_back(self) -> None:
         """Undoes :meth:`leave_out`."""
@@ -41,5 +56,32 @@ class DDPBuffers:
         if ddp is not None:
             ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) - self._left_out
             ddp._assign_modules_buffers()
-        self._ddp = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._ddp = self._hook = None
         self._left_out = set()
+        self._before = []
+
+    def tensors(self, group: str) -> list[Tensor]:
+        """Buffers that no broadcast over ``group`` makes equal, in the order of all ranks."""
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is None or group != self._group:
+            return []
+        return [ddp.module.get_buffer(name) for name in sorted(self._left_out)]
+
+    def before_load(self) -> None:
+        """Notes what the buffers hold; a site calls it before it loads a state."""
+        if self._left_out and not self._before:
+            self._before = [buffer.clone() for buffer in self.tensors(self._group)]
+
+    def loaded(self, group: str | None = None) -> bool:
+        """Whether buffers, of ``group`` or any, differ from before a load that others may lack."""
+        if not self._before or group not in (None, self._group):
+            return False
+        # A state that was put back has changed nothing.
+        pairs = zip(self.tensors(self._group), self._before, strict=False)
+        return not all(torch.equal(now, before) for now, before in pairs)
+
+    def forget_load(self) -> None:
+        """Notes that all ranks have the same again."""
+        self._before = []

@@ -139,26 +139,18 @@ class SiteForward(Converted):
         training = module.training and not isinstance(state.mode, Frozen)
         if training:
             self._bnrewrite_schedule.before_collectives()
+        arguments = (
+            input, module.weight, module.bias, module.running_mean, module.running_var,
+            module.num_batches_tracked, training, module.track_running_stats, module.momentum,
+            module.eps,
+        )  # fmt: skip
         try:
-            return evaluate(
-                state.mode,
-                state.number,
-                active_group(state.group, training),
-                (
-                    input,
-                    module.weight,
-                    module.bias,
-                    module.running_mean,
-                    module.running_var,
-                    module.num_batches_tracked,
-                    training,
-                    module.track_running_stats,
-                    module.momentum,
-                    module.eps,
-                ),
-            )
+            y = evaluate(state.mode, state.number, active_group(state.group, training), arguments)
         except UnsupportedBatchNorm as error:
             raise state.named(error) from error
+        if not training:
+            self._bnrewrite_schedule.after_evaluation(y)
+        return y
 
 
 _ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from bnrewrite.agreement import Line, View, agree, can_agree, default_group
 from bnrewrite.errors import BnRewriteError
@@ -34,6 +35,9 @@ EVERY_GROUP = "*"
 
 _PATIENCE_S = 3.0
 """How long a rank that communicates nothing waits for others to say that they do."""
+
+_PATIENCE_IN_BACKWARD_S = 8.0
+"""The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
 
 
 def _changed() -> object:
@@ -71,6 +75,8 @@ class Schedule:
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
         self._agreed: tuple[Callable[[], object], list[bool]] | None = None
+        # Flags with which gradients of evaluations were asked for, and the default group then.
+        self._evaluated: tuple[Callable[[], object], list[list[bool]]] = (_alone, [])
         # The DDP instance that was running then.
         self._told: Callable[[], object] = _alone
         _living[self.key] = self
@@ -91,6 +97,11 @@ class Schedule:
         """Notes that a flag of a member changes."""
         self._seen = _changed
 
+    def before_load(self) -> None:
+        """Notes that a member is about to load a state."""
+        self.ddp_buffers.before_load()
+        self._seen = _changed
+
     def before_collectives(self) -> None:
         """Agrees with the other ranks if anything changed since; a member calls it in training.
 
@@ -102,6 +113,39 @@ class Schedule:
             _agree_while_compiling(self.key)
         elif self.is_news():
             self.look()
+
+    def after_evaluation(self, result: Any) -> None:
+        """Asks the others before backward goes through ``result`` of a member that evaluates.
+
+        A rank may evaluate by itself while others wait. One that goes backward through it trains,
+        and if others train with batch statistics meanwhile, they wait for it for ever.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self._seen() is not default_group():
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    leaf.register_hook(self._before_backward)
+                    break
+
+    def _before_backward(self, _: Tensor) -> None:
+        world = default_group()
+        if world is None or self._seen() is world or not check_enabled():
+            return
+        members = self.members()
+        flags = [member.training for member in members]
+        group, known = self._evaluated
+        known = known if group() is world else []
+        if flags not in known:
+            views = list(self._views(members))
+            evaluates = any(said == EVALUATES for _, view in views for _, said in view.others)
+            if not evaluates or not all(view.empty for _, view in views):
+                # Something trains; it asks by itself when it is called.
+                return
+            for name, view in views:
+                agree(name, view, patience_s=_PATIENCE_IN_BACKWARD_S)
+            self._evaluated = weakref.ref(world), [*known, flags]
+        self._seen = weakref.ref(world)
 
     def is_news(self) -> bool:
         """Whether a flag, the world or the DDP instance that runs has changed since the last look.
@@ -121,13 +165,15 @@ class Schedule:
         if world is not None and (by_hand or check_enabled()):
             agreed = self._agreed is not None and self._agreed[0]() is world
             agreed = agreed and self._agreed is not None and self._agreed[1] == flags
-            if by_hand or not agreed:
+            if by_hand or not agreed or self.ddp_buffers.loaded():
                 # Every group is asked, whatever the others answered.
                 answers = [
                     agree(name, view, patience_s=_patience_s(view, by_hand), by_hand=by_hand)
                     for name, view in self._views(members)
                 ]
                 agreed = all(answers)
+                if agreed:
+                    self.ddp_buffers.forget_load()
             if agreed:
                 self._agreed = (weakref.ref(world), flags)
                 self._tell_ddp(members)
@@ -143,8 +189,13 @@ class Schedule:
         """
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None:
-            self.ddp_buffers.leave_out(ddp, members)
+            self.ddp_buffers.leave_out(ddp, members, self._before_ddp)
             shadow_when_done(ddp)
+
+    def _before_ddp(self, *_: Any) -> None:
+        """Looks before a forward of DDP whether a state was loaded, as compiled members cannot."""
+        if not torch.compiler.is_compiling() and self.ddp_buffers.loaded():
+            self.look()
 
     def members(self) -> list[Any]:
         """Living sites and owners, in the order in which they entered."""
@@ -170,8 +221,18 @@ class Schedule:
             group = default_group() if name == DEFAULT_GROUP else find_group(name)
             if can_agree(group):
                 mine = lines.get(name, [])
-                view = View(model, (*head, *mine, *graphs), others, empty=not mine)
-                yield group.group_name, view
+                place = group.group_name
+                yield (
+                    place,
+                    View(
+                        model,
+                        (*head, *mine, *graphs),
+                        others,
+                        empty=not mine,
+                        loaded=self.ddp_buffers.loaded(place),
+                        state=functools.partial(self.ddp_buffers.tensors, place),
+                    ),
+                )
 
 
 def _patience_s(view: View, by_hand: bool) -> float | None:
