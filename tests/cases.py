@@ -859,3 +859,18 @@ class CallsForwardOfChildren(nn.Module):
         for layer in self.residual:
             x = x + layer.forward(x)
         return x * self.inner.bn.forward(x)
+
+
+@case(lambda n: ((torch.randn(n, 3, 8, 8), torch.randn(n, 3, 8, 8)), {}))
+class SecondArgumentFirst(nn.Module):
+    """What the second argument goes through takes longer, so that it begins first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.short = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(y))))
+        return self.short(x) - y
