@@ -16,7 +16,7 @@ from bnrewrite.modes import ModeTable
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.replace_batch_norm import functional_name
-from bnrewrite.sites.classes import converted_class, original_class
+from bnrewrite.sites.classes import below, converted_class, original_class
 from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
 
 
@@ -50,7 +50,7 @@ class Capture:
         eval: the graph for evaluation, the same object if one serves both.
         reports: what each pass did in the training graph, by pass name.
         refused: why the module could not be captured.
-        assumptions: what the trace that was refused had read by then.
+        assumptions: what the trace had read, if there is no graph.
     """
 
     train: Captured | None
@@ -97,17 +97,14 @@ def _capture(module: nn.Module, recipe: Recipe) -> Capture:
         optimised, more = _optimise(module, recipe, flags, train)
         reports |= more
         if not owns_site and optimised is train:
-            return Capture(None, None, reports)
+            return Capture(None, None, reports, assumptions=optimised.assumptions)
         eval = train
         if train.assumptions.reads_training:
             eval, _ = _trace(module, recipe, flags, training=False)
-            train.finish(module)
-            eval.finish(module)
-            if eval.code == train.code and eval.assumptions == train.assumptions:
+            if eval.same_as(train):
                 eval = train
-        for one in (optimised, eval):
-            if one.function is None:
-                one.finish(module)
+        for one in {id(one): one for one in (optimised, eval)}.values():
+            one.finish()
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
     finally:
@@ -128,7 +125,7 @@ def _trace(
     tracer = OwnerTracer(through)
     for child in flags:
         child.__dict__["training"] = training
-    traced = [module, *map(module.get_submodule, through)]
+    traced = [module, *(below(module, path) for path in through)]
     classes = [type(one) for one in traced]
     for one in traced:
         one.__class__ = _without_owner(one)
@@ -193,7 +190,9 @@ def _optimise(
                 return latest.graph, through
         return None
 
-    target = _target(module, recipe, dataclasses.replace(plain, graph=copy.deepcopy(plain.graph)))
+    # Passes change graphs with sites in place, and the plain one stays in use.
+    own = copy.deepcopy(plain.graph) if any(plain.site_calls()) else plain.graph
+    target = _target(module, recipe, dataclasses.replace(plain, graph=own))
     target.retrace = retrace
     reports = run_optimising(target, recipe.passes)
     gains = [name for name, report in reports.items() if name != "inline_children"]
@@ -225,25 +224,26 @@ def _without_owner(module: nn.Module) -> type:
 def _structure(module: nn.Module, recipe: Recipe) -> Any:
     """What must be equal for two modules to share a graph, besides what their traces read."""
     first: dict[int, int] = {}
-    inside = tuple(
-        (path, original_class(child), first.setdefault(id(child), len(first)), has_hooks(child))
-        for path, child in module.named_modules(remove_duplicate=False)
-    )
-    sites = [
-        (path, state.mode, state.group, first.setdefault(id(child.running_mean), len(first)))
-        for path, child in module.named_modules(remove_duplicate=False)
-        if is_site(child) and (state := site_state(child))
-    ]
+    inside: list[tuple] = []
+    sites: list[tuple] = []
+    marked: list[tuple[str, bool]] = []
+    watched = bool(recipe.untraced or recipe.keep)
+    for path, child in module.named_modules(remove_duplicate=False):
+        number = first.setdefault(id(child), len(first))
+        inside.append((path, original_class(child), number, has_hooks(child)))
+        if is_site(child):
+            state = site_state(child)
+            running = first.setdefault(id(child.running_mean), len(first))
+            sites.append((path, state.mode, state.group, running))
+        name = joined(recipe.name, path) if watched else ""
+        if watched and (
+            name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
+        ):
+            marked.append((path, name in recipe.untraced))
     functional = tuple(
         recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
     )
-    marked = tuple(
-        (path, name in recipe.untraced)
-        for path, _ in module.named_modules()
-        if (name := joined(recipe.name, path)) in recipe.untraced
-        or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
-    )
-    return inside, tuple(sites), functional, marked
+    return tuple(inside), tuple(sites), functional, tuple(marked)
 
 
 _FUNCTIONAL = 8
@@ -254,7 +254,7 @@ that tell the ninth from the eighth rarer."""
 def _renamed(earlier: Capture, module: nn.Module, recipe: Recipe) -> Capture:
     def name_of(name: str, path: str | None, owner: str) -> str:
         if path is not None:
-            child = module.get_submodule(path)
+            child = below(module, path)
             return site_state(child).name if is_site(child) else joined(recipe.name, path)
         if is_site(module):
             return site_state(module).name

@@ -13,7 +13,7 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.rounds import Communication, communication
-from bnrewrite.sites.classes import Converted, change_class, restore_class
+from bnrewrite.sites.classes import Converted, below, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     SITE_TENSORS,
@@ -120,7 +120,7 @@ class OwnerForward(Converted):
             values = captured.bind(args, kwargs)
             if values is not None and captured.holds(module):
                 try:
-                    return captured.function(self, *values)  # pyright: ignore
+                    return captured.run(module, values)
                 except UnsupportedBatchNorm as error:
                     named = _named(module, captured, error)
                     if named is error:
@@ -176,7 +176,7 @@ def communication_of(module: nn.Module) -> Communication:
     if state is not None:
         for node in state.train.graph.nodes:
             total = total.plus(
-                communication(node, lambda path: communication_of(module.get_submodule(path)))
+                communication(node, lambda path: communication_of(below(module, path)))
             )
     elif is_site(module):
         mode = site_state(module).mode
@@ -203,7 +203,7 @@ def _named(
 ) -> UnsupportedBatchNorm:
     """The error with the name of the site whose parameters the failed op was given."""
     for path in captured.sites:
-        site = owner.get_submodule(path)
+        site = below(owner, path)
         own = [getattr(site, name) for name in SITE_TENSORS]
         if any(mine is not None and mine is its for mine in own for its in error.tensors):
             return site_state(site).named(error)
