@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.tracer import OwnerTracer
+from tests.cases import DenseLayers
 
 
 class Wrapper(nn.Module):
@@ -104,6 +105,16 @@ def test_code_is_compiled_when_a_graph_is_first_called() -> None:
     model(torch.randn(2, 3, 4, 4))
     assert state.train.function is not None
     assert state.eval.function is None
+
+
+def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:
+    """As those of DenseNet, which are called with lists."""
+    x = torch.randn(4, 3, 5, 5)
+    for argument, used in ((x, [True, False]), ([x], [False, True])):
+        layer: Any = bnrewrite.convert(DenseLayers().first)
+        layer(argument)
+        state: Any = owner_state(layer)
+        assert [form.function is not None for form in state.train.forms] == used
 
 
 def test_a_model_that_never_ran_compiles_without_a_break() -> None:

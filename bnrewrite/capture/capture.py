@@ -61,7 +61,8 @@ class Capture:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether capturing ``module``, of the same structure, would come out the same."""
-        read = [one.assumptions for one in (self.train, self.eval) if one is not None]
+        graphs = [one for one in (self.train, self.eval) if one is not None]
+        read = [form.assumptions for one in graphs for form in one.forms]
         read += [self.assumptions] if self.assumptions is not None else []
         return bool(read) and all(one.hold_for_another(module) for one in read)
 
@@ -92,25 +93,52 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
 def _capture(module: nn.Module, recipe: Recipe) -> Capture:
     flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
     try:
-        train, reports = _trace(module, recipe, flags, training=True)
+        found = _capture_form(module, recipe, flags, lists=False)
+        if found.eval is not None and found.eval.tensor_arguments:
+            found = _with_lists(found, _capture_form(module, recipe, flags, lists=True))
+    finally:
+        for child, training in flags.items():
+            child.__dict__["training"] = training
+    return found
+
+
+def _capture_form(
+    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], *, lists: bool
+) -> Capture:
+    """Graphs for one form of call: arguments asked for their type are tensors, or lists."""
+    try:
+        train, reports = _trace(module, recipe, flags, training=True, lists=lists)
         owns_site = any(report.rewritten for report in reports.values())
-        optimised, more = _optimise(module, recipe, flags, train)
+        optimised, more = _optimise(module, recipe, flags, train, lists=lists)
         reports |= more
         if not owns_site and optimised is train:
             return Capture(None, None, reports, assumptions=optimised.assumptions)
         eval = train
         if train.assumptions.reads_training:
-            eval, _ = _trace(module, recipe, flags, training=False)
+            eval, _ = _trace(module, recipe, flags, training=False, lists=lists)
             if eval.same_as(train):
                 eval = train
         for one in {id(one): one for one in (optimised, eval)}.values():
             one.finish()
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
-    finally:
-        for child, training in flags.items():
-            child.__dict__["training"] = training
     return Capture(optimised, eval, reports)
+
+
+def _with_lists(tensors: Capture, lists: Capture) -> Capture:
+    """Both forms in one; what the passes did with the second one is what they did with the first.
+
+    Where no graph takes lists, calls with lists run the original forward.
+    """
+    train, eval = tensors.train, tensors.eval
+    if train is None or eval is None or lists.train is None or lists.eval is None:
+        return tensors
+    with_lists = dataclasses.replace(train, otherwise=lists.train)
+    if eval is train and lists.eval is lists.train:
+        return dataclasses.replace(tensors, train=with_lists, eval=with_lists)
+    return dataclasses.replace(
+        tensors, train=with_lists, eval=dataclasses.replace(eval, otherwise=lists.eval)
+    )
 
 
 def _trace(
@@ -119,10 +147,11 @@ def _trace(
     flags: dict[nn.Module, bool],
     *,
     training: bool,
+    lists: bool,
     through: Collection[str] = (),
 ) -> tuple[Captured, dict[str, PassReport]]:
     """The graph of ``module``'s forward with its BatchNorm calls replaced."""
-    tracer = OwnerTracer(through)
+    tracer = OwnerTracer(through, lists=lists)
     for child in flags:
         child.__dict__["training"] = training
     traced = [module, *(below(module, path) for path in through)]
@@ -135,6 +164,11 @@ def _trace(
         for one, cls in zip(traced, classes, strict=True):
             one.__class__ = cls
     forward = original_class(module).forward
+    asked = [
+        index
+        for index, node in enumerate(graph.find_nodes(op="placeholder"))
+        if node.name in tracer.asked
+    ]
     captured = Captured(
         graph=graph,
         training=training,
@@ -144,11 +178,8 @@ def _trace(
             for parameter in list(inspect.signature(forward).parameters.values())[1:]
             if parameter.default is not parameter.empty
         },
-        tensor_arguments=[
-            index
-            for index, node in enumerate(graph.find_nodes(op="placeholder"))
-            if node.name in tracer.tensor_arguments
-        ],
+        tensor_arguments=[] if lists else asked,
+        list_arguments=asked if lists else [],
         assumptions=tracer.assumptions,
     )
     return captured, run_required(_target(module, recipe, captured))
@@ -168,7 +199,12 @@ def _target(module: nn.Module, recipe: Recipe, captured: Captured) -> OwnerGraph
 
 
 def _optimise(
-    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], plain: Captured
+    module: nn.Module,
+    recipe: Recipe,
+    flags: dict[nn.Module, bool],
+    plain: Captured,
+    *,
+    lists: bool,
 ) -> tuple[Captured, dict[str, PassReport]]:
     """What the optimising passes make of a training graph; the graph itself if they gain nothing.
 
@@ -180,7 +216,9 @@ def _optimise(
         nonlocal latest
         while through:
             try:
-                latest, _ = _trace(module, recipe, flags, training=True, through=through)
+                latest, _ = _trace(
+                    module, recipe, flags, training=True, lists=lists, through=through
+                )
             except Refused as refused:
                 lost = {path for path in through if f"{path}.".startswith(f"{refused.scope}.")}
                 if not lost:

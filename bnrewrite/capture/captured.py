@@ -25,9 +25,11 @@ class Captured:
         arguments: names of the required arguments, in order.
         defaults: optional arguments and the values they must keep.
         tensor_arguments: positions of the arguments that must be tensors.
+        list_arguments: positions of those that must be lists.
         assumptions: what else was baked in.
         sites: paths of the BatchNorm modules whose calls became ops.
         function: the compiled graph; its first argument is the owner. None until the first call.
+        otherwise: the graph for calls with lists where this one is for tensors, if there is one.
         key: of the captured graph in this process.
     """
 
@@ -38,7 +40,9 @@ class Captured:
     tensor_arguments: list[int]
     assumptions: Assumptions
     sites: list[str] = dataclasses.field(default_factory=list)
+    list_arguments: list[int] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
+    otherwise: "Captured | None" = None
     key: str = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,16 +81,27 @@ class Captured:
             *map(_spelled, other.graph.nodes)
         ]
 
+    @property
+    def forms(self) -> "tuple[Captured, ...]":
+        """This graph and the one for calls of another form."""
+        return (self,) if self.otherwise is None else (self, self.otherwise)
+
     def order(self) -> tuple[str, ...]:
         """The calls of our ops in order, with the paths of their sites."""
         return tuple(
             f"{node.target._opname}({', '.join(site.path or 'F.batch_norm' for site in sites)})"
-            for node, sites in self.site_calls()
+            for form in self.forms
+            for node, sites in form.site_calls()
         )
 
     def functional_sites(self) -> list[Rewrite]:
         """The sites that are calls of ``F.batch_norm``, once each."""
-        found = {site.name: site for _, sites in self.site_calls() for site in sites}
+        found = {
+            site.name: site
+            for form in self.forms
+            for _, sites in form.site_calls()
+            for site in sites
+        }
         return [site for site in found.values() if site.path is None]
 
     def site_calls(self) -> Iterator[tuple[Any, list[Rewrite]]]:
@@ -112,8 +127,14 @@ class Captured:
             if len(values) != len(self.arguments):
                 return None
             args = tuple(values[name] for name in self.arguments)
+        if any(value is None for value in args):
+            # Code asks for None, and in a trace no argument is.
+            return None
         for position in self.tensor_arguments:
             if not isinstance(args[position], Tensor):
+                return None
+        for position in self.list_arguments:
+            if type(args[position]) is not list:
                 return None
         return args
 

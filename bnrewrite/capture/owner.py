@@ -116,16 +116,10 @@ class OwnerForward(Converted):
         if training:
             self._bnrewrite_schedule.before_collectives()
         if state is not None:
-            captured = state.train if training else state.eval
-            values = captured.bind(args, kwargs)
-            if values is not None and captured.holds(module):
-                try:
-                    return captured.run(module, values)
-                except UnsupportedBatchNorm as error:
-                    named = _named(module, captured, error)
-                    if named is error:
-                        raise
-                    raise named from error
+            for captured in (state.train if training else state.eval).forms:
+                values = captured.bind(args, kwargs)
+                if values is not None and captured.holds(module):
+                    return _run(captured, module, values)
         original = super().forward  # pyright: ignore
         if not is_site(module):
             return original(*args, **kwargs)
@@ -196,6 +190,16 @@ def detach_owner(module: nn.Module) -> None:
     else:
         del module.__dict__[SCHEDULE]
         restore_class(module)
+
+
+def _run(captured: Captured, owner: nn.Module, values: tuple[Any, ...]) -> Any:
+    try:
+        return captured.run(owner, values)
+    except UnsupportedBatchNorm as error:
+        named = _named(owner, captured, error)
+        if named is error:
+            raise
+        raise named from error
 
 
 def _named(

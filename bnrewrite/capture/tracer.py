@@ -46,22 +46,24 @@ class Refused(BnRewriteError):  # noqa: N818
 class OwnerTracer(fx.Tracer):
     """Traces the forward of one module; children are leaves, but for those to trace through.
 
-    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``tensor_arguments`` are
-    the arguments that were asked whether they are tensors. Nodes have the path of the module whose
-    forward made them as ``meta["scope"]``.
+    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``asked`` are the
+    arguments that were asked for their type. Nodes have the path of the module whose forward made
+    them as ``meta["scope"]``.
 
     Args:
         through: paths of children whose forwards become part of the graph.
+        lists: whether arguments that are asked for their type are lists, and not tensors.
     """
 
-    def __init__(self, through: Collection[str] = ()) -> None:
+    def __init__(self, through: Collection[str] = (), *, lists: bool = False) -> None:
         super().__init__(param_shapes_constant=False)
         self._autowrap_search = []
         self._through = through
+        self._lists = lists
         self._scopes = [""]
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
-        self.tensor_arguments: set[str] = set()
+        self.asked: set[str] = set()
         self.refusal: Refused | None = None
         self.recording = False
         self.parameter_proxies: dict[str, fx.Proxy] = {}
@@ -221,10 +223,11 @@ class OwnerTracer(fx.Tracer):
             self.recording = recording
 
     def passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
-        """The answer to ``isinstance``: arguments are taken for tensors until a call differs."""
+        """The answer to ``isinstance``: all arguments that are asked are of one type."""
         if proxy.node.op == "placeholder":
-            self.tensor_arguments.add(proxy.node.name)
-        elif not self._is_layer(proxy.node):
+            self.asked.add(proxy.node.name)
+            return issubclass(list if self._lists else Tensor, classes)
+        if not self._is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
 
