@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, o
 from bnrewrite.capture.capture import Cache, Capture, Recipe
 from bnrewrite.capture.model import capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
+from bnrewrite.capture.patches import patched
 from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
 from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import UNMATCHED, PassReport, Skip
+from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
@@ -114,7 +116,7 @@ def convert(
     )
     found = list(_batch_norms(model))
     _check_sites(found, wanted.modes)
-    with _all_or_nothing(model):
+    with _all_or_nothing(model), patched(), _without_collecting():
         _take_off(model)
         conversion = _put_on(model, found, wanted)
         sites = dict.fromkeys(name for name, _ in found)
@@ -180,7 +182,7 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
     return {
-        name: fx.GraphModule(module, fx.Graph.__deepcopy__(state.train.graph, {}))
+        name: fx.GraphModule(module, with_attribute_nodes(state.train.graph))
         for name, module in model.named_modules()
         if is_owner(module) and (state := owner_state(module)) is not None
     }
@@ -308,6 +310,18 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
         raise
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Leaves Python's search for cycles until later: graphs are many objects, and they stay."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _take_off(model: nn.Module) -> None:

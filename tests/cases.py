@@ -859,3 +859,53 @@ class CallsForwardOfChildren(nn.Module):
         for layer in self.residual:
             x = x + layer.forward(x)
         return x * self.inner.bn.forward(x)
+
+
+@case(lambda n: ((torch.randn(n, 3, 8, 8), torch.randn(n, 3, 8, 8)), {}))
+class SecondArgumentFirst(nn.Module):
+    """What the second argument goes through takes longer, so that it begins first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.short = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(y))))
+        return self.short(x) - y
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(inputs)
+        self.conv = nn.Conv2d(inputs, 4, 1)
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        features = [x] if isinstance(x, Tensor) else x
+        return F.dropout(self.conv(self.bn(torch.cat(features, 1))), 0.1, self.training)
+
+
+@case(splits=False)
+class DenseLayers(nn.Module):
+    """The same layers are called with tensors and with lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _DenseLayer(3), _DenseLayer(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        features.append(self.first(features))
+        features.append(self.first(x))
+        return self.second(features[:2]) * features[2]
+
+
+@case(lambda n: ((torch.randn(n, 3, 8, 8), None if n % 2 else torch.rand(n, 1, 8, 8)), {}))
+class NoneForRequired(Simple):
+    """The caller must name the argument, and may give None."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x if mask is None else x * mask

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import has_hooks
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -114,18 +114,6 @@ class Assumptions:
                 live.clear()
                 (live.extend if isinstance(live, list) else live.update)(copy)
         return changed
-
-
-def below(module: Any, path: str) -> Any:
-    """The submodule at ``path``; "" is the module itself.
-
-    Raises:
-        AttributeError: there is none.
-    """
-    for name in path.split(".") if path else ():
-        child = module._modules.get(name)
-        module = getattr(module, name) if child is None else child
-    return module
 
 
 def _same(value: Any, before: Any) -> bool:

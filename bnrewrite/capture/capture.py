@@ -16,7 +16,7 @@ from bnrewrite.modes import ModeTable
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.replace_batch_norm import functional_name
-from bnrewrite.sites.classes import converted_class, original_class
+from bnrewrite.sites.classes import below, converted_class, original_class
 from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
 
 
@@ -50,7 +50,7 @@ class Capture:
         eval: the graph for evaluation, the same object if one serves both.
         reports: what each pass did in the training graph, by pass name.
         refused: why the module could not be captured.
-        assumptions: what the trace that was refused had read by then.
+        assumptions: what the trace had read, if there is no graph.
     """
 
     train: Captured | None
@@ -61,7 +61,8 @@ class Capture:
 
     def serves(self, module: nn.Module) -> bool:
         """Whether capturing ``module``, of the same structure, would come out the same."""
-        read = [one.assumptions for one in (self.train, self.eval) if one is not None]
+        graphs = [one for one in (self.train, self.eval) if one is not None]
+        read = [form.assumptions for one in graphs for form in one.forms]
         read += [self.assumptions] if self.assumptions is not None else []
         return bool(read) and all(one.hold_for_another(module) for one in read)
 
@@ -92,28 +93,52 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
 def _capture(module: nn.Module, recipe: Recipe) -> Capture:
     flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
     try:
-        train, reports = _trace(module, recipe, flags, training=True)
-        owns_site = any(report.rewritten for report in reports.values())
-        optimised, more = _optimise(module, recipe, flags, train)
-        reports |= more
-        if not owns_site and optimised is train:
-            return Capture(None, None, reports)
-        eval = train
-        if train.assumptions.reads_training:
-            eval, _ = _trace(module, recipe, flags, training=False)
-            train.finish(module)
-            eval.finish(module)
-            if eval.code == train.code and eval.assumptions == train.assumptions:
-                eval = train
-        for one in (optimised, eval):
-            if one.function is None:
-                one.finish(module)
-    except Refused as refused:
-        return Capture(None, None, {}, str(refused), refused.assumptions)
+        found = _capture_form(module, recipe, flags, lists=False)
+        if found.eval is not None and found.eval.tensor_arguments:
+            found = _with_lists(found, _capture_form(module, recipe, flags, lists=True))
     finally:
         for child, training in flags.items():
             child.__dict__["training"] = training
+    return found
+
+
+def _capture_form(
+    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], *, lists: bool
+) -> Capture:
+    """Graphs for one form of call: arguments asked for their type are tensors, or lists."""
+    try:
+        train, reports = _trace(module, recipe, flags, training=True, lists=lists)
+        owns_site = any(report.rewritten for report in reports.values())
+        optimised, more = _optimise(module, recipe, flags, train, lists=lists)
+        reports |= more
+        if not owns_site and optimised is train:
+            return Capture(None, None, reports, assumptions=optimised.assumptions)
+        eval = train
+        if train.assumptions.reads_training:
+            eval, _ = _trace(module, recipe, flags, training=False, lists=lists)
+            if eval.same_as(train):
+                eval = train
+        for one in {id(one): one for one in (optimised, eval)}.values():
+            one.finish()
+    except Refused as refused:
+        return Capture(None, None, {}, str(refused), refused.assumptions)
     return Capture(optimised, eval, reports)
+
+
+def _with_lists(tensors: Capture, lists: Capture) -> Capture:
+    """Both forms in one; what the passes did with the second one is what they did with the first.
+
+    Where no graph takes lists, calls with lists run the original forward.
+    """
+    train, eval = tensors.train, tensors.eval
+    if train is None or eval is None or lists.train is None or lists.eval is None:
+        return tensors
+    with_lists = dataclasses.replace(train, otherwise=lists.train)
+    if eval is train and lists.eval is lists.train:
+        return dataclasses.replace(tensors, train=with_lists, eval=with_lists)
+    return dataclasses.replace(
+        tensors, train=with_lists, eval=dataclasses.replace(eval, otherwise=lists.eval)
+    )
 
 
 def _trace(
@@ -122,13 +147,14 @@ def _trace(
     flags: dict[nn.Module, bool],
     *,
     training: bool,
+    lists: bool,
     through: Collection[str] = (),
 ) -> tuple[Captured, dict[str, PassReport]]:
     """The graph of ``module``'s forward with its BatchNorm calls replaced."""
-    tracer = OwnerTracer(through)
+    tracer = OwnerTracer(through, lists=lists)
     for child in flags:
         child.__dict__["training"] = training
-    traced = [module, *map(module.get_submodule, through)]
+    traced = [module, *(below(module, path) for path in through)]
     classes = [type(one) for one in traced]
     for one in traced:
         one.__class__ = _without_owner(one)
@@ -138,6 +164,11 @@ def _trace(
         for one, cls in zip(traced, classes, strict=True):
             one.__class__ = cls
     forward = original_class(module).forward
+    asked = [
+        index
+        for index, node in enumerate(graph.find_nodes(op="placeholder"))
+        if node.name in tracer.asked
+    ]
     captured = Captured(
         graph=graph,
         training=training,
@@ -147,11 +178,8 @@ def _trace(
             for parameter in list(inspect.signature(forward).parameters.values())[1:]
             if parameter.default is not parameter.empty
         },
-        tensor_arguments=[
-            index
-            for index, node in enumerate(graph.find_nodes(op="placeholder"))
-            if node.name in tracer.tensor_arguments
-        ],
+        tensor_arguments=[] if lists else asked,
+        list_arguments=asked if lists else [],
         assumptions=tracer.assumptions,
     )
     return captured, run_required(_target(module, recipe, captured))
@@ -171,7 +199,12 @@ def _target(module: nn.Module, recipe: Recipe, captured: Captured) -> OwnerGraph
 
 
 def _optimise(
-    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], plain: Captured
+    module: nn.Module,
+    recipe: Recipe,
+    flags: dict[nn.Module, bool],
+    plain: Captured,
+    *,
+    lists: bool,
 ) -> tuple[Captured, dict[str, PassReport]]:
     """What the optimising passes make of a training graph; the graph itself if they gain nothing.
 
@@ -183,7 +216,9 @@ def _optimise(
         nonlocal latest
         while through:
             try:
-                latest, _ = _trace(module, recipe, flags, training=True, through=through)
+                latest, _ = _trace(
+                    module, recipe, flags, training=True, lists=lists, through=through
+                )
             except Refused as refused:
                 lost = {path for path in through if f"{path}.".startswith(f"{refused.scope}.")}
                 if not lost:
@@ -193,7 +228,9 @@ def _optimise(
                 return latest.graph, through
         return None
 
-    target = _target(module, recipe, dataclasses.replace(plain, graph=copy.deepcopy(plain.graph)))
+    # Passes change graphs with sites in place, and the plain one stays in use.
+    own = copy.deepcopy(plain.graph) if any(plain.site_calls()) else plain.graph
+    target = _target(module, recipe, dataclasses.replace(plain, graph=own))
     target.retrace = retrace
     reports = run_optimising(target, recipe.passes)
     gains = [name for name, report in reports.items() if name != "inline_children"]
@@ -225,25 +262,26 @@ def _without_owner(module: nn.Module) -> type:
 def _structure(module: nn.Module, recipe: Recipe) -> Any:
     """What must be equal for two modules to share a graph, besides what their traces read."""
     first: dict[int, int] = {}
-    inside = tuple(
-        (path, original_class(child), first.setdefault(id(child), len(first)), has_hooks(child))
-        for path, child in module.named_modules(remove_duplicate=False)
-    )
-    sites = [
-        (path, state.mode, state.group, first.setdefault(id(child.running_mean), len(first)))
-        for path, child in module.named_modules(remove_duplicate=False)
-        if is_site(child) and (state := site_state(child))
-    ]
+    inside: list[tuple] = []
+    sites: list[tuple] = []
+    marked: list[tuple[str, bool]] = []
+    watched = bool(recipe.untraced or recipe.keep)
+    for path, child in module.named_modules(remove_duplicate=False):
+        number = first.setdefault(id(child), len(first))
+        inside.append((path, original_class(child), number, has_hooks(child)))
+        if is_site(child):
+            state = site_state(child)
+            running = first.setdefault(id(child.running_mean), len(first))
+            sites.append((path, state.mode, state.group, running))
+        name = joined(recipe.name, path) if watched else ""
+        if watched and (
+            name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
+        ):
+            marked.append((path, name in recipe.untraced))
     functional = tuple(
         recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
     )
-    marked = tuple(
-        (path, name in recipe.untraced)
-        for path, _ in module.named_modules()
-        if (name := joined(recipe.name, path)) in recipe.untraced
-        or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
-    )
-    return inside, tuple(sites), functional, marked
+    return tuple(inside), tuple(sites), functional, tuple(marked)
 
 
 _FUNCTIONAL = 8
@@ -254,7 +292,7 @@ that tell the ninth from the eighth rarer."""
 def _renamed(earlier: Capture, module: nn.Module, recipe: Recipe) -> Capture:
     def name_of(name: str, path: str | None, owner: str) -> str:
         if path is not None:
-            child = module.get_submodule(path)
+            child = below(module, path)
             return site_state(child).name if is_site(child) else joined(recipe.name, path)
         if is_site(module):
             return site_state(module).name

@@ -1,13 +1,17 @@
 """A captured graph: how it is called, when it stands for the forward, and the code it became."""
 
 import dataclasses
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from bnrewrite.capture.assumptions import Assumptions, below
+from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.passes.base import Rewrite
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
@@ -21,9 +25,12 @@ class Captured:
         arguments: names of the required arguments, in order.
         defaults: optional arguments and the values they must keep.
         tensor_arguments: positions of the arguments that must be tensors.
+        list_arguments: positions of those that must be lists.
         assumptions: what else was baked in.
         sites: paths of the BatchNorm modules whose calls became ops.
-        function: the compiled graph; its first argument is the owner.
+        function: the compiled graph; its first argument is the owner. None until the first call.
+        otherwise: the graph for calls with lists where this one is for tensors, if there is one.
+        key: of the captured graph in this process.
     """
 
     graph: fx.Graph
@@ -33,41 +40,72 @@ class Captured:
     tensor_arguments: list[int]
     assumptions: Assumptions
     sites: list[str] = dataclasses.field(default_factory=list)
-    code: str = ""
+    list_arguments: list[int] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
+    otherwise: "Captured | None" = None
+    key: str = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A string, since compilers take a number that differs between graphs for a dynamic size.
+        self.key = str(next(_keys))
+        _living[self.key] = self
 
     @property
     def inlined(self) -> Collection[str]:
         """Paths of the modules whose forwards are part of the graph."""
         return self.assumptions.classes.keys()
 
-    def finish(self, owner: nn.Module) -> None:
-        """Makes the function from the rewritten graph, as ``fx.GraphModule`` does."""
+    def finish(self) -> None:
+        """Checks the rewritten graph, and finds the sites whose modules it stands for."""
         self.graph.lint()
-        python = self.graph.python_code("self")
-        self.code = python.src
-        self.function = fx.graph_module._forward_from_src(python.src, python.globals.copy())
         calls = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
-        prefixes = {
-            str(node.target).rpartition(".")[0] for node in self.graph.find_nodes(op="get_attr")
-        }
-        self.sites = sorted(
-            path for path in prefixes - calls if path and is_site(owner.get_submodule(path))
-        )
+        paths = {site.path for _, sites in self.site_calls() for site in sites}
+        self.sites = sorted(path for path in paths - calls if path)
+
+    def run(self, owner: nn.Module, values: tuple[Any, ...]) -> Any:
+        """What the graph makes of the required arguments; the first call compiles it."""
+        if torch.compiler.is_compiling():
+            _compile_while_compiling(self.key)
+        elif self.function is None:
+            self.compile()
+        return self.function(owner, *values)  # pyright: ignore[reportOptionalCall]
+
+    def compile(self) -> None:
+        """Makes the function, as ``fx.GraphModule`` does."""
+        python = self.graph.python_code("self")
+        self.function = fx.graph_module._forward_from_src(python.src, python.globals.copy())
+
+    def same_as(self, other: "Captured") -> bool:
+        """Whether the other graph does the same under the same conditions."""
+        return self.assumptions == other.assumptions and [*map(_spelled, self.graph.nodes)] == [
+            *map(_spelled, other.graph.nodes)
+        ]
+
+    @property
+    def forms(self) -> "tuple[Captured, ...]":
+        """This graph and the one for calls of another form."""
+        return (self,) if self.otherwise is None else (self, self.otherwise)
 
     def order(self) -> tuple[str, ...]:
         """The calls of our ops in order, with the paths of their sites."""
         return tuple(
             f"{node.target._opname}({', '.join(site.path or 'F.batch_norm' for site in sites)})"
-            for node, sites in self._calls()
+            for form in self.forms
+            for node, sites in form.site_calls()
         )
 
     def functional_sites(self) -> list[Rewrite]:
         """The sites that are calls of ``F.batch_norm``, once each."""
-        found = {site.name: site for _, sites in self._calls() for site in sites}
+        found = {
+            site.name: site
+            for form in self.forms
+            for _, sites in form.site_calls()
+            for site in sites
+        }
         return [site for site in found.values() if site.path is None]
 
-    def _calls(self) -> Iterator[tuple[Any, list[Rewrite]]]:
+    def site_calls(self) -> Iterator[tuple[Any, list[Rewrite]]]:
+        """Nodes of our ops with the sites that they evaluate."""
         for node in self.graph.nodes:
             if getattr(node.target, "namespace", "") == "bnrewrite":
                 one = node.meta.get("site")
@@ -89,8 +127,14 @@ class Captured:
             if len(values) != len(self.arguments):
                 return None
             args = tuple(values[name] for name in self.arguments)
+        if any(value is None for value in args):
+            # Code asks for None, and in a trace no argument is.
+            return None
         for position in self.tensor_arguments:
             if not isinstance(args[position], Tensor):
+                return None
+        for position in self.list_arguments:
+            if type(args[position]) is not list:
                 return None
         return args
 
@@ -109,3 +153,21 @@ class Captured:
             # A module that the graph calls is gone.
             return False
         return True
+
+
+_keys = itertools.count()
+_living: "weakref.WeakValueDictionary[str, Captured]" = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _compile_while_compiling(key: str) -> None:
+    """The function must be there before a compiler reads it, and be there when it guards."""
+    captured = _living.get(key)
+    if captured is not None and captured.function is None:
+        captured.compile()
+
+
+def _spelled(node: fx.Node) -> tuple[Any, ...]:
+    """Everything that code says of a node."""
+    arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: source.name)
+    return node.op, node.name, node.target, arguments

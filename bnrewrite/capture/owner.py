@@ -13,7 +13,7 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.rounds import Communication, communication
-from bnrewrite.sites.classes import Converted, change_class, restore_class
+from bnrewrite.sites.classes import Converted, below, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     SITE_TENSORS,
@@ -123,16 +123,10 @@ class OwnerForward(Converted):
         module: Any = self
         state = self._bnrewrite_owner
         if state is not None:
-            captured = state.train if training else state.eval
-            values = captured.bind(args, kwargs)
-            if values is not None and captured.holds(module):
-                try:
-                    return captured.function(self, *values)  # pyright: ignore
-                except UnsupportedBatchNorm as error:
-                    named = _named(module, captured, error)
-                    if named is error:
-                        raise
-                    raise named from error
+            for captured in (state.train if training else state.eval).forms:
+                values = captured.bind(args, kwargs)
+                if values is not None and captured.holds(module):
+                    return _run(captured, module, values)
         original = super().forward  # pyright: ignore
         if not is_site(module):
             return original(*args, **kwargs)
@@ -183,7 +177,7 @@ def communication_of(module: nn.Module) -> Communication:
     if state is not None:
         for node in state.train.graph.nodes:
             total = total.plus(
-                communication(node, lambda path: communication_of(module.get_submodule(path)))
+                communication(node, lambda path: communication_of(below(module, path)))
             )
     elif is_site(module):
         mode = site_state(module).mode
@@ -205,12 +199,22 @@ def detach_owner(module: nn.Module) -> None:
         restore_class(module)
 
 
+def _run(captured: Captured, owner: nn.Module, values: tuple[Any, ...]) -> Any:
+    try:
+        return captured.run(owner, values)
+    except UnsupportedBatchNorm as error:
+        named = _named(owner, captured, error)
+        if named is error:
+            raise
+        raise named from error
+
+
 def _named(
     owner: nn.Module, captured: Captured, error: UnsupportedBatchNorm
 ) -> UnsupportedBatchNorm:
     """The error with the name of the site whose parameters the failed op was given."""
     for path in captured.sites:
-        site = owner.get_submodule(path)
+        site = below(owner, path)
         own = [getattr(site, name) for name in SITE_TENSORS]
         if any(mine is not None and mine is its for mine in own for its in error.tensors):
             return site_state(site).named(error)

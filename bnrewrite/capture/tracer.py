@@ -7,22 +7,25 @@ an ``autograd.Function`` or a checkpoint, draws random numbers in Python, sets a
 on tensors of its own, or branches on data.
 """
 
-import builtins
 import contextlib
 import inspect
-import random
-import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
+import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.frames import user_frame, where, where_of
+from bnrewrite.capture.patches import (
+    RefuseEffects,
+    keeping_random_state,
+    noting_reads,
+    patched,
+    plainly,
+    record_functions,
+)
 from bnrewrite.capture.proxy import Proxy
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
@@ -43,23 +46,31 @@ class Refused(BnRewriteError):  # noqa: N818
 class OwnerTracer(fx.Tracer):
     """Traces the forward of one module; children are leaves, but for those to trace through.
 
-    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``tensor_arguments`` are
-    the arguments that were asked whether they are tensors. Nodes have the path of the module whose
-    forward made them as ``meta["scope"]``.
+    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``asked`` are the
+    arguments that were asked for their type. Nodes have the path of the module whose forward made
+    them as ``meta["scope"]``.
 
     Args:
         through: paths of children whose forwards become part of the graph.
+        lists: whether arguments that are asked for their type are lists, and not tensors.
     """
 
-    def __init__(self, through: Collection[str] = ()) -> None:
+    def __init__(self, through: Collection[str] = (), *, lists: bool = False) -> None:
         super().__init__(param_shapes_constant=False)
+        self._autowrap_search = []
         self._through = through
+        self._lists = lists
         self._scopes = [""]
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
-        self.tensor_arguments: set[str] = set()
+        self.asked: set[str] = set()
         self.refusal: Refused | None = None
-        self._recording = False
+        self.recording = False
+        self.parameter_proxies: dict[str, fx.Proxy] = {}
+
+    def note_refusal(self, reason: str) -> None:
+        """Has the trace refused at its end, unless it is already."""
+        self.refusal = self.refusal or Refused(reason)
 
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
@@ -75,10 +86,17 @@ class OwnerTracer(fx.Tracer):
             Refused: the forward cannot be traced, or its graph would not do the same.
         """
         forward = type(root).forward
-        paths = {id(module): name for name, module in root.named_modules(remove_duplicate=True)}
+        self._context = _context()
+        paths = {module: name for name, module in root.named_modules()}
+        before, Tracing.tracer = Tracing.tracer, self
         try:
-            with self._watch(paths):
-                graph = super().trace(root, concrete_args)
+            with (
+                patched(),
+                noting_reads(paths, self),
+                keeping_random_state(self),
+                RefuseEffects(self),
+            ):
+                graph = self._record(root, paths)
         except Exception as error:
             if self.refusal is None:
                 place = where_of(error, forward)
@@ -88,12 +106,34 @@ class OwnerTracer(fx.Tracer):
             self.assumptions.restore_containers()
             self.refusal.assumptions = self.assumptions
             raise self.refusal from error
+        finally:
+            Tracing.tracer = before
         if self.assumptions.restore_containers():
             self.refusal = Refused("changes a list, set or dict that it keeps")
         if self.refusal is not None:
             self.refusal.assumptions = self.assumptions
             raise self.refusal
         return graph
+
+    def _record(self, root: nn.Module, paths: dict[nn.Module, str]) -> fx.Graph:
+        """What ``fx.Tracer.trace`` does; it changes torch for each trace and back."""
+        forward = type(root).forward
+        self.root = root
+        self.root_module_name = root._get_name()
+        self.submodule_paths = paths
+        self.tensor_attrs = {}
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self._record_functions(forward)
+        function, arguments = self.create_args_for_root(forward, is_module=True)
+        was_tracing, fx_trace._is_fx_tracing_flag = fx_trace._is_fx_tracing_flag, True
+        try:
+            self.create_node("output", "output", (self.create_arg(function(*arguments)),), {})
+        finally:
+            fx_trace._is_fx_tracing_flag = was_tracing
+        return self.graph
+
+    def _record_functions(self, forward: Callable) -> None:
+        record_functions(getattr(inspect.unwrap(forward), "__globals__", {}))
 
     # What fx.Tracer asks of its subclasses
 
@@ -105,6 +145,10 @@ class OwnerTracer(fx.Tracer):
         """A proxy that takes notes."""
         return Proxy(node, self)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        """A proxy of a new node; no code of the user's runs meanwhile."""
+        return plainly(super().create_proxy, *args, **kwargs)
+
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable, list[Any]]:
@@ -113,11 +157,11 @@ class OwnerTracer(fx.Tracer):
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
 
         def call(root: nn.Module, *values: Any) -> Any:
-            self._recording = True
+            self.recording = True
             try:
                 return root_fn(root, *values)
             finally:
-                self._recording = False
+                self.recording = False
 
         return call, [self.root, *proxies]
 
@@ -139,14 +183,19 @@ class OwnerTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Refuses tensors that fx would make constants of, and containers that it would change."""
-        if type(a) is Tensor:
+        kind = type(a)
+        if kind is Proxy:
+            return a.node
+        if kind in _PLAIN:
+            return a
+        if kind is Tensor:
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
         if (
             isinstance(a, (dict, list, tuple))
-            and type(a) not in _CONTAINERS
+            and kind not in _CONTAINERS
             and not hasattr(a, "_fields")
         ):
-            self.refuse(f"makes a {type(a).__name__}, which a graph would turn into a plain one")
+            self.refuse(f"makes a {kind.__name__}, which a graph would turn into a plain one")
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -154,8 +203,9 @@ class OwnerTracer(fx.Tracer):
         with self._paused():
             path = self.path_of_module(m)
             if path not in self._through:
-                return super().call_module(m, forward, args, kwargs)
+                return self.create_proxy("call_module", path, args, kwargs)
         self.assumptions.classes[path] = original_class(m)
+        self._record_functions(type(m).forward)
         self._scopes.append(path)
         result = forward(*args, **kwargs)
         # After an error the innermost scope is what it is about, so there is no "finally".
@@ -166,78 +216,18 @@ class OwnerTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
-        recording, self._recording = self._recording, False
+        recording, self.recording = self.recording, False
         try:
             yield
         finally:
-            self._recording = recording
+            self.recording = recording
 
-    @contextlib.contextmanager
-    def _watch(self, paths: dict[int, str]) -> Iterator[None]:
-        self._context = _context()
-        read = nn.Module.__getattribute__
-        write = nn.Module.__setattr__
-        ask = builtins.isinstance
-        tracer = self
-
-        def getattribute(module: nn.Module, name: str) -> Any:
-            if not tracer._recording or name.startswith("__"):
-                return read(module, name)
-            path = paths.get(id(module))
-            try:
-                value = read(module, name)
-            except AttributeError:
-                if path is not None:
-                    tracer.assumptions.note_missing(path, module, name)
-                raise
-            if path is not None:
-                tracer.assumptions.note(path, module, name, value)
-            return value
-
-        def setattribute(module: nn.Module, name: str, value: Any) -> None:
-            if tracer._recording:
-                tracer.refuse(f"sets the attribute {name!r}")
-            write(module, name, value)
-
-        def call_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-            tracer.refuse(f"calls the autograd.Function {cls.__name__}")
-
-        def is_instance(value: Any, classes: Any) -> bool:
-            if type(value) is Proxy and tracer._recording and not _asked_by_torch():
-                return tracer._passes_for(value, classes)
-            return ask(value, classes)
-
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        with (
-            mock.patch.object(Tracing, "tracer", self),
-            mock.patch.object(builtins, "isinstance", is_instance),
-            mock.patch.object(nn.Module, "__getattribute__", getattribute, create=True),
-            mock.patch.object(nn.Module, "__setattr__", setattribute),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(call_function)),
-            _RefuseEffects(self),
-        ):
-            try:
-                yield
-            finally:
-                drawn = (
-                    states[0] != random.getstate()
-                    or not torch.equal(states[2], torch.get_rng_state())
-                    or any(
-                        not np.array_equal(a, b)
-                        for a, b in zip(states[1], np.random.get_state(), strict=True)
-                    )
-                )
-                if drawn:
-                    random.setstate(states[0])
-                    np.random.set_state(states[1])
-                    torch.set_rng_state(states[2])
-                    self.refusal = self.refusal or Refused("draws random numbers in Python")
-
-    def _passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
-        """The answer to ``isinstance``: arguments are taken for tensors until a call differs."""
+    def passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
+        """The answer to ``isinstance``: all arguments that are asked are of one type."""
         if proxy.node.op == "placeholder":
-            self.tensor_arguments.add(proxy.node.name)
-        elif not self._is_layer(proxy.node):
+            self.asked.add(proxy.node.name)
+            return issubclass(list if self._lists else Tensor, classes)
+        if not self._is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
 
@@ -255,6 +245,8 @@ class OwnerTracer(fx.Tracer):
         return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
 
 
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
 _CONTAINERS = (
     dict, list, tuple, torch.Size, fx.immutable_collections.immutable_dict,
     fx.immutable_collections.immutable_list,
@@ -266,19 +258,6 @@ _LAYERS = (
     nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample,
 )  # fmt: skip
 """Layers that make a tensor of whatever they accept."""
-
-
-class _RefuseEffects(TorchDispatchMode):
-    """Real operations at trace time: results would be constants, effects would happen once."""
-
-    def __init__(self, tracer: OwnerTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._tracer._recording:
-            self._tracer.refuse(f"computes {func} on tensors of its own")
-        return func(*args, **(kwargs or {}))
 
 
 def required_arguments(forward: Callable) -> list[str]:
@@ -310,7 +289,3 @@ def _context() -> tuple[tuple[str, Any], ...]:
             torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
         ),
     )
-
-
-def _asked_by_torch() -> bool:
-    return sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))

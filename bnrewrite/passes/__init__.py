@@ -74,7 +74,8 @@ def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, 
         start = time.perf_counter()
         report = reports[name] = PassReport()
         one(target, report)
-        target.graph.lint()
+        if report.rewritten:
+            target.graph.lint()
         log.debug(
             "%s in %s (%s): %d rewritten, %d left, %.1f ms",
             name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx, nn
 
@@ -42,6 +43,41 @@ class Rewrite:
     path: str | None
     mode: Mode | None
     where: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """An attribute of the owner, as an argument of the node that reads it.
+
+    Code of a graph spells it out. A site reads eight of them; as nodes of their own they would be
+    most of a graph. Parameters are nodes, since reading a parametrised one computes it.
+
+    Attributes:
+        path: below the owner.
+    """
+
+    path: str
+
+    def __repr__(self) -> str:
+        code = "self"
+        for name in self.path.split("."):
+            code = f"{code}.{name}" if name.isidentifier() else f"getattr({code}, {name!r})"
+        return code
+
+
+def with_attribute_nodes(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` in which every attribute that is read is a node, as fx has it."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in list(copied.nodes):
+        with copied.inserting_before(node):
+
+            def as_node(value: Any) -> Any:
+                return copied.get_attr(value.path) if isinstance(value, Attribute) else value
+
+            node.args = fx.node.map_aggregate(node.args, as_node)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, as_node)
+    return copied
 
 
 @dataclasses.dataclass

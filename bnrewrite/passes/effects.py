@@ -19,6 +19,8 @@ from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
+from bnrewrite.passes.base import Attribute
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import checked_input, has_hooks, is_site
 
 SITES = (BATCH_NORM, BATCH_NORM_ACT, SHUFFLE_BATCH_NORM)
@@ -120,11 +122,11 @@ class Order:
             site = one.meta.get("site")
             if one.target is not BATCH_NORM or site is None or site.path is None:
                 return False
-            modules.append(self._owner.get_submodule(site.path))
+            modules.append(below(self._owner, site.path))
         return modules[0] is modules[1]
 
     def _uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
-        """What a node reads and what it writes, beyond the values that it is given and makes."""
+        """What a node reads and writes, beyond the values that it is given and makes."""
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
             return {_STATE} if self._is_state(node) else set(), set()
@@ -133,8 +135,8 @@ class Order:
         if node.op == "call_module":
             self._add_call(node, writes)
         elif node.op == "call_function" and node.target in _OURS:
-            for source in _running(node):
-                writes.update((self._memory.of(source), ("site", _site_of(self._owner, source))))
+            for value in _running(node):
+                writes |= {self._memory.of_value(value), ("site", _site_of(self._owner, value))}
         elif node.op in ("call_function", "call_method"):
             self._add_function(node, writes)
         if node.target not in _OURS and any(map(self._is_state, node.all_input_nodes)):
@@ -142,10 +144,9 @@ class Order:
         return reads, writes
 
     def _add_call(self, node: fx.Node, writes: set[Hashable]) -> None:
-        module = self._owner.get_submodule(str(node.target))
-        writes.update(
-            ("site", id(child)) for child in module.modules() if is_site(child) or _moves(child)
-        )
+        module = below(self._owner, str(node.target))
+        inside = module.modules() if module._modules else (module,)
+        writes.update(("site", id(child)) for child in inside if is_site(child) or _moves(child))
         if not is_known_leaf(module):
             writes.update((_RANDOM, _OUTSIDE, _STATE))
             writes.update(map(self._memory.of, node.all_input_nodes))
@@ -174,7 +175,7 @@ class Order:
         if node.op != "get_attr":
             return False
         value = operator.attrgetter(str(node.target))(self._owner)
-        home = self._owner.get_submodule(str(node.target).rpartition(".")[0])
+        home = below(self._owner, str(node.target).rpartition(".")[0])
         return (
             isinstance(value, torch.Tensor)
             and not isinstance(value, nn.Parameter)
@@ -188,7 +189,7 @@ class _Memory:
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._tensors: set[fx.Node] = set()
-        first: dict[Hashable, fx.Node] = {}
+        self._first = first = {}
         for node in graph.nodes:
             self._parent[node] = node
             if node.op == "placeholder":
@@ -206,10 +207,16 @@ class _Memory:
             node = self._parent[node]
         return node
 
+    def of_value(self, value: fx.Node | Attribute) -> Hashable:
+        """The same for what may be an attribute that another node reads, too."""
+        if isinstance(value, fx.Node):
+            return self.of(value)
+        return self.of(self._first[value.path]) if value.path in self._first else value
+
     def _is_fresh(self, owner: nn.Module, node: fx.Node) -> bool:
         """Whether the result of ``node`` certainly shares no memory with its arguments."""
         if node.op == "call_module":
-            module = owner.get_submodule(str(node.target))
+            module = below(owner, str(node.target))
             fresh = (
                 is_known_leaf(module)
                 and isinstance(module, _FRESH_MODULES)
@@ -321,8 +328,8 @@ def _is_random(node: fx.Node) -> bool:
     )
 
 
-def _running(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of the running statistics that one of our ops moves."""
+def _running(node: fx.Node) -> Iterator[fx.Node | Attribute]:
+    """The running statistics that one of our ops moves."""
     if node.target in SITES:
         candidates = node.args[3:6]
     elif node.target is FINISH_BATCH_NORM:
@@ -330,12 +337,13 @@ def _running(node: fx.Node) -> Iterator[fx.Node]:
     else:
         return
     for value in candidates:
-        if isinstance(value, fx.Node):
+        if isinstance(value, (fx.Node, Attribute)):
             yield value
 
 
-def _site_of(owner: nn.Module, running: fx.Node) -> Hashable:
+def _site_of(owner: nn.Module, running: fx.Node | Attribute) -> Hashable:
     """Identity of the BatchNorm module that a running statistic belongs to, else of the value."""
-    if running.op != "get_attr":
+    if isinstance(running, fx.Node) and running.op != "get_attr":
         return running
-    return id(owner.get_submodule(str(running.target).rpartition(".")[0]))
+    path = str(running.target) if isinstance(running, fx.Node) else running.path
+    return id(below(owner, path.rpartition(".")[0]))

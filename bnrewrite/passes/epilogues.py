@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.classes import below, original_class
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -97,7 +97,7 @@ _METHODS: dict[str, Make] = {"relu": _relu, "relu_": _relu}
 def activation_of(owner: nn.Module, node: fx.Node) -> Activation | None:
     """The activation that ``node`` is, if it is one that can be part of a normalisation."""
     if node.op == "call_module":
-        module = owner.get_submodule(str(node.target))
+        module = below(owner, str(node.target))
         make = _MODULES.get(original_class(module))
         if make is None or len(node.args) != 1 or node.kwargs:
             return None
@@ -138,7 +138,7 @@ def is_identity(owner: nn.Module, node: fx.Node) -> bool:
     """Whether ``node`` calls a module that returns what it is given."""
     return (
         node.op == "call_module"
-        and original_class(owner.get_submodule(str(node.target))) is nn.Identity
+        and original_class(below(owner, str(node.target))) is nn.Identity
         and len(node.args) == 1
         and not node.kwargs
     )

@@ -16,7 +16,7 @@ from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.rounds import communicates
 from bnrewrite.passes.schedule import independent
-from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import has_hooks, has_own_forward, is_site, site_state
 
 
@@ -58,8 +58,7 @@ def _independent_calls(target: OwnerGraph) -> dict[str, fx.Node]:
     calls = {
         str(node.target): node
         for node in apart
-        if node.op == "call_module"
-        and not is_known_leaf(target.owner.get_submodule(str(node.target)))
+        if node.op == "call_module" and not is_known_leaf(below(target.owner, str(node.target)))
     }
     # What could not be traced by itself may be traceable with the arguments of its call here.
     for node in communicating:
@@ -76,7 +75,7 @@ def _subtree(target: OwnerGraph, path: str) -> set[str]:
     if _kept(target, path):
         return set()
     found = {path}
-    for name, child in target.owner.get_submodule(path).named_children():
+    for name, child in below(target.owner, path).named_children():
         if not is_known_leaf(child) and not (is_site(child) and not has_own_forward(child)):
             found |= _subtree(target, f"{path}.{name}")
     return found
@@ -84,7 +83,7 @@ def _subtree(target: OwnerGraph, path: str) -> set[str]:
 
 def _kept(target: OwnerGraph, path: str) -> str:
     """Why the child at ``path`` must stay a call; "" if it need not."""
-    module = target.owner.get_submodule(path)
+    module = below(target.owner, path)
     name = target.qualified(path)
     if any(fnmatchcase(name, pattern) for pattern in target.keep):
         return "it is to be kept"

@@ -19,7 +19,16 @@ from bnrewrite.groups import NO_GROUP, active_group, place_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
-from bnrewrite.passes.base import UNMATCHED, OwnerGraph, PassReport, Rewrite, Skip, where
+from bnrewrite.passes.base import (
+    UNMATCHED,
+    Attribute,
+    OwnerGraph,
+    PassReport,
+    Rewrite,
+    Skip,
+    where,
+)
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
     FUNCTIONS,
@@ -40,7 +49,7 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     num_functional: Counter[str] = Counter()
     for node in _candidates(target):
         scope = node.meta.get("scope", "")
-        home = target.owner.get_submodule(scope)
+        home = below(target.owner, scope)
         if node.op == "call_module":
             match = _match_module(target, node)
         elif is_site(home):
@@ -102,7 +111,7 @@ def _candidates(target: OwnerGraph) -> list[fx.Node]:
 
 
 def _is_plain_site(target: OwnerGraph, path: str) -> bool:
-    module = target.owner.get_submodule(path)
+    module = below(target.owner, path)
     return is_site(module) and not has_own_forward(module)
 
 
@@ -116,7 +125,7 @@ def _depends_on_arguments(graph: fx.Graph) -> set[fx.Node]:
 
 def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
-    module = target.owner.get_submodule(path)
+    module = below(target.owner, path)
     state = site_state(module)
     if is_uninitialised(module):
         reason = "it is lazy: a call until the model is converted after its first batch"
@@ -162,12 +171,17 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
         input = node.args[0] if node.args else next(iter(node.kwargs.values()))
         prefix = f"{site.path}." if site.path else ""
 
-        def attribute(name: str) -> fx.Node:
-            return graph.get_attr(prefix + name)
+        def attribute(name: str) -> Any:
+            return Attribute(prefix + name)
 
         input = graph.call_function(checked_input, (attribute("_check_input_dim"), input))
         communicates = site.mode.communicates
-        parameters = tuple(map(attribute, SITE_TENSORS))
+        weight, bias, *running = SITE_TENSORS
+        parameters = (
+            graph.get_attr(prefix + weight),
+            graph.get_attr(prefix + bias),
+            *map(attribute, running),
+        )
         training = False if frozen else attribute("training")
         track, momentum, eps = map(attribute, ("track_running_stats", "momentum", "eps"))
     group = NO_GROUP

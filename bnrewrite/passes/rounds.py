@@ -12,6 +12,7 @@ from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.effects import Order
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
 
 
@@ -27,12 +28,14 @@ def group_of(node: fx.Node) -> str | None:
 
 def communicates(owner: nn.Module, node: fx.Node) -> bool:
     """Whether ``node`` may wait for other ranks in training."""
-    if node.op == "call_module":
-        return any(
-            is_site(child) and site_state(child).mode.communicates
-            for child in owner.get_submodule(str(node.target)).modules()
-        )
-    return group_of(node) is not None
+    if node.op != "call_module":
+        return group_of(node) is not None
+    module = below(owner, str(node.target))
+    # Most calls are of layers without children.
+    return any(
+        is_site(child) and site_state(child).mode.communicates
+        for child in (module.modules() if module._modules else (module,))
+    )
 
 
 class Communication(NamedTuple):

@@ -42,19 +42,24 @@ def reorder(
                 earlier.add(id(other))
                 followers.setdefault(id(other), []).append(unit)
     units = {id(unit): unit for unit in unit_of.values()}
-    ready = [
-        (rank(unit[-1], last[key]), last[key], key) for key, unit in units.items() if not waits[key]
-    ]
+
+    def priority(unit: list[fx.Node]) -> tuple[Any, ...]:
+        index = last[id(unit)]
+        # The order of the placeholders is that of the arguments.
+        if unit[-1].op == "placeholder":
+            return 0, index, id(unit)
+        return 1, rank(unit[-1], index), index, id(unit)
+
+    ready = [priority(unit) for key, unit in units.items() if not waits[key]]
     heapq.heapify(ready)
     order: list[fx.Node] = []
     while ready:
-        _, _, key = heapq.heappop(ready)
+        key = heapq.heappop(ready)[-1]
         order.extend(units[key])
         for unit in followers.get(key, ()):
             waits[id(unit)].discard(key)
             if not waits[id(unit)]:
-                index = last[id(unit)]
-                heapq.heappush(ready, (rank(unit[-1], index), index, id(unit)))
+                heapq.heappush(ready, priority(unit))
     if len(order) != len(nodes):
         raise ValueError("the nodes of a group depend on each other")
     end = graph.output_node()

@@ -14,16 +14,20 @@ from collections import defaultdict
 from torch import fx
 
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
-from bnrewrite.passes.base import OwnerGraph, PassReport
+from bnrewrite.passes.base import OwnerGraph, PassReport, Skip
 from bnrewrite.passes.effects import Order
 from bnrewrite.passes.rounds import Levels, communicates, group_of
-from bnrewrite.passes.schedule import reorder
+from bnrewrite.passes.schedule import independent, reorder
 
 
 def share_collectives(target: OwnerGraph, report: PassReport) -> None:
     """Merges the collectives of one owner's training graph."""
     sites = [node for node in target.graph.nodes if group_of(node) is not None]
     if not target.training or not sites:
+        return
+    if not set(independent(list(target.graph.nodes), sites)).intersection(sites):
+        # What one site computes another one needs, whatever else connects them.
+        report.skipped.extend(_alone(target, node) for node in sites)
         return
     order = Order(target.owner, target.graph)
     levels = Levels.of(order, lambda node: int(communicates(target.owner, node)))
@@ -39,9 +43,13 @@ def share_collectives(target: OwnerGraph, report: PassReport) -> None:
             report.rewritten.extend(node.meta["site"] for node in nodes)
             merge(target.graph, nodes)
         else:
-            site = nodes[0].meta["site"]
-            reason = "no other site could join its collective"
-            report.skipped.append(target.skip(site.name, reason, nodes[0], site.path))
+            report.skipped.append(_alone(target, nodes[0]))
+
+
+def _alone(target: OwnerGraph, node: fx.Node) -> Skip:
+    site = node.meta["site"]
+    reason = "no other site could join its collective"
+    return target.skip(site.name, reason, node, site.path)
 
 
 def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -112,3 +112,15 @@ def restore_class(module: nn.Module) -> None:
             "the model first, then wrap it."
         )
     module.__class__ = original_class(module)
+
+
+def below(module: Any, path: str) -> Any:
+    """The submodule at ``path``; "" is the module itself.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        module = getattr(module, name) if child is None else child
+    return module

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.one_per_family:
         specs = smallest_of_each_family(specs, below=10**8)
     rows: list[Row] = []
-    conditions = _conditions(argv)
+    words = sys.argv[1:] if argv is None else argv
+    circumstances = conditions(" ".join(["python -m tests.zoo", *words]))
     print(_header(), flush=True)
     late = None if options.minutes is None else time.process_time() + 60 * options.minutes
     for row in _sweep_all(specs, late, with_export=options.export):
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         if options.json is not None:
             # After each model, so that a sweep that is broken off leaves what it found.
-            _store(options.json, {"conditions": conditions, "missing": missing}, specs, rows)
+            _store(options.json, {"conditions": circumstances, "missing": missing}, specs, rows)
     print("\n" + "\n".join(f"{key}: {value}" for key, value in _summary(rows).items()))
     return 0 if rows and all(row.passes for row in rows) else 1
 
@@ -104,7 +105,7 @@ def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row
     rest = names[max(index for index, name in enumerate(names) if name in done) + 1 :]
     result = {**result, "summary": _summary(rows), "not begun": rest}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
+    path.write_text(compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
 
 
 def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:
@@ -177,8 +178,8 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
     return summary
 
 
-def _conditions(argv: list[str] | None) -> dict[str, Any]:
-    words = sys.argv[1:] if argv is None else argv
+def conditions(command: str) -> dict[str, Any]:
+    """What a result depends on: command, commit, date, hardware and versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -193,7 +194,7 @@ def _conditions(argv: list[str] | None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(["python -m tests.zoo", *words]),
+        "command": command,
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread",
@@ -202,7 +203,7 @@ def _conditions(argv: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _compact(result: dict[str, Any]) -> str:
+def compact(result: dict[str, Any]) -> str:
     """JSON with one line per model, which a diff can show."""
     rows = ",\n".join("  " + json.dumps(row) for row in result.pop("rows"))
     head = json.dumps(result, indent=1)

@@ -1,0 +1,197 @@
+"""What traces change in torch and Python while they run, and back.
+
+Changing a method of ``torch.nn.Module`` costs about as much as tracing a block, since all its
+subclasses take notice. So :func:`patched` does it once for all traces of a conversion, for
+whichever tracer runs; only the classes of the modules that are traced change for each trace.
+"""
+
+import builtins
+import contextlib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.fx._symbolic_trace as fx_trace
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnrewrite.capture.proxy import Proxy
+from bnrewrite.sites.floor import Tracing
+
+_write = nn.Module.__setattr__
+_call = nn.Module.__call__
+_ask = builtins.isinstance
+
+
+class Patches:
+    """What is changed now.
+
+    Attributes:
+        patcher: keeps the functions that record calls with proxies, like ``math.sqrt``; None while
+            nothing is changed.
+        recorded: their identities.
+    """
+
+    patcher: Any = None
+    recorded: ClassVar[set[int]] = fx_trace.Tracer()._autowrap_function_ids
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Makes modules and functions tell the tracer that runs, if one does; may be nested."""
+    if Patches.patcher is not None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for holder, name, new in (
+            (nn.Module, "__setattr__", _attribute),
+            (nn.Module, "__call__", _module_call),
+            (torch.autograd.Function, "apply", classmethod(_function_call)),
+        ):
+            stack.callback(setattr, holder, name, vars(holder)[name])
+            setattr(holder, name, new)
+        stack.callback(setattr, Patches, "patcher", None)
+        Patches.patcher = stack.enter_context(fx_trace._new_patcher())
+        # What the user gave to torch.fx.wrap.
+        fx_trace._patch_wrapped_functions(Patches.patcher)
+        record_functions(vars(math))
+        yield
+
+
+def record_functions(home: Any) -> None:
+    """Has functions like ``math.sqrt`` in the globals ``home`` recorded if a proxy is given."""
+    fx_trace._autowrap_check(Patches.patcher, home, Patches.recorded)
+
+
+def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function``, code of fx, which asks ``isinstance`` hundreds of times."""
+    asked, builtins.isinstance = builtins.isinstance, _ask
+    try:
+        return function(*args, **kwargs)
+    finally:
+        builtins.isinstance = asked
+
+
+def _attribute(module: nn.Module, name: str, value: Any) -> None:
+    tracer = Tracing.tracer
+    if tracer is not None and tracer.recording:
+        tracer.refuse(f"sets the attribute {name!r}")
+    _write(module, name, value)
+
+
+def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    tracer = Tracing.tracer
+    if tracer is None:
+        return _call(module, *args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _call(module, *args, **kwargs)
+
+    return tracer.call_module(module, forward, args, kwargs)
+
+
+def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
+    tracer = Tracing.tracer
+    if tracer is not None:
+        tracer.refuse(f"calls the autograd.Function {cls.__name__}")
+    return _apply(cls, *args, **kwargs)
+
+
+_apply: Any = vars(torch.autograd.Function)["apply"].__func__
+
+
+def _is_instance(value: Any, classes: Any) -> bool:
+    if type(value) is Proxy and value.tracer.recording and not _asked_by_torch():
+        return value.tracer.passes_for(value, classes)
+    return _ask(value, classes)
+
+
+def _asked_by_torch() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
+
+
+@contextlib.contextmanager
+def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
+    """Makes ``modules``, with their paths, tell ``tracer`` which attributes are read.
+
+    Parameters and buffers become proxies, and ``isinstance`` asks the tracer about proxies.
+    """
+    paths = {id(module): path for module, path in modules.items()}
+    with contextlib.ExitStack() as stack:
+        for cls in set(map(type, modules)):
+            own = vars(cls).get("__getattribute__")
+            read: Any = cls.__getattribute__
+            reads = _noted(read, cls.__getattr__, paths, tracer)
+            if own is None:
+                stack.callback(delattr, cls, "__getattribute__")
+            else:
+                stack.callback(setattr, cls, "__getattribute__", own)
+            cls.__getattribute__ = reads
+        stack.callback(setattr, builtins, "isinstance", _ask)
+        builtins.isinstance = _is_instance
+        yield
+
+
+def _noted(
+    read: Callable[[Any, str], Any],
+    look_up: Callable[[Any, str], Any],
+    paths: dict[int, str],
+    tracer: Any,
+) -> Any:
+    """Reads an attribute; ``look_up`` does where ``read`` finds nothing."""
+    assumptions = tracer.assumptions
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        if not tracer.recording or name.startswith("__"):
+            return read(module, name)
+        path = paths.get(id(module))
+        try:
+            value = read(module, name)
+        except AttributeError:
+            if path is not None:
+                assumptions.note_missing(path, module, name)
+            return tracer.getattr(name, look_up(module, name), tracer.parameter_proxies)
+        if path is not None:
+            assumptions.note(path, module, name, value)
+        return value
+
+    return getattribute
+
+
+@contextlib.contextmanager
+def keeping_random_state(tracer: Any) -> Iterator[None]:
+    """Puts random numbers back that the traced code drew, and has ``tracer`` refuse it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        kind, keys, *rest = np.random.get_state()
+        before_kind, before_keys, *before_rest = states[1]
+        same = (
+            states[0] == random.getstate()
+            and (kind, rest) == (before_kind, before_rest)
+            and np.array_equal(keys, before_keys)
+            and torch.equal(states[2], torch.get_rng_state())
+        )
+        if not same:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+            tracer.note_refusal("draws random numbers in Python")
+
+
+class RefuseEffects(TorchDispatchMode):
+    """Real operations at trace time: results would be constants, effects would happen once."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._tracer.recording:
+            self._tracer.refuse(f"computes {func} on tensors of its own")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,129 @@
+"""How modules are traced: how often, and that nothing of it stays behind."""
+
+import builtins
+import gc
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import bnrewrite
+from bnrewrite.capture.owner import is_owner, owner_state
+from bnrewrite.capture.tracer import OwnerTracer
+from tests.cases import DenseLayers
+
+
+class Wrapper(nn.Module):
+    """Owns no site: its child does."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.child = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.fails = fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise ArithmeticError("it fails")
+        return self.child(x) * math.sqrt(x.size(1))
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Class names of the modules that are traced."""
+    seen: list[str] = []
+    trace = OwnerTracer.trace
+
+    def noting(self: OwnerTracer, root: nn.Module, *args: Any) -> fx.Graph:
+        seen.append(type(root).__name__)
+        return trace(self, root, *args)
+
+    monkeypatch.setattr(OwnerTracer, "trace", noting)
+    return seen
+
+
+def test_modules_of_one_structure_are_traced_once_even_if_they_own_no_site(
+    traced: list[str],
+) -> None:
+    bnrewrite.convert(nn.Sequential(*(Wrapper() for _ in range(4))))
+    assert sorted(traced) == ["Sequential", "Wrapper"]
+
+
+def _touched() -> list[Any]:
+    """What traces change."""
+    names = ("__getattr__", "__setattr__", "__call__", "__getattribute__")
+    classes = (nn.Module, nn.Conv2d, nn.Sequential, Wrapper)
+    return [
+        *(vars(cls).get(name) for cls in classes for name in names),
+        vars(torch.autograd.Function)["apply"],
+        builtins.isinstance,
+        math.sqrt,
+        gc.isenabled(),
+        fx._symbolic_trace.CURRENT_PATCHER,
+        fx._symbolic_trace._is_fx_tracing_flag,
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tracing_leaves_torch_and_python_as_they_were(fails: bool) -> None:
+    before = _touched()
+    model = nn.Sequential(Wrapper(), Wrapper(fails=fails))
+    bnrewrite.convert(model)
+    assert _touched() == before
+    with pytest.raises(ValueError, match="matches none"):
+        bnrewrite.convert(model, {"no such site": "sync"})
+    assert _touched() == before
+    gc.disable()
+    try:
+        bnrewrite.convert(model)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_functions_of_math_are_recorded() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) * math.sqrt(x.size(2))
+
+    model = bnrewrite.convert(Scaled(), strict=True)
+    assert "math_sqrt" in bnrewrite.graphs(model)[""].code
+    x = torch.randn(2, 3, 9, 1)
+    torch.testing.assert_close(model(x), 3 * nn.BatchNorm2d(3)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_code_is_compiled_when_a_graph_is_first_called() -> None:
+    model: Any = bnrewrite.convert(nn.Sequential(Wrapper()))
+    state: Any = owner_state(model[0].child)
+    assert is_owner(model[0].child)
+    assert (state.train.function, state.eval.function) == (None, None)
+    model(torch.randn(2, 3, 4, 4))
+    assert state.train.function is not None
+    assert state.eval.function is None
+
+
+def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:
+    """As those of DenseNet, which are called with lists."""
+    x = torch.randn(4, 3, 5, 5)
+    for argument, used in ((x, [True, False]), ([x], [False, True])):
+        layer: Any = bnrewrite.convert(DenseLayers().first)
+        layer(argument)
+        state: Any = owner_state(layer)
+        assert [form.function is not None for form in state.train.forms] == used
+
+
+def test_a_model_that_never_ran_compiles_without_a_break() -> None:
+    model = bnrewrite.convert(nn.Sequential(Wrapper()))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 4, 4)
+    out = compiled(x)
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model.get_submodule("0.child.1").reset_running_stats()  # pyright: ignore
+    torch.testing.assert_close(compiled(x), out)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count
+    torch._dynamo.reset()
