@@ -1,6 +1,7 @@
 """The command ``python -m tests.zoo``: what it stores, and how it goes on from there."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were built since, of a collection with two families."""
     names: list[str] = []
 
-    def spec(name: str, make: object, family: str) -> Spec:
+    def spec(name: str, make: Callable[[], nn.Module], family: str) -> Spec:
         def noted() -> nn.Module:
             names.append(name)
-            assert callable(make)
             return make()
 
         return Spec("timm", name, noted, batch, family=family)

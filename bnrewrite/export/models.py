@@ -1,5 +1,8 @@
 """What can be said about a model before it runs: is it one, and can its tensors be exported."""
 
+import importlib.util
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +31,19 @@ def check_model(model: object) -> nn.Module:
             "Pass the module itself."
         )
     return model
+
+
+def check_packages() -> None:
+    """Refuses to start where a package is missing that only the end of an export imports.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+    """
+    for name in ("onnx", "onnxscript"):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ImportError(
+                f"export_onnx needs the package {name}, which is not installed: pip install {name}"
+            )
 
 
 def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> None:

@@ -1,9 +1,7 @@
 """From an ``ExportedProgram`` to an ONNX model of the opset that was asked for."""
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
@@ -11,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bnrewrite.errors import ExportError
+from bnrewrite.export.quiet import quiet
 
 _NATIVE = range(18, 27)
 
@@ -22,7 +21,9 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
         ExportError: an operation has no ONNX form.
     """
     try:
-        with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        # They warn that an opset needs conversion: what comes out is checked.
+        hushed = quiet("torch.onnx", "onnxscript", level=logging.ERROR)
+        with warnings.catch_warnings(), hushed, torch.no_grad():
             warnings.simplefilter("ignore")
             converted = torch.onnx.export(
                 program, opset_version=max(opset, _NATIVE[0]), optimize=False, verbose=False
@@ -36,20 +37,6 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
         ) from error
     assert converted is not None
     return converted.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back warnings that an opset needs conversion: what comes out is checked."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
 
 
 def _innermost(error: BaseException) -> BaseException:
