@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
 import bnrewrite
@@ -308,12 +308,26 @@ def test_a_missing_package_is_named_before_the_model_runs(name, monkeypatch):
         export_onnx(Branches(), (X,))
 
 
-def test_a_sharded_model_is_refused():
+def shard(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def shard_flat(model: nn.Module) -> nn.Module:
+    return nn.Sequential(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [(shard, "conv1.weight"), (shard_flat, r"0 \(FullyShardedDataParallel\)")],
+    ids=["fully_shard", "FullyShardedDataParallel"],
+)
+@pytest.mark.filterwarnings("ignore:FullyShardedDataParallel is deprecated")
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_a_sharded_model_is_refused(wrap, name):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = bnrewrite.convert(Block())
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ExportError, match=r"conv1.weight is sharded.*get_model_state_dict"):
+        model = wrap(bnrewrite.convert(Block()))
+        with pytest.raises(ExportError, match=f"^{name} is sharded.*get_model_state_dict"):
             export_onnx(model, (X,))
     finally:
         dist.destroy_process_group()
@@ -449,6 +463,20 @@ def test_another_opset_or_a_foreign_operator_is_refused():
         finish(model("com.example"), 18)
 
 
+def test_an_operation_that_an_older_opset_lacks_is_named():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = torch.split(self.bn(x), [1, 2], 1)
+            return one * other
+
+    with pytest.raises(ExportError, match=r"to opset 17: No Adapter .*Split\. Ask for .*=18 or"):
+        export_onnx(Halves(), (X,), opset_version=17)
+
+
 def test_an_operation_without_an_onnx_form_is_named():
     class Unsupported(nn.Module):
         def __init__(self) -> None:
@@ -463,10 +491,17 @@ def test_an_operation_without_an_onnx_form_is_named():
     assert caught.value.__cause__ is not None
 
 
-def test_torch_logs_nothing_of_a_failure_that_is_reported(caplog):
-    x = torch.randn(3, 4)
-    with pytest.raises(ExportError, match="The size of tensor a"):
-        export_onnx(Pair(), (x, x[:1]), dynamic_shapes=[{0: "n"}, {0: "m"}])
+@pytest.mark.parametrize(
+    ("args", "axes", "message"),
+    [
+        ((torch.ones(1, 4), torch.ones(3, 4)), [{0: "n"}, {0: "m"}], "The size of tensor a"),
+        ((torch.ones(1, 4),), [{0: torch.export.Dim("n", max=1)}], "Invalid ranges"),
+    ],
+    ids=["sizes", "range"],
+)
+def test_torch_logs_nothing_of_a_failure_that_is_reported(args, axes, message, caplog):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Pair(), args, dynamic_shapes=axes)
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
 
@@ -52,6 +53,9 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
     Raises:
         ExportError: names the tensor or the layer, and the way out.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ExportError(_sharded(f"{name or 'model'} (FullyShardedDataParallel)"))
     named = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in named.items():
         if isinstance(tensor, UninitializedTensorMixin):
@@ -62,10 +66,7 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
                 "with to_empty() and load_state_dict()."
             )
         if hasattr(tensor, "full_tensor"):
-            raise ExportError(
-                f"{name} is sharded over a device mesh. Export an unsharded model with the state "
-                "dict from torch.distributed.checkpoint.state_dict.get_model_state_dict()."
-            )
+            raise ExportError(_sharded(name))
     for name, tensor in (*named.items(), *inputs.items()):
         if tensor.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
             raise ExportError(
@@ -76,6 +77,13 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             _check_batch_norm(name or "the model itself", module)
+
+
+def _sharded(name: str) -> str:
+    return (
+        f"{name} is sharded over a device mesh. Export an unsharded model with the state dict "
+        "from torch.distributed.checkpoint.state_dict.get_model_state_dict()."
+    )
 
 
 def _check_batch_norm(name: str, module: _BatchNorm) -> None:

@@ -141,7 +141,7 @@ def _report(
     verified: _Verified,
 ) -> ExportReport:
     target, proto, external = written
-    nodes = [node.op_type for node in model.graph]
+    nodes = [node.op_type for node in model.graph.all_nodes()]
     difference = verified.difference
     return ExportReport(
         path=None if target is None else str(target),

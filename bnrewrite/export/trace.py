@@ -91,7 +91,7 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
     # Without it, an example with a batch of one would fix the batch.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
     # It logs errors of its own before it raises, which is reported below.
-    hushed = quiet("torch.export", level=logging.CRITICAL)
+    hushed = quiet("torch.export", "torch._guards", "torch._dynamo", level=logging.CRITICAL)
     with warnings.catch_warnings(), torch.no_grad(), oblivious, hushed:
         # The model's own warnings were shown when it ran on the example.
         warnings.simplefilter("ignore")

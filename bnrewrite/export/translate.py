@@ -54,9 +54,11 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
     try:
         converted = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:
-        text = str(error).strip() or type(error).__name__
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        # Behind the file and line of the converter's source.
+        reason = text.partition("failed: ")[2] or text
         raise ExportError(
-            f"the model cannot be converted to opset {opset}: {text.splitlines()[-1]}. "
+            f"the model cannot be converted to opset {opset}: {reason.rstrip('.')}. "
             f"Ask for opset_version={_NATIVE[0]} or higher."
         ) from error
     result = ir.from_proto(converted)
