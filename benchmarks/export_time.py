@@ -4,6 +4,7 @@ The variants alternate within one process, after one warm-up each, so that the r
 on the state of the machine. One thread. Needs torchvision.
 """
 
+import importlib.metadata
 import logging
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ from torch import nn
 
 import bnrewrite
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime", "torchvision")
 MODELS = ("resnet18", "mobilenet_v3_small", "densenet121")
 
 
@@ -75,7 +77,8 @@ def main() -> None:
                 f"   ratio {middle / base:.2f} (bar 1.5)",
                 flush=True,
             )
-    finish(__file__, {"models": result}, save=options.save)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    finish(__file__, {"versions": versions, "models": result}, save=options.save)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """The command ``export``: what it prints, what it writes, and how it fails."""
 
+import os
+import signal
+import time
+
 import onnx
 import pytest
 import torch
 
 from bnrewrite import cli
+from bnrewrite.export import verify
 from tests.export_models import Block, randomize
 
 
@@ -56,6 +61,8 @@ def test_half_precision_inputs(tmp_path):
         ("tests.export_models:operators", "1,3,8,9", 2, "calling tests.export_models:operators"),
         ("builtins:dict", "1,3,8,9", 2, "is no torch.nn.Module, but dict"),
         ("tests.export_models:Block", "1,3,a", 2, "'1,3,a' is not a list of sizes"),
+        ("tests.export_models:Block", "0,3,8,9", 2, "'0,3,8,9' has a size below 1"),
+        ("tests.export_models:Block", "1,-3,8,9", 2, "'1,-3,8,9' has a size below 1"),
         ("tests.export_models:Block", "1,4,8,9", 1, "fails in eval mode"),
     ],
 )
@@ -65,3 +72,67 @@ def test_errors_are_one_line_and_a_status(model, shape, code, message, tmp_path,
     assert last.startswith("bnrewrite export: error: ")
     assert message in last
     assert not list(tmp_path.iterdir())
+
+
+WEIGHTS = {
+    "missing": (None, "No such file"),
+    "junk": (b"junk", "no file that torch.load"),
+    "whole model": (Block(), "no file that torch.load"),
+    "list": ([1], "holds no state dict, but list"),
+    "checkpoint": ({"model": Block().state_dict(), "epoch": 3}, "no tensors, but model, epoch"),
+    "other model": (Block(9).state_dict(), "size mismatch for conv1.weight"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_do_not_fit_are_one_line_and_a_status(name, tmp_path, capsys):
+    content, message = WEIGHTS[name]
+    file = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    words = ["--shape", "1,3,8,9", "--weights", str(file)]
+    assert call("tests.export_models:Block", str(tmp_path / "m.onnx"), *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bnrewrite export: error: --weights {file}")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_signal_ends_it_with_nothing_left_behind(number, status, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"precious")
+
+    def stop(_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 2
+        os.kill(os.getpid(), number)
+        # The handler runs at one of the next byte codes.
+        time.sleep(1)
+
+    monkeypatch.setattr(verify, "check", stop)
+    before = signal.getsignal(number)
+    try:
+        code = call("tests.export_models:Block", str(path), "--shape", "1,3,8,9")
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == status
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    assert path.read_bytes() == b"precious"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupt_that_an_import_swallows_still_is_one(stopped, tmp_path, monkeypatch):
+    def load(_: object) -> None:
+        raise ImportError("initialization failed") from stopped
+
+    monkeypatch.setattr(verify, "Runtime", load)
+    words = ["tests.export_models:Block", str(tmp_path / "m.onnx"), "--shape", "1,3,8,9"]
+    if isinstance(stopped, KeyboardInterrupt):
+        assert call(*words) == 130
+    else:
+        with pytest.raises(SystemExit):
+            call(*words)

@@ -1,13 +1,22 @@
 """Bad inputs: each is refused with a message that names the place and the way out."""
 
+import errno
+import importlib.util
+import logging
+import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
 import bnrewrite
@@ -223,6 +232,13 @@ def test_a_name_given_twice_is_refused():
         export_onnx(Pair(), (x, x), input_names=["a", "a"])
 
 
+def test_one_name_for_axes_of_two_sizes_is_refused():
+    x = torch.randn(3, 4)
+    shapes = {"x": {0: "n"}, "y": {0: torch.export.Dim("n")}}
+    with pytest.raises(ExportError, match=r"axis 0 of 'y' and axis 0 of 'x' are both called 'n'"):
+        export_onnx(Pair(), (x, x[:1]), dynamic_shapes=shapes)
+
+
 def test_two_names_for_one_axis_are_refused():
     x = torch.randn(3, 4)
     with pytest.raises(ExportError, match=r"axis 0 of 'y' is called 'b'.*called 'a'"):
@@ -236,6 +252,8 @@ def test_two_names_for_one_axis_are_refused():
         ("", ExportError, "path is empty"),
         (".", ExportError, "path is a directory"),
         ("m/", ExportError, "path is a directory"),
+        ("pipe", ExportError, "path is no regular file.*'pipe'"),
+        ("long" * 80, ExportError, "nothing can be written beside path.*too long"),
         (3, TypeError, "path must be a path or None"),
         (b"m.onnx", TypeError, "path must be"),
     ],
@@ -248,8 +266,71 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_model_runs(
             raise AssertionError("the model ran")
 
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
     with pytest.raises(error, match=message):
         export_onnx(Untouchable(), (X,), path)
+    assert os.listdir() == ["pipe"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_whatever_its_permissions_say(monkeypatch):
+    """Permissions say nothing of a read-only file system, or of root's own rights."""
+
+    def fail(*args: object, **kwargs: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    with pytest.raises(ExportError, match=r"nothing can be written beside path 'm\.onnx'.*Read-on"):
+        export_onnx(Block(), (X,), "m.onnx")
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    import onnx_ir as ir
+
+    def fail(model: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ir, "save", fail)
+    message = f"cannot be written to {re.escape(str(tmp_path))}: No space left"
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Block(), (X,), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_before_the_model_runs(name, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda one, *rest: None if one == name else find(one, *rest)
+    )
+    with pytest.raises(ImportError, match=f"the package {name}, which is not.*pip install {name}"):
+        export_onnx(Branches(), (X,))
+
+
+def shard(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def shard_flat(model: nn.Module) -> nn.Module:
+    return nn.Sequential(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [(shard, "conv1.weight"), (shard_flat, r"0 \(FullyShardedDataParallel\)")],
+    ids=["fully_shard", "FullyShardedDataParallel"],
+)
+@pytest.mark.filterwarnings("ignore:FullyShardedDataParallel is deprecated")
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_a_sharded_model_is_refused(wrap, name):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = wrap(bnrewrite.convert(Block()))
+        with pytest.raises(ExportError, match=f"^{name} is sharded.*get_model_state_dict"):
+            export_onnx(model, (X,))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_scripted_model_is_refused():
@@ -382,6 +463,20 @@ def test_another_opset_or_a_foreign_operator_is_refused():
         finish(model("com.example"), 18)
 
 
+def test_an_operation_that_an_older_opset_lacks_is_named():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = torch.split(self.bn(x), [1, 2], 1)
+            return one * other
+
+    with pytest.raises(ExportError, match=r"to opset 17: No Adapter .*Split\. Ask for .*=18 or"):
+        export_onnx(Halves(), (X,), opset_version=17)
+
+
 def test_an_operation_without_an_onnx_form_is_named():
     class Unsupported(nn.Module):
         def __init__(self) -> None:
@@ -394,6 +489,20 @@ def test_an_operation_without_an_onnx_form_is_named():
     with pytest.raises(ExportError, match=r"torch\.onnx cannot convert.*bessel_j0") as caught:
         export_onnx(Unsupported(), (X,))
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "axes", "message"),
+    [
+        ((torch.ones(1, 4), torch.ones(3, 4)), [{0: "n"}, {0: "m"}], "The size of tensor a"),
+        ((torch.ones(1, 4),), [{0: torch.export.Dim("n", max=1)}], "Invalid ranges"),
+    ],
+    ids=["sizes", "range"],
+)
+def test_torch_logs_nothing_of_a_failure_that_is_reported(args, axes, message, caplog):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Pair(), args, dynamic_shapes=axes)
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
 def test_a_failing_op_keeps_torch_s_text_as_the_cause():

@@ -1,6 +1,7 @@
 """Export of the eval graph to ONNX, from the user's module to a verified file.
 
     arguments   what the user gave, checked before any work starts
+    paths       where the file goes, likewise
     evaluate    what the user's model computes in eval mode, leaving the model untouched
     plain       a reverted copy that shares the parameters
     trace       the copy -> an ``ExportedProgram`` whose BatchNorm calls are checked

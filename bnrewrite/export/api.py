@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from bnrewrite.export import arguments
 from bnrewrite.export.dynamic import read_dynamic_shapes
 from bnrewrite.export.evaluate import evaluate
-from bnrewrite.export.models import check_model, check_tensors
+from bnrewrite.export.models import check_model, check_packages, check_tensors
+from bnrewrite.export.paths import check_path
 from bnrewrite.export.plain import unwrap
 from bnrewrite.export.report import ExportReport
 
@@ -73,7 +74,8 @@ def export_onnx(
     weights beside it that it names.
     """
     check_model(model)
-    target = arguments.check_path(path)
+    check_packages()
+    target = check_path(path)
     opset = arguments.check_opset(opset_version)
     arguments.check_flag("fold", fold)
     arguments.check_flag("verify", verify)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,32 +121,6 @@ def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         elif len(names) < len(args) and kind is not inspect.Parameter.VAR_KEYWORD:
             names.append(name)
     return names[: len(args)] + list(kwargs)
-
-
-def check_path(path: object) -> Path | None:
-    """The file to write, with symbolic links followed; None for no file.
-
-    Raises:
-        TypeError: it is not a path.
-        ExportError: nothing can be written there.
-    """
-    if path is None:
-        return None
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a path or None, but it is {type(path).__name__}.")
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError("path must be a str path, but it is bytes.")
-    if not text:
-        raise ExportError("path is empty. Give a file name, or None to get the model only.")
-    target = Path(os.path.realpath(text))
-    if target.is_dir() or text.endswith(("/", os.sep)):
-        raise ExportError(f"path is a directory: {text}. Give a file name in it.")
-    if not target.parent.is_dir():
-        raise ExportError(f"the directory of path does not exist: {text}. Create it first.")
-    if not os.access(target.parent, os.W_OK):
-        raise ExportError(f"the directory of path is not writable: {text}.")
-    return target
 
 
 def check_opset(opset: object) -> int:

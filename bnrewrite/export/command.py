@@ -1,10 +1,15 @@
 """``python -m bnrewrite export MODULE:FACTORY OUT.onnx``: ``export_onnx`` on the command line."""
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor, nn
 
 from bnrewrite.commandline import CommandError, load_model
 from bnrewrite.errors import BnRewriteError
@@ -65,12 +70,16 @@ def run(args: argparse.Namespace) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        print(_export(args))
+        with _ended_like_an_interrupt(signal.SIGTERM):
+            print(_export(args))
     except BnRewriteError:
         raise
     except (TypeError, ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     except ImportError as error:
+        if isinstance(error.__cause__, (KeyboardInterrupt, SystemExit)):
+            # Compiled modules turn an interrupt of their import into this.
+            raise error.__cause__ from None
         raise CommandError(str(error), code=1) from error
     finally:
         log.removeHandler(handler)
@@ -78,10 +87,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ended_like_an_interrupt(number: signal.Signals) -> Iterator[None]:
+    """Lets a signal that would end the process at once clean up first.
+
+    Half of a large model would stay on the disk otherwise.
+    """
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        # Only there can handlers be set.
+        yield
+        return
+    before = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def _export(args: argparse.Namespace) -> object:
     model = load_model(args.model)
     if args.weights:
-        model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+        _load_weights(model, args.weights)
     dtype = _DTYPES[args.dtype]
     if dtype.is_floating_point:
         model.to(dtype)
@@ -97,11 +127,39 @@ def _export(args: argparse.Namespace) -> object:
     )
 
 
-def _example(text: str, dtype: torch.dtype) -> torch.Tensor:
+def _load_weights(model: nn.Module, file: str) -> None:
+    try:
+        with open(file, "rb") as opened:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CommandError(f"--weights {file}: {error.strerror}") from error
+    except Exception as error:
+        # Whatever a file of another kind makes the unpickler do.
+        raise CommandError(
+            f"--weights {file} is no file that torch.load(weights_only=True) reads. "
+            "Write it with torch.save(model.state_dict(), ...)"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CommandError(f"--weights {file} holds no state dict, but {type(state).__name__}")
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CommandError(
+            f"--weights {file} holds no tensors, but {', '.join(map(str, state))}. Write the state "
+            "dict in it to a file of its own"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = [" ".join(line.split()) for line in str(error).splitlines()]
+        raise CommandError(f"--weights {file}: {' '.join(reasons)}") from error
+
+
+def _example(text: str, dtype: torch.dtype) -> Tensor:
     try:
         shape = [int(size) for size in text.replace("x", ",").split(",")]
     except ValueError:
         raise ValueError(f"--shape {text!r} is not a list of sizes such as 1,3,224,224.") from None
+    if min(shape) < 1:
+        raise ValueError(f"--shape {text!r} has a size below 1, so the example would be empty.")
     generator = torch.Generator().manual_seed(0)
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)

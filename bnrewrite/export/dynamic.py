@@ -52,10 +52,30 @@ def read_dynamic_shapes(model: nn.Module, example: Example, given: object) -> Ax
             "dynamic_shapes must map argument names to axes, or be a sequence with one entry per "
             f"input, but it is {type(given).__name__}."
         )
-    return tuple(
+    axes = tuple(
         _axes(name, tensor, entry)
         for name, tensor, entry in zip(example.names, example.tensors, entries, strict=True)
     )
+    _check_equal_names(example, axes)
+    return axes
+
+
+def _check_equal_names(example: Example, axes: Axes) -> None:
+    """Refuses one name for axes that differ in the example."""
+    first: dict[str, tuple[str, int]] = {}
+    for name, tensor, one in zip(example.names, example.tensors, axes, strict=True):
+        for axis, what in one.items():
+            called = axis_name(what)
+            if called is None:
+                continue
+            place, size = f"axis {axis} of {name!r}", tensor.shape[axis]
+            other, there = first.setdefault(called, (place, size))
+            if size != there:
+                raise ExportError(
+                    f"{place} and {other} are both called {called!r} in dynamic_shapes, but the "
+                    f"example has {size} and {there} there. Give them two names, or an example in "
+                    "which they are equal."
+                )
 
 
 def _flatten_variadic(model: nn.Module, given: Mapping[Any, Any]) -> dict[str, Any]:

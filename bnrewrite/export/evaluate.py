@@ -20,7 +20,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     saved = [(module, _snapshot(module.__dict__)) for module in modules]
     buffers = [
-        (buffer, buffer._version, buffer.detach().clone())
+        # Tensors made in inference mode count no versions.
+        (buffer, None if buffer.is_inference() else buffer._version, buffer.detach().clone())
         for buffer in model.buffers()
         if not buffer.is_meta
     ]
@@ -32,8 +33,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for module, attributes in saved:
                 _restore(module.__dict__, attributes)
             for buffer, version, before in buffers:
-                if buffer._version != version:
-                    with torch.no_grad():
+                if version is None or buffer._version != version:
+                    with torch.inference_mode(version is None), torch.no_grad():
                         buffer.copy_(before)
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import onnx_ir as ir
 from onnx import external_data_helper
 
 from bnrewrite.errors import ExportError
+from bnrewrite.export.paths import data_name, folder_beside
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +27,8 @@ def staged(target: Path | None) -> Iterator[Path]:
     If the block raises, ``target`` stays as it was and nothing is left behind. Weights that the
     model at ``target`` kept beside it go with it.
     """
-    parent = None if target is None else target.parent
-    folder = Path(tempfile.mkdtemp(prefix=".bnrewrite-export-", dir=parent))
     name = "model.onnx" if target is None else target.name
-    try:
+    with folder_beside(target) as folder:
         yield folder / name
         if target is not None:
             replaced = _weights_beside(target)
@@ -42,8 +39,6 @@ def staged(target: Path | None) -> Iterator[Path]:
             if replaced is not None and replaced.name not in [path.name for path in paths]:
                 replaced.unlink()
                 log.info("removed %s, the weights of the replaced model", replaced.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _weights_beside(target: Path) -> Path | None:
@@ -87,11 +82,16 @@ def uses_external_data(model: ir.Model, wanted: bool | None) -> bool:
     return True
 
 
-def data_name(path: Path) -> str:
-    """Name of the file with the weights of the model at ``path``."""
-    return f"{path.name}.data"
-
-
 def write(model: ir.Model, path: Path, *, external: bool) -> None:
-    """Writes ``model``, with its weights beside it if ``external``."""
-    ir.save(model, path, external_data=data_name(path) if external else None)
+    """Writes ``model``, with its weights beside it if ``external``.
+
+    Raises:
+        ExportError: the disk is full, or fails.
+    """
+    try:
+        ir.save(model, path, external_data=data_name(path) if external else None)
+    except OSError as error:
+        raise ExportError(
+            f"the model cannot be written to {path.parent.parent}: {error.strerror}. "
+            "Make room there, or choose another place."
+        ) from error

@@ -47,8 +47,8 @@ def _fold(graph: ir.Graph, node: ir.Node) -> str | None:
     weight = layer.inputs[1]
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     for value in (weight, bias):
-        if value is not None and (constant(value) is None or len(value.uses()) != 1):
-            return "the weight of the layer before it is computed or shared"
+        if value is not None and not _is_its_own(value):
+            return "the weight of the layer before it is computed, shared or an output"
     affine = _affine(node)
     if weight is None or affine is None:
         return "its parameters are computed"
@@ -70,6 +70,11 @@ def _fold(graph: ir.Graph, node: ir.Node) -> str | None:
         return f"the folded weight overflows {dtype}"
     _replace(graph, node, layer, new_weight, new_bias)
     return None
+
+
+def _is_its_own(value: ir.Value) -> bool:
+    """Whether a value is a constant that one node reads and nobody else."""
+    return constant(value) is not None and len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _array(value: ir.Value) -> np.ndarray:

@@ -1,7 +1,11 @@
 """What can be said about a model before it runs: is it one, and can its tensors be exported."""
 
+import importlib.util
+import sys
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
 
@@ -30,12 +34,28 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
+def check_packages() -> None:
+    """Refuses to start where a package is missing that only the end of an export imports.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+    """
+    for name in ("onnx", "onnxscript"):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ImportError(
+                f"export_onnx needs the package {name}, which is not installed: pip install {name}"
+            )
+
+
 def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> None:
     """Refuses parameters, buffers and BatchNorm layers that cannot be exported.
 
     Raises:
         ExportError: names the tensor or the layer, and the way out.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ExportError(_sharded(f"{name or 'model'} (FullyShardedDataParallel)"))
     named = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in named.items():
         if isinstance(tensor, UninitializedTensorMixin):
@@ -46,10 +66,7 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
                 "with to_empty() and load_state_dict()."
             )
         if hasattr(tensor, "full_tensor"):
-            raise ExportError(
-                f"{name} is sharded over a device mesh. Export an unsharded model with the state "
-                "dict from torch.distributed.checkpoint.state_dict.get_model_state_dict()."
-            )
+            raise ExportError(_sharded(name))
     for name, tensor in (*named.items(), *inputs.items()):
         if tensor.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
             raise ExportError(
@@ -60,6 +77,13 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             _check_batch_norm(name or "the model itself", module)
+
+
+def _sharded(name: str) -> str:
+    return (
+        f"{name} is sharded over a device mesh. Export an unsharded model with the state dict "
+        "from torch.distributed.checkpoint.state_dict.get_model_state_dict()."
+    )
 
 
 def _check_batch_norm(name: str, module: _BatchNorm) -> None:

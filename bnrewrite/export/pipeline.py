@@ -16,6 +16,7 @@ from bnrewrite.export.dynamic import Axes
 from bnrewrite.export.evaluate import Outputs, evaluate
 from bnrewrite.export.fold import fold_batch_norms
 from bnrewrite.export.mixed import widen_batch_norms
+from bnrewrite.export.paths import data_name
 from bnrewrite.export.plain import plain_copy
 from bnrewrite.export.report import ExportReport, TensorReport
 from bnrewrite.export.second import second_example
@@ -140,11 +141,11 @@ def _report(
     verified: _Verified,
 ) -> ExportReport:
     target, proto, external = written
-    nodes = [node.op_type for node in model.graph]
+    nodes = [node.op_type for node in model.graph.all_nodes()]
     difference = verified.difference
     return ExportReport(
         path=None if target is None else str(target),
-        external_data=files.data_name(target) if target is not None and external else None,
+        external_data=data_name(target) if target is not None and external else None,
         opset=job.opset,
         ir_version=model.ir_version,
         num_nodes=len(nodes),

@@ -16,6 +16,7 @@ from bnrewrite.export.arguments import Example
 from bnrewrite.export.batch_statistics import lower_batch_statistics
 from bnrewrite.export.dynamic import Axes, torch_shapes
 from bnrewrite.export.evaluate import output_leaves
+from bnrewrite.export.quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
     shapes = {"tensors": tuple(torch_shapes(axes))} if any(axes) else None
     # Without it, an example with a batch of one would fix the batch.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
-    with warnings.catch_warnings(), torch.no_grad(), oblivious:
+    # It logs errors of its own before it raises, which is reported below.
+    hushed = quiet("torch.export", "torch._guards", "torch._dynamo", level=logging.CRITICAL)
+    with warnings.catch_warnings(), torch.no_grad(), oblivious, hushed:
         # The model's own warnings were shown when it ran on the example.
         warnings.simplefilter("ignore")
         try:

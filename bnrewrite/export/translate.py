@@ -1,9 +1,7 @@
 """From an ``ExportedProgram`` to an ONNX model of the opset that was asked for."""
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
@@ -11,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bnrewrite.errors import ExportError
+from bnrewrite.export.quiet import quiet
 
 _NATIVE = range(18, 27)
 
@@ -22,7 +21,9 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
         ExportError: an operation has no ONNX form.
     """
     try:
-        with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        # They warn that an opset needs conversion: what comes out is checked.
+        hushed = quiet("torch.onnx", "onnxscript", level=logging.ERROR)
+        with warnings.catch_warnings(), hushed, torch.no_grad():
             warnings.simplefilter("ignore")
             converted = torch.onnx.export(
                 program, opset_version=max(opset, _NATIVE[0]), optimize=False, verbose=False
@@ -36,20 +37,6 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
         ) from error
     assert converted is not None
     return converted.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back warnings that an opset needs conversion: what comes out is checked."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -67,9 +54,11 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
     try:
         converted = onnx.version_converter.convert_version(ir.to_proto(model), opset)
     except Exception as error:
-        text = str(error).strip() or type(error).__name__
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        # Behind the file and line of the converter's source.
+        reason = text.partition("failed: ")[2] or text
         raise ExportError(
-            f"the model cannot be converted to opset {opset}: {text.splitlines()[-1]}. "
+            f"the model cannot be converted to opset {opset}: {reason.rstrip('.')}. "
             f"Ask for opset_version={_NATIVE[0]} or higher."
         ) from error
     result = ir.from_proto(converted)

@@ -41,11 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     torch.set_num_threads(1)
     specs, missing = _specs(options.suite or SUITES, options.name)
+    words = sys.argv[1:] if argv is None else argv
+    command = " ".join(["python -m tests.zoo", *words])
+    origin: dict[str, Any] = {"conditions": conditions(command), "missing": missing}
+    rows: list[Row] = []
+    if options.resume and options.json.exists():
+        rows, origin["earlier conditions"] = _stored(options.json)
+        specs = _not_done(specs, rows, families=options.one_per_family)
     if options.one_per_family:
         specs = smallest_of_each_family(specs, below=10**8)
-    rows: list[Row] = []
-    words = sys.argv[1:] if argv is None else argv
-    circumstances = conditions(" ".join(["python -m tests.zoo", *words]))
     print(_header(), flush=True)
     late = None if options.minutes is None else time.process_time() + 60 * options.minutes
     for row in _sweep_all(specs, late, with_export=options.export):
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         if options.json is not None:
             # After each model, so that a sweep that is broken off leaves what it found.
-            _store(options.json, {"conditions": circumstances, "missing": missing}, specs, rows)
+            _store(options.json, origin, specs, rows)
     print("\n" + "\n".join(f"{key}: {value}" for key, value in _summary(rows).items()))
     return 0 if rows and all(row.passes for row in rows) else 1
 
@@ -80,7 +84,16 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         help="only the smallest model of each family, of fewer than 100 million parameters",
     )
     parser.add_argument("--minutes", type=float, help="start no model after this much CPU time")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that --json FILE holds already, and leave out their models (their "
+        "families, with --one-per-family)",
+    )
+    options = parser.parse_args(argv)
+    if options.resume and options.json is None:
+        parser.error("--resume needs --json FILE, whose rows it keeps")
+    return options
 
 
 def _specs(suites: Iterable[str], pattern: str) -> tuple[list[Spec], dict[str, str]]:
@@ -98,6 +111,24 @@ def _specs(suites: Iterable[str], pattern: str) -> tuple[list[Spec], dict[str, s
     return specs, missing
 
 
+def _stored(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows that an earlier sweep wrote, and the conditions of all sweeps that wrote some."""
+    found = json.loads(path.read_text("utf-8"))
+    rows = [Row.from_dict(row) for row in found["rows"]]
+    return rows, [*found.get("earlier conditions", ()), found["conditions"]]
+
+
+def _not_done(specs: list[Spec], rows: list[Row], *, families: bool) -> list[Spec]:
+    """The specs without a row, or those of families of which no model has a row."""
+
+    def key(spec: Spec) -> str:
+        return f"{spec.suite}/{spec.family or spec.name}" if families else str(spec)
+
+    names = {f"{row.suite}/{row.name}" for row in rows}
+    done = {key(spec) for spec in specs if str(spec) in names}
+    return [spec for spec in specs if key(spec) not in done]
+
+
 def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row]) -> None:
     """Writes the rows with their summary, and what was asked for beyond the last of them."""
     done = {f"{row.suite}/{row.name}" for row in rows}
@@ -105,7 +136,10 @@ def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row
     rest = names[max(index for index, name in enumerate(names) if name in done) + 1 :]
     result = {**result, "summary": _summary(rows), "not begun": rest}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(compact({**result, "rows": [row.to_dict() for row in rows]}), "utf-8")
+    # In one step, so that a sweep that is killed here loses nothing either.
+    written.replace(path)
 
 
 def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:

@@ -5,7 +5,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The row in plain values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Row":
+        """The row that :meth:`to_dict` was called on, also after a way through JSON."""
+        exported = values["exported"]
+        if exported is not None:
+            sizes = tuple(exported["batch_sizes"])
+            exported = Exported(**{**exported, "batch_sizes": sizes})
+        left = [Left(**one) for one in values["left"]]
+        return cls(**{**values, "left": left, "exported": exported})
 
 
 def smallest_of_each_family(specs: list[Spec], *, below: int) -> list[Spec]:
