@@ -75,9 +75,9 @@ class _HeldGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = ctx.held.take()
+        kept = None if torch.compiler.is_compiling() else ctx.held.take()
         if kept is None:
-            # create_graph: they are complete already.
+            # With create_graph, and for a compiler, they are complete already.
             return None, *grads
         mask = [False, *ctx.needs_input_grad[1:], *([False] if len(grads) == 1 else [])]
         found = _backward(*kept, mask)[1:]
@@ -110,7 +110,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         arguments = (grad, x, weight, ctx.bias_sizes, *ctx.geometry)
         needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             found = _backward(*arguments, [True, *needs, False][:3])
             return None, None, None, *found[: 1 + len(needs)]
         grad_x = _backward(*arguments, [True, False, False])[0]

@@ -64,6 +64,7 @@ def _ending_later(xs: Sequence[Tensor]) -> "tuple[_Launched | None, Sequence[Ten
         return None, xs
     launched = _Launched()
     behind = _EndCollective.apply(launched, *(xs[i] for i in wanted))
+    open_slot()
     xs = list(xs)
     for i, x in zip(wanted, behind, strict=True):  # pyright: ignore[reportArgumentType]
         xs[i] = x
@@ -90,14 +91,9 @@ class _Gradient(NamedTuple):
 
 
 class _Launched:
-    """A collective between the node that launches it and the one that ends it.
-
-    Attributes:
-        end: sequence number of the node that ends it.
-    """
+    """A collective between the node that launches it and the one that ends it."""
 
     def __init__(self) -> None:
-        self.end = -1
         self._pending: dict[int, tuple[Tensor, list[int], list[_Gradient]]] = {}
 
     def keep(self, pending: Tensor, sizes: list[int], gradients: list[_Gradient]) -> None:
@@ -120,13 +116,14 @@ class _EndCollective(torch.autograd.Function):
     def forward(ctx, launched: _Launched, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.launched = launched
-        launched.end = ctx._sequence_nr()
         return xs
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with below_autograd():
-            found = ctx.launched.gradients()
+        found = None
+        if not torch.compiler.is_compiling():
+            with below_autograd():
+                found = ctx.launched.gradients()
         if found is None:
             return None, *grads
         # Second derivatives come here by other ways than through the site, too.
@@ -170,7 +167,6 @@ class _BatchNorm(torch.autograd.Function):
         ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
         if launched is not None:
             ctx.set_materialize_grads(False)
-            open_slot(launched.end, ctx)
         return tuple(ys)
 
     @staticmethod
@@ -257,7 +253,7 @@ def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
 def _input_gradients(ctx, ones, sums, launched):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
-    if launched is not None:
+    if launched is not None and not torch.compiler.is_compiling():
         pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
         launched.keep(pending, sizes, ones)
         return [None] * len(ones)

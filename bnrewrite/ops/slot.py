@@ -15,6 +15,8 @@ decide nothing but the order, which is the same on all ranks that run the same m
 import threading
 from typing import Any
 
+import torch
+
 
 class _Latest(threading.local):
     """The slot of the latest site that this thread has evaluated: numbers are those of a thread."""
@@ -25,10 +27,14 @@ class _Latest(threading.local):
 _latest = _Latest()
 
 
-def open_slot(end: int, launch: Any) -> None:
-    """Opens a slot between two nodes of autograd: number ``end``, and ``launch`` behind it."""
-    launch._set_sequence_nr(end + 2)
-    _latest.number = end + 1
+def open_slot() -> None:
+    """Opens a slot between the node of autograd that was created last and the next one.
+
+    A node that is never used takes the number, so that no two nodes of sites have the same: which
+    of two equal ones runs first may depend on what else a rank computes.
+    """
+    torch._C._functions.UndefinedGrad()
+    _latest.number = torch.autograd._get_sequence_nr() - 1
 
 
 def has_slot() -> bool:
