@@ -70,6 +70,35 @@ def test_weight_gradients_run_between_launch_and_wait(ranks: RankPool) -> None:
     assert [orders["net"][i + 1] for i in launches] == ["wait", "wait", *["weight"] * 4]
 
 
+def _numbers(rank: int, world_size: int) -> dict[str, list[int]]:
+    """Sequence numbers of all nodes of a graph, by the names of the nodes."""
+    model = bnrewrite.convert(ResidualNet())
+    todo = [model(torch.randn(2, 3, 8, 8, requires_grad=True)).sum().grad_fn]
+    found: dict[Any, None] = {}
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            todo += [following for following, _ in node.next_functions]
+    numbers: dict[str, list[int]] = {}
+    for node in found:
+        if "AccumulateGrad" not in node.name():
+            numbers.setdefault(node.name(), []).append(node._sequence_nr())
+    return numbers
+
+
+def test_weight_gradients_alone_share_a_number(ranks: RankPool) -> None:
+    """Which of two equal numbers runs first may depend on what else a rank computes."""
+    for numbers in ranks.run(_numbers, 2):
+        slots = set(numbers.pop("_HeldGradientsBackward"))
+        others = [number for values in numbers.values() for number in values]
+        assert len(set(others)) == len(others)
+        assert slots.isdisjoint(others)
+        ends, launches = numbers["_EndCollectiveBackward"], numbers["_BatchNormBackward"]
+        assert sorted(launches) == sorted(end + 2 for end in ends)
+        assert slots <= {end + 1 for end in ends}
+
+
 class Convolutions(nn.Module):
     """Every kind of convolution behind a site, with and without bias, padding and groups."""
 
