@@ -63,6 +63,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     report = add("report", help="what convert() does to a model, and what it leaves")
     report.add_argument("model", metavar="MODULE:FACTORY", help="called without arguments")
     report.add_argument("--mode", default="sync", help="mode of all sites (default %(default)s)")
+    report.add_argument("--sites", action="store_true", help="add a line for each site")
     report.add_argument("--json", action="store_true", help="print JSON instead of text")
     report.add_argument("--html", metavar="FILE", help="write one self-contained page too")
     env = add("env", help="versions, devices and a self-check, for bug reports")
@@ -84,6 +85,8 @@ def _report(args: argparse.Namespace) -> int:
         except OSError as error:
             raise CommandError(f"--html {args.html} cannot be written: {error.strerror}") from error
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    if args.sites and not args.json:
+        print(f"\n{report.table()}")
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     return 0

@@ -1,17 +1,21 @@
 """``report``: what a conversion rewrote, what it left and why, and what a step communicates."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.owner import communication_of, is_owner, owner_state
+from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.convert import Conversion, conversion_of
 from bnrewrite.groups import world_size
-from bnrewrite.passes.base import PassReport, Rewrite, Skip
+from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
+from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
+from bnrewrite.steps import Round, rounds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,8 @@ class SiteReport:
         owner: qualified name of the module whose graph contains it ("" is the model itself); None
             if the BatchNorm module evaluates it by itself.
         where: file and line of the call, where known.
+        fused: what follows the site and became one call with it, like ``"sum, relu"``; or "".
+        shares_with: names of the sites that take part in its collective.
     """
 
     name: str
@@ -34,6 +40,24 @@ class SiteReport:
     num_channels: int | None
     owner: str | None
     where: str | None
+    fused: str = ""
+    shares_with: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerReport:
+    """One module that runs a captured graph.
+
+    Attributes:
+        name: qualified name; "" is the model itself.
+        differs: whether training and evaluation need graphs of their own.
+        inlined: qualified names of the modules whose forwards are part of its training graph, so
+            that their sites can share collectives.
+    """
+
+    name: str
+    differs: bool
+    inlined: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +78,12 @@ class Report:
         sites: every BatchNorm evaluation.
         passes: what each pass did.
         skipped: what was left as it was, with the reason.
-        num_owners: modules that run a captured graph.
-        num_owners_train_eval: of these, how many need different graphs in training and evaluation.
+        owners: modules that run a captured graph.
+        rounds: what a training step evaluates, in order.
         collectives_forward: collectives of a training forward, with more than one rank.
         collectives_backward: collectives of a backward, with more than one rank.
+        before_forward: collectives of a training forward with one for each evaluation.
+        before_backward: the same of a backward.
         num_communicating: evaluations of a training step that take part in them.
         world_size: ranks of the default process group now; 1 without one.
     """
@@ -66,16 +92,31 @@ class Report:
     sites: tuple[SiteReport, ...]
     passes: tuple[PassSummary, ...]
     skipped: tuple[Skip, ...]
-    num_owners: int
-    num_owners_train_eval: int
+    owners: tuple[OwnerReport, ...]
+    rounds: tuple[Round, ...]
     collectives_forward: int
     collectives_backward: int
+    before_forward: int
+    before_backward: int
     num_communicating: int
     world_size: int
 
+    @property
+    def num_owners(self) -> int:
+        """Modules that run a captured graph."""
+        return len(self.owners)
+
+    @property
+    def num_owners_train_eval(self) -> int:
+        """Of these, how many need different graphs in training and evaluation."""
+        return sum(owner.differs for owner in self.owners)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists and strings, ready for ``json.dumps``."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {
+            "num_owners": self.num_owners,
+            "num_owners_train_eval": self.num_owners_train_eval,
+        }
 
     def __str__(self) -> str:
         modes = ", ".join(sorted({site.mode for site in self.sites})) or "none"
@@ -94,16 +135,55 @@ class Report:
             f"{self.num_owners} modules run captured graphs, {self.num_owners_train_eval} of them "
             "have one for training and one for evaluation"
         )
+        inlined = self.inlined()
+        if inlined:
+            lines.append(f"inlined so that they share collectives: {_few(inlined)}")
         lines.append(
             f"collectives per step: {self.collectives_forward} forward + "
-            f"{self.collectives_backward} backward"
-            + f" for {self.num_communicating} evaluations"
+            f"{self.collectives_backward} backward for {self.num_communicating} evaluations, "
+            f"before sharing {self.before_forward} + {self.before_backward}"
             + ("" if self.world_size > 1 else " (none with a single rank)")
         )
         for skip in self.skipped:
             place = f" ({skip.where})" if skip.where else ""
             lines.append(f"left: {skip.name}: {skip.reason}{place}")
         return "\n".join(line.rstrip() for line in lines)
+
+    def inlined(self) -> tuple[str, ...]:
+        """Names of the modules that became part of graphs, without those below them."""
+        names = {name for owner in self.owners for name in owner.inlined}
+        return tuple(
+            name
+            for owner in self.owners
+            for name in owner.inlined
+            if owner.name not in names and name.rpartition(".")[0] not in names
+        )
+
+    def table(self) -> str:
+        """One line for each site: mode, group, channels, what was fused, who shares, file:line."""
+        rows = [("site", "mode", "group", "channels", "fused", "shares its collective with", "at")]
+        for site in self.sites:
+            channels = "" if site.num_channels is None else str(site.num_channels)
+            where = short(site.where) or ("" if site.owner is not None else "evaluates itself")
+            shares = ", ".join(site.shares_with)
+            rows.append((site.name, site.mode, site.group, channels, site.fused, shares, where))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+_FEW = 6
+
+
+def short(where: str | None) -> str:
+    """``where`` from the package on; "" if it is not known."""
+    return "" if where is None else where.rpartition("site-packages/")[2]
+
+
+def _few(names: tuple[str, ...]) -> str:
+    """Some of many names."""
+    rest = len(names) - _FEW
+    return ", ".join(names[:_FEW]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def report(model: nn.Module) -> Report:
@@ -127,6 +207,34 @@ def report(model: nn.Module) -> Report:
             f"{type(model).__name__} is not converted. Call bnrewrite.convert(model) first, and "
             "report on the model that it returned, not on a wrapper or a part of it."
         )
+    rounds = tuple(rounds_of(model))
+    sites = _sites(model, conversion, rounds)
+    communicating = [one for one in rounds if one.collectives_forward]
+    owners = {one.owner for one in rounds}
+    return Report(
+        model=type(model).__name__,
+        sites=sites,
+        passes=tuple(_summary(name, done, owners) for name, done in conversion.reports.items()),
+        skipped=tuple(conversion.skipped),
+        owners=tuple(_owners(model)),
+        rounds=rounds,
+        collectives_forward=len(communicating),
+        collectives_backward=sum(one.collectives_backward for one in communicating),
+        before_forward=sum(len(one.sites) for one in communicating),
+        before_backward=sum(len(one.sites) * one.collectives_backward for one in communicating),
+        num_communicating=sum(len(one.sites) for one in communicating),
+        world_size=world_size(),
+    )
+
+
+def _sites(
+    model: nn.Module, conversion: Conversion, rounds: tuple[Round, ...]
+) -> tuple[SiteReport, ...]:
+    """The sites, those of modules first, with what their first evaluation in a step is."""
+    first: dict[str, Round] = {}
+    for one in rounds:
+        for name in one.sites:
+            first.setdefault(name, one)
     rewritten: dict[str, Rewrite] = {}
     for one in _found(conversion, replace_batch_norm.__name__).rewritten:
         rewritten.setdefault(one.name, one)
@@ -147,26 +255,41 @@ def report(model: nn.Module) -> Report:
         for one in rewritten.values()
         if one.mode is not None
     ]
-    states = [owner_state(module) for module in model.modules() if is_owner(module)]
-    communication = communication_of(model)
-    return Report(
-        model=type(model).__name__,
-        sites=tuple(sites),
-        passes=tuple(_summary(name, done) for name, done in conversion.reports.items()),
-        skipped=tuple(conversion.skipped),
-        num_owners=sum(state is not None for state in states),
-        num_owners_train_eval=sum(state is not None and state.differs for state in states),
-        collectives_forward=communication.forward,
-        collectives_backward=communication.backward,
-        num_communicating=communication.evaluations,
-        world_size=world_size(),
+    return tuple(
+        dataclasses.replace(
+            site,
+            fused=first[site.name].fused_with(site.name),
+            shares_with=tuple(name for name in first[site.name].sites if name != site.name),
+        )
+        if site.name in first
+        else site
+        for site in sites
     )
 
 
-def _summary(name: str, done: PassReport) -> PassSummary:
-    """What a pass did; what it left in one graph and rewrote in a larger one is not left."""
-    rewritten = {one.name for one in done.rewritten}
-    left = {skip.name: skip for skip in done.skipped if skip.name not in rewritten}
+def _owners(model: nn.Module) -> Iterator[OwnerReport]:
+    for module in model.modules():
+        state = owner_state(module) if is_owner(module) else None
+        if state is not None:
+            name = state.recipe.name
+            # Activations that are fused are calls no longer, either, but no modules that one keeps.
+            inlined = sorted(
+                joined(name, path)
+                for path in state.train.inlined
+                if not is_known_leaf(below(module, path))
+            )
+            yield OwnerReport(name, state.differs, tuple(inlined))
+
+
+def _summary(name: str, done: PassReport, owners: set[str | None]) -> PassSummary:
+    """What a pass did in the graphs that a step runs; inlined modules have others in reserve."""
+    everywhere = name == replace_batch_norm.__name__
+    rewritten = {one.name for one in done.rewritten if everywhere or one.owner in owners}
+    left = {
+        skip.name: skip
+        for skip in done.skipped
+        if skip.name not in rewritten and (everywhere or skip.owner in owners)
+    }
     return PassSummary(name, len(rewritten), tuple(left.values()))
 
 

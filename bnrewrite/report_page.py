@@ -2,7 +2,8 @@
 
 from html import escape
 
-from bnrewrite.report import Report, SiteReport
+from bnrewrite.report import PassSummary, Report, SiteReport, short
+from bnrewrite.steps import Round
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #646d78; --paper: #ffffff;
@@ -21,17 +22,18 @@ h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2
   padding: .7rem 1rem; min-width: 8.2rem; }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .card span { color: var(--dim); font-size: .85rem; }
-.groups { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-end; }
-.group { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  padding: .45rem .5rem .3rem; }
-.bars { display: flex; flex-wrap: wrap; gap: 3px; align-items: flex-end; min-height: 58px; }
-.bar { width: 13px; border-radius: 3px 3px 0 0; background: var(--sync); }
-.bar.local { background: var(--local); } .bar.frozen { background: var(--frozen); }
-.bar.shuffle { background: var(--shuffle); }
-.bar.floor { outline: 2px dashed var(--own); outline-offset: -2px; opacity: .75; }
-.group small { display: block; color: var(--dim); font-size: .68rem;
-  white-space: nowrap; margin-top: .3rem; }
-.group em { font-style: normal; opacity: .7; }
+.rounds { display: flex; flex-wrap: wrap; gap: .45rem; align-items: flex-start; padding: 0;
+  margin: 0; list-style: none; }
+.round { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+  padding: .3rem .4rem .4rem; min-width: 6.6rem; }
+.round.shared { border-color: var(--sync); box-shadow: inset 0 0 0 1px var(--sync); }
+.round small { display: flex; justify-content: space-between; gap: .6rem; color: var(--dim);
+  font-size: .7rem; margin-bottom: .25rem; }
+.site { border-left: 4px solid var(--sync); background: var(--paper); border-radius: 4px;
+  padding: .15rem .4rem; margin-top: .2rem; font: .74rem/1.3 ui-monospace, monospace; }
+.site.local { border-color: var(--local); } .site.frozen { border-color: var(--frozen); }
+.site.shuffle { border-color: var(--shuffle); } .site.floor { border-left-style: dashed; }
+.site span { color: var(--dim); display: block; }
 .legend { color: var(--dim); font-size: .85rem; margin: .7rem 0 0; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin: 0 .3em 0 .9em; vertical-align: -1px; }
@@ -39,9 +41,9 @@ h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2
 table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; } tr:last-child td { border-bottom: 0; }
-th { color: var(--dim); font-weight: 600; } td.n { text-align: right;
+th { color: var(--dim); font-weight: 600; } td.n {
   font-variant-numeric: tabular-nums; }
-code { font: .92em ui-monospace, monospace; }
+summary { cursor: pointer; color: var(--dim); margin: 1.4rem 0 .6rem; }
 """
 
 
@@ -53,32 +55,47 @@ def to_html(report: Report) -> str:
             f"<h1>{escape(report.model)}</h1>",
             f'<p class="lead">{_lead(report)}</p>',
             f'<div class="cards">{_cards(report)}</div>',
-            "<h2>Sites, in the order of the modules</h2>",
-            f'<div class="groups">{_groups(report)}</div>',
+            "<h2>One training step, from left to right</h2>",
+            f'<ol class="rounds">{_rounds(report)}</ol>',
             _legend(report),
             "<h2>Passes</h2>",
             _table(
-                ("pass", "rewritten", "left"),
-                [(one.name, one.num_rewritten, len(one.skipped)) for one in report.passes],
+                ("pass", "rewritten", "left", "why left"),
+                [
+                    (one.name, one.num_rewritten, len(one.skipped), _reasons(one))
+                    for one in report.passes
+                ],
             ),
+            _owners(report),
             "<h2>Left as it was</h2>" if report.skipped else "",
             _table(
                 ("name", "reason", "where"),
-                [(skip.name, skip.reason, skip.where or "") for skip in report.skipped],
+                [(skip.name, skip.reason, short(skip.where)) for skip in report.skipped],
             )
             if report.skipped
             else "",
             "<h2>Sites</h2>",
             _table(
-                ("site", "mode", "group", "channels", "graph of", "where"),
+                (
+                    "site",
+                    "mode",
+                    "group",
+                    "channels",
+                    "fused with it",
+                    "shares its collective with",
+                    "graph of",
+                    "where",
+                ),
                 [
                     (
                         site.name,
                         site.mode,
                         site.group,
                         "" if site.num_channels is None else site.num_channels,
+                        site.fused,
+                        ", ".join(site.shares_with),
                         _owner_name(site),
-                        site.where or "",
+                        short(site.where),
                     )
                     for site in report.sites
                 ],
@@ -104,8 +121,8 @@ def _cards(report: Report) -> str:
         (len(report.sites), "BatchNorm sites"),
         (sum(site.owner is not None for site in report.sites), "in captured graphs"),
         (report.num_owners, "captured owners"),
-        (report.collectives_forward, "collectives forward"),
-        (report.collectives_backward, "collectives backward"),
+        (report.collectives_forward, f"collectives forward, {report.before_forward} before"),
+        (report.collectives_backward, f"collectives backward, {report.before_backward} before"),
         (len(report.skipped), "places left"),
     )
     return "".join(
@@ -119,43 +136,52 @@ def _owner_name(site: SiteReport) -> str:
     return site.owner or "the model itself"
 
 
-def _groups(report: Report) -> str:
-    groups: dict[str, list[SiteReport]] = {}
-    depth = _depth(report)
-    for site in report.sites:
-        groups.setdefault(_prefix(site, depth), []).append(site)
-    return "".join(
-        f'<div class="group"><div class="bars">{"".join(map(_bar, sites))}</div>'
-        f"<small>{escape(name)} <em>{len(sites)}</em></small></div>"
-        for name, sites in groups.items()
+def _rounds(report: Report) -> str:
+    sites = {site.name: site for site in report.sites}
+    number = 0
+    cards = []
+    for one in report.rounds:
+        number += one.collectives_forward
+        title = f"collective {number}" if one.collectives_forward else "no collective"
+        notes = ["hidden"] if one.hidden else []
+        shared = " shared" if one.collectives_forward and len(one.sites) > 1 else ""
+        chips = "".join(_chip(sites[name], one) for name in one.sites if name in sites)
+        cards.append(
+            f'<li class="round{shared}"><small><span>{title}</span>'
+            f"<span>{' '.join(notes)}</span></small>{chips}</li>"
+        )
+    return "".join(cards)
+
+
+def _chip(site: SiteReport, one: Round) -> str:
+    """A site with what is worth knowing at a glance; the rest shows when one points at it."""
+    floor = " floor" if one.owner is None else ""
+    channels = "" if site.num_channels is None else f"{site.num_channels} channels"
+    below = " + ".join(filter(None, (channels, site.fused)))
+    title = f"{site.name}: {site.mode}, graph of {_owner_name(site)} {short(site.where)}"
+    return (
+        f'<div class="site {escape(site.mode)}{floor}" title="{escape(title)}">'
+        f"{escape(site.name or 'the model itself')}<span>{escape(below)}</span></div>"
     )
 
 
-def _depth(report: Report) -> int:
-    """The deepest level of module names at which a picture has at most _MOST_GROUPS groups."""
-    for depth in range(6, 1, -1):
-        if len({_prefix(site, depth) for site in report.sites}) <= _MOST_GROUPS:
-            return depth
-    return 1
+def _reasons(one: PassSummary) -> str:
+    return "; ".join(sorted({skip.reason for skip in one.skipped}))
 
 
-_MOST_GROUPS = 24
-
-
-def _prefix(site: SiteReport, depth: int) -> str:
-    parents = site.name.split(".")[:-1]
-    return ".".join(parents[:depth]) or "the model itself"
-
-
-def _bar(site: SiteReport) -> str:
-    """A bar whose height grows with the logarithm of the channels."""
-    channels = site.num_channels or 1
-    height = min(64, 6 + 5 * channels.bit_length())
-    floor = " floor" if site.owner is None else ""
-    label = f"{site.name}: {site.mode}, {site.num_channels or 'unknown number of'} channels"
+def _owners(report: Report) -> str:
+    rows: list[tuple[object, ...]] = [
+        (
+            owner.name or "the model itself",
+            "one each" if owner.differs else "one for both",
+            ", ".join(owner.inlined),
+        )
+        for owner in report.owners
+    ]
+    head = ("module", "graphs for training and evaluation", "inlined, so that they share")
     return (
-        f'<div class="bar {escape(site.mode)}{floor}" style="height:{height}px" '
-        f'title="{escape(label)}"></div>'
+        f"<details><summary>{len(rows)} modules run captured graphs</summary>"
+        f"{_table(head, rows)}</details>"
     )
 
 
@@ -165,8 +191,10 @@ def _legend(report: Report) -> str:
         f'<i style="background:var(--{escape(mode)})"></i>{escape(mode)}' for mode in modes
     )
     return (
-        '<p class="legend">One bar per site; the height grows with the channels; a dashed bar is '
-        f"evaluated outside any captured graph.{entries}</p>"
+        '<p class="legend">Each box is one call; sites in one box share one collective forward and '
+        "one backward. <b>hidden</b>: other work runs while it is under way. <b>+</b>: what "
+        "follows a site and became one call with it. A dashed edge: the layer evaluates itself, "
+        f"outside any captured graph.{entries}</p>"
     )
 
 

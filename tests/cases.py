@@ -7,6 +7,7 @@ scripted code), and whether the model branches on data.
 
 import dataclasses
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -909,3 +910,13 @@ class NoneForRequired(Simple):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = self.bn(self.conv(x))
         return x if mask is None else x * mask
+
+
+@case()
+class OrderedOutput(Simple):
+    """As backbones of torchvision's detectors return their features."""
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        out = OrderedDict(second=self.conv(x))
+        out["first"] = self.bn(out["second"])
+        return out

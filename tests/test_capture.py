@@ -3,6 +3,7 @@
 import builtins
 import gc
 import math
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.tracer import OwnerTracer
-from tests.cases import DenseLayers
+from tests.cases import DenseLayers, OrderedOutput
 
 
 class Wrapper(nn.Module):
@@ -111,10 +112,26 @@ def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:
     """As those of DenseNet, which are called with lists."""
     x = torch.randn(4, 3, 5, 5)
     for argument, used in ((x, [True, False]), ([x], [False, True])):
-        layer: Any = bnrewrite.convert(DenseLayers().first)
+        layer: Any = DenseLayers().first
+        bnrewrite.convert(layer)
         layer(argument)
         state: Any = owner_state(layer)
         assert [form.function is not None for form in state.train.forms] == used
+
+
+def test_ordered_dictionaries_stay_what_they_are() -> None:
+    model = bnrewrite.convert(OrderedOutput(), strict=True)
+    out = model(torch.randn(2, 3, 5, 5))
+    assert type(out) is OrderedDict
+    assert [*out] == ["second", "first"]
+    state: Any = owner_state(model)
+    assert state.train.function is not None
+
+
+def test_layers_of_torch_have_no_line_of_the_code_that_converts() -> None:
+    model = bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    (site,) = bnrewrite.report(model).sites
+    assert (site.owner, site.where) == ("", None)
 
 
 def test_a_model_that_never_ran_compiles_without_a_break() -> None:

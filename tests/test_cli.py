@@ -58,7 +58,13 @@ def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     page = tmp_path / "report.html"
     model = "bnrewrite.demo.network:DigitsNet"
     assert cli.main(["report", model, "--html", str(page)]) == 0
-    assert "<h1>DigitsNet</h1>" in page.read_text()
+    text = page.read_text()
+    assert "<h1>DigitsNet</h1>" in text
+    assert text.count('<li class="round') == 5
+    assert text.count('<li class="round shared">') == 2
+    assert "collectives forward, 7 before" in text
+    for outside in ("http:", "https:", "<script", "<link", "url("):
+        assert outside not in text
     assert "7 BatchNorm sites" in capsys.readouterr().out
     assert cli.main(["report", model, "--html", str(tmp_path)]) == 2
     assert "cannot be written: Is a directory" in capsys.readouterr().err
@@ -67,6 +73,14 @@ def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_report_counts_the_sites(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "bnrewrite.demo.network:DigitsNet"]) == 0
     assert "DigitsNet: 7 BatchNorm sites" in capsys.readouterr().out
+
+
+def test_report_lists_the_sites(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "bnrewrite.demo.network:DigitsNet", "--sites"]) == 0
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("stages.0.bn2 "))
+    assert "stages.0.shortcut.1" in line
+    assert "demo/network.py:" in line
 
 
 def test_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:

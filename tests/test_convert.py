@@ -684,6 +684,66 @@ class TestReport:
         assert "none with a single rank" in text
         assert report.skipped == ()
 
+    def test_fusions_shared_collectives_and_inlined_modules(self) -> None:
+        """The shortcut's site of ``layer2`` shares, the sites of ``layer1`` fuse."""
+        report = bnrewrite.report(bnrewrite.convert(ResidualNet()))
+        sites = {site.name: site for site in report.sites}
+        assert sites["layer1.bn1"].fused == "relu"
+        assert sites["layer1.bn2"].fused == "sum, relu"
+        assert sites["layer1.bn1"].shares_with == ()
+        assert sites["layer2.bn2"].shares_with == ("layer2.downsample.1",)
+        assert sites["layer2.downsample.1"].shares_with == ("layer2.bn2",)
+        assert (sites["layer2.bn2"].fused, sites["layer2.bn2"].group) == ("sum, relu", "default")
+        assert sites["layer2.downsample.1"].fused == ""
+        assert (report.collectives_forward, report.before_forward) == (6, 7)
+        assert (report.collectives_backward, report.before_backward) == (6, 7)
+        assert report.inlined() == ("layer2.downsample",)
+        owners = {owner.name: owner for owner in report.owners}
+        assert owners["layer2"].inlined == ("layer2.downsample",)
+        assert owners["layer1"].inlined == ()
+        assert owners["layer2"].differs
+        plain = bnrewrite.report(bnrewrite.convert(ResidualNet(), passes=()))
+        assert not any(owner.differs for owner in plain.owners)
+        order = [one.sites for one in report.rounds]
+        assert order[-2:] == [("layer2.bn2", "layer2.downsample.1"), ("neck",)]
+        assert len(order) == 6
+        text = str(report)
+        assert "inlined so that they share collectives: layer2.downsample\n" in text
+        assert "6 forward + 6 backward for 7 evaluations, before sharing 7 + 7" in text
+        (line,) = (line for line in report.table().splitlines() if line.startswith("layer1.bn2 "))
+        assert line.split()[1:6] == ["sync", "default", "8", "sum,", "relu"]
+        assert line.split()[6].endswith(
+            f"models.py:{str(sites['layer1.bn2'].where).split(':')[-1]}"
+        )
+
+    def test_alone_and_frozen_sites_communicate_as_they_say(self) -> None:
+        modes = {"layer1.bn1": "frozen", "layer1.bn2": "local", "*": "sync"}
+        report = bnrewrite.report(bnrewrite.convert(ResidualNet(), modes, passes=()))
+        assert (report.collectives_forward, report.before_forward) == (5, 5)
+        silent = [one.sites for one in report.rounds if not one.collectives_forward]
+        assert silent == [("layer1.bn1",), ("layer1.bn2",)]
+        lone = bnrewrite.report(bnrewrite.convert(nn.BatchNorm1d(3)))
+        (one,) = lone.rounds
+        assert (one.sites, one.owner, one.collectives_backward) == (("",), None, 1)
+
+    def test_what_a_pass_did_counts_in_the_graphs_that_a_step_runs(self) -> None:
+        """Alone, both branches would fuse; inlined, they share."""
+        branches = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in "ab"]
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = branches
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.a(x) + self.b(x)
+
+        report = bnrewrite.report(bnrewrite.convert(Both()))
+        done = {one.name: (one.num_rewritten, len(one.skipped)) for one in report.passes}
+        assert done["share_collectives"] == (2, 0)
+        assert done["fuse_epilogue"] == (2, 0)
+        assert done["overlap_backward"] == (2, 0)
+
     def test_calls_are_counted_not_layers(self) -> None:
         """``first`` is called twice by the model, ``block`` too, which one graph cannot tell."""
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("cli", "demo"),
     ("environment",),
     ("check", "compiler", "export", "report", "report_page", "shuffle_batch"),
+    ("steps",),
     ("convert",),
     ("capture",),
     ("passes",),

@@ -10,17 +10,24 @@ import torch
 
 def is_ours(filename: str) -> bool:
     """Whether a file belongs to torch or to this package."""
-    return filename.startswith((_TORCH, _HERE)) or filename.endswith("mock.py")
+    return filename.startswith((_TORCH, _HERE)) and not filename.startswith(_DEMO)
 
+
+TRACES = "_record_graph"
+"""Name of the function that calls the traced code."""
 
 _TORCH = torch.__path__[0] + os.sep
 _HERE = __file__.rsplit("capture", 1)[0]
+_DEMO = f"{_HERE}demo{os.sep}"
 
 
 def user_frame() -> FrameType | None:
-    """The innermost frame of the traced code."""
+    """The innermost frame of the traced code; None where none of the user's runs."""
     frame = sys._getframe(1)
     while frame is not None and is_ours(frame.f_code.co_filename):
+        if frame.f_code.co_name == TRACES:
+            # From here on it is the code that converts the model.
+            return None
         frame = frame.f_back
     return frame
 

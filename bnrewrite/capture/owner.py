@@ -12,7 +12,6 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.base import joined
-from bnrewrite.passes.rounds import Communication, communication
 from bnrewrite.sites.classes import Converted, below, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
@@ -168,25 +167,6 @@ def is_owner(module: nn.Module) -> bool:
 def owner_state(module: nn.Module) -> OwnerState | None:
     """The captured graphs of an owner."""
     return module.__dict__[_STATE]
-
-
-def communication_of(module: nn.Module) -> Communication:
-    """What ``module`` communicates in a training step, with the graphs that it runs."""
-    state = owner_state(module) if is_owner(module) else None
-    total = Communication()
-    if state is not None:
-        for node in state.train.graph.nodes:
-            total = total.plus(
-                communication(node, lambda path: communication_of(below(module, path)))
-            )
-    elif is_site(module):
-        mode = site_state(module).mode
-        if mode.communicates:
-            total = Communication(1, int(mode.communicates_backward), 1)
-    else:
-        for child in module.children():
-            total = total.plus(communication_of(child))
-    return total
 
 
 def detach_owner(module: nn.Module) -> None:

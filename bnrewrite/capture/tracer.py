@@ -9,6 +9,7 @@ on tensors of its own, or branches on data.
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -75,7 +76,8 @@ class OwnerTracer(fx.Tracer):
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
         if self.refusal is None:
-            self.refusal = Refused(f"{reason}{where()}")
+            place = where() or where_of(Refused(), type(self.root).forward)
+            self.refusal = Refused(f"{reason}{place}")
             self.refusal.scope = self._scopes[-1]
         raise self.refusal
 
@@ -96,7 +98,7 @@ class OwnerTracer(fx.Tracer):
                 keeping_random_state(self),
                 RefuseEffects(self),
             ):
-                graph = self._record(root, paths)
+                graph = self._record_graph(root, paths)
         except Exception as error:
             if self.refusal is None:
                 place = where_of(error, forward)
@@ -115,7 +117,7 @@ class OwnerTracer(fx.Tracer):
             raise self.refusal
         return graph
 
-    def _record(self, root: nn.Module, paths: dict[nn.Module, str]) -> fx.Graph:
+    def _record_graph(self, root: nn.Module, paths: dict[nn.Module, str]) -> fx.Graph:
         """What ``fx.Tracer.trace`` does; it changes torch for each trace and back."""
         forward = type(root).forward
         self.root = root
@@ -188,6 +190,9 @@ class OwnerTracer(fx.Tracer):
             return a.node
         if kind in _PLAIN:
             return a
+        if kind is OrderedDict:
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
         if kind is Tensor:
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
         if (

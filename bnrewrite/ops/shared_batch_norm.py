@@ -206,3 +206,6 @@ LIBRARY.impl("finish_batch_norm", _finish_batch_norm, "CompositeImplicitAutograd
 
 START_BATCH_NORM = torch.ops.bnrewrite.start_batch_norm.default
 FINISH_BATCH_NORM = torch.ops.bnrewrite.finish_batch_norm.default
+
+EPILOGUE = slice(13, 16)
+"""Where ``finish_batch_norm`` has residuals, the sites whose results are added, and activations."""

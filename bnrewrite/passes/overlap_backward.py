@@ -20,7 +20,7 @@ from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.slot import has_slot
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, where
-from bnrewrite.passes.rounds import Communication, communication
+from bnrewrite.passes.rounds import communication
 from bnrewrite.sites.floor import has_hooks
 
 _CONVOLUTIONS = (
@@ -60,7 +60,7 @@ def _group(graph: fx.Graph) -> tuple[Any, ...] | None:
     Arguments of ``active_group``: attributes of the owner and constants, known at every place.
     """
     for node in graph.nodes:
-        if communication(node, lambda path: Communication()).backward > 0:
+        if communication(node).backward > 0:
             groups = node.args[5] if node.target is START_BATCH_NORM else [node.args[10]]
             args = groups[0].args
             if all(not isinstance(arg, fx.Node) or arg.op == "get_attr" for arg in args):

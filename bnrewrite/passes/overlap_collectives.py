@@ -65,10 +65,10 @@ def _may_gain(target: OwnerGraph) -> bool:
     """Whether any work does not depend on a collective that it could hide."""
     nodes = list(target.graph.nodes)
     collectives = [n for n in nodes if group_of(n) is not None or n.target is FINISH_BATCH_NORM]
-    return any(map(_is_work, independent(nodes, collectives)))
+    return any(map(is_work, independent(nodes, collectives)))
 
 
-def _is_work(node: fx.Node) -> bool:
+def is_work(node: fx.Node) -> bool:
     """Whether running ``node`` takes the device any time: more than a counter does."""
     if all(source.op == "get_attr" for source in node.all_input_nodes):
         return False
@@ -105,7 +105,7 @@ def _pairs(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, bool]]:
     for finish in graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
         start = finish.args[0]
         between = nodes[position[start] : position[finish]]
-        found.append((start, finish, any(map(_is_work, between))))
+        found.append((start, finish, any(map(is_work, between))))
     return found
 
 

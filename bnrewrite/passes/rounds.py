@@ -39,35 +39,20 @@ def communicates(owner: nn.Module, node: fx.Node) -> bool:
 
 
 class Communication(NamedTuple):
-    """What one training step communicates: collectives, and evaluations that take part in them."""
+    """Collectives that one node of a training graph makes."""
 
     forward: int = 0
     backward: int = 0
-    evaluations: int = 0
-
-    def plus(self, other: "Communication") -> "Communication":
-        """What both communicate."""
-        return Communication(*map(sum, zip(self, other, strict=True)))
 
 
-def communication(node: fx.Node, of_module: Callable[[str], Communication]) -> Communication:
-    """What one node of a training graph communicates.
-
-    Args:
-        node: a node of a captured graph.
-        of_module: the same for the module at a path.
-    """
-    if node.op == "call_module":
-        return of_module(str(node.target))
-    if node.target is START_BATCH_NORM:
-        return Communication(1, 1, len(node.meta["sites"]))
-    if group_of(node) is not None or (
-        node.target is BATCH_NORM_ACT and isinstance(node.args[10], fx.Node)
-    ):
-        return Communication(1, 1, 1)
+def communication(node: fx.Node) -> Communication:
+    """What one node of a training graph communicates by itself; a call of a module nothing."""
+    if node.target is START_BATCH_NORM or group_of(node) is not None:
+        return Communication(1, 1)
+    if node.target is BATCH_NORM_ACT and isinstance(node.args[10], fx.Node):
+        return Communication(1, 1)
     if node.target is SHUFFLE_BATCH_NORM and isinstance(node.args[10], fx.Node):
-        mode = node.meta["site"].mode
-        return Communication(1, int(mode.communicates_backward), 1)
+        return Communication(1, int(node.meta["site"].mode.communicates_backward))
     return Communication()
 
 

@@ -1,0 +1,116 @@
+"""What one training step of a converted model evaluates, in order, and what it communicates."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from bnrewrite.capture.owner import OwnerState, is_owner, owner_state
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
+from bnrewrite.ops.shared_batch_norm import EPILOGUE, FINISH_BATCH_NORM, START_BATCH_NORM
+from bnrewrite.passes.base import Rewrite, joined
+from bnrewrite.passes.overlap_collectives import is_work
+from bnrewrite.passes.rounds import communication
+from bnrewrite.sites.classes import below
+from bnrewrite.sites.floor import is_site, site_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Evaluations that are one call, with one collective at most.
+
+    Attributes:
+        sites: names of the sites that are evaluated.
+        owner: qualified name of the module whose graph makes the call; None if a BatchNorm module
+            evaluates itself.
+        collectives_forward: collectives of its forward, with more than one rank: 0 or 1.
+        collectives_backward: of its backward.
+        hidden: whether other work runs while its collective is under way.
+        fused: for each site what follows it and became one call with it, like ``"sum, relu"``; ""
+            if nothing did.
+    """
+
+    sites: tuple[str, ...]
+    owner: str | None
+    collectives_forward: int
+    collectives_backward: int
+    hidden: bool = False
+    fused: tuple[str, ...] = ("",)
+
+    def fused_with(self, site: str) -> str:
+        """What is part of the call besides the evaluation of ``site``."""
+        return self.fused[self.sites.index(site)]
+
+
+def rounds_of(module: nn.Module) -> Iterator[Round]:
+    """The rounds of a training step of ``module``, as far as graphs tell in their order."""
+    state = owner_state(module) if is_owner(module) else None
+    if state is not None:
+        yield from _rounds_of_graph(module, state)
+    elif is_site(module):
+        mode = site_state(module).mode
+        backward = int(mode.communicates_backward)
+        yield Round((site_state(module).name,), None, int(mode.communicates), backward)
+    else:
+        for child in module.children():
+            yield from rounds_of(child)
+
+
+def _rounds_of_graph(owner: nn.Module, state: OwnerState) -> Iterator[Round]:
+    name = state.recipe.name
+    for node in state.train.graph.nodes:
+        if node.op == "call_module":
+            yield from rounds_of(below(owner, str(node.target)))
+            continue
+        sites = node.meta.get("sites") or ([node.meta["site"]] if "site" in node.meta else [])
+        if not sites or node.target is FINISH_BATCH_NORM:
+            continue
+        found = communication(node)
+        yield Round(
+            tuple(_name(owner, name, site) for site in sites),
+            name,
+            found.forward,
+            found.backward,
+            hidden=node.target is START_BATCH_NORM and _hides(node),
+            fused=_fused(node, len(sites)),
+        )
+
+
+def _name(owner: nn.Module, name: str, site: Rewrite) -> str:
+    """Graphs are shared by modules of one structure, whose sites have names of their own."""
+    home = owner if site.path is None else below(owner, site.path)
+    if is_site(home):
+        return site_state(home).name
+    prefix = f"{site.owner}." if site.owner else ""
+    return joined(name, site.name.removeprefix(prefix))
+
+
+def _fused(node: fx.Node, num_sites: int) -> tuple[str, ...]:
+    """What the evaluation of each site of ``node`` does besides."""
+    columns: Any = [(None,) * num_sites, (-1,) * num_sites, ("identity",) * num_sites]
+    if node.target is BATCH_NORM_ACT:
+        columns = [(node.args[11],), (-1,), (node.args[12],)]
+    elif node.target is START_BATCH_NORM:
+        columns = _end(node).args[EPILOGUE]
+    found = []
+    for residual, other, activation in zip(*columns, strict=True):
+        parts = ["sum"] if residual is not None or other >= 0 else []
+        found.append(", ".join(parts if activation == "identity" else [*parts, activation]))
+    return tuple(found)
+
+
+def _end(start: fx.Node) -> fx.Node:
+    """The node that waits for the collective that ``start`` launches."""
+    return next(node for node in start.users if node.target is FINISH_BATCH_NORM)
+
+
+def _hides(start: fx.Node) -> bool:
+    """Whether anything but small change runs before the collective is waited for."""
+    node = start.next
+    end = _end(start)
+    while node is not end:
+        if is_work(node):
+            return True
+        node = node.next
+    return False
