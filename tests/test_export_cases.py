@@ -366,6 +366,23 @@ def test_a_dynamic_axis_is_split_by_slices(fold):
     assert report.verified == (2, 3)
 
 
+class Counts(nn.Module):
+    """Converts a size to an int, which fixes it when the model runs on symbolic sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) + torch.ones(int(x.shape[0]), 1, 1, 1)
+
+
+def test_a_size_made_an_int_stays_dynamic():
+    report = export_onnx(Counts(), (IMAGE,), dynamic_shapes=[{0: "n"}])
+    assert report.inputs[0].shape == ("n", 3, 8, 9)
+    assert report.verified == (2, 3)
+
+
 def test_given_names_win_over_names_in_the_graph():
     report = export_onnx(Block(), (IMAGE,), input_names=["relu"], output_names=["conv2d"])
     assert [one.name for one in (*report.inputs, *report.outputs)] == ["relu", "conv2d"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.zoo import __main__ as command
+from tests.zoo import export, export_table
 from tests.zoo.spec import Call, Spec
 
 
@@ -80,3 +81,24 @@ def test_resuming_needs_the_file(capsys):
     with pytest.raises(SystemExit):
         command.main(["--resume"])
     assert "--resume needs --json FILE" in capsys.readouterr().err
+
+
+def test_the_table_of_exports_has_a_line_for_each_model_and_the_reasons(
+    built, tmp_path, monkeypatch
+):
+    path = tmp_path / "rows.json"
+    assert call(path, "--name", "a_*", "--export") == ["a_small", "a_large"]
+    monkeypatch.setattr(export, "mild_statistics", lambda model: object())
+    command.main(["--json", str(path), "--resume", "--export"])
+    export_table.main([str(path)])
+    text = path.with_suffix(".md").read_text("utf-8")
+    assert "3 models: 2 exported in both forms, 2 BatchNormalization nodes kept, 2 of" in text
+    assert "\n| timm/a_small | 1 | 1 | 0 | " in text
+    assert "\n| timm/b | none |" in text
+    assert "\n- timm/b: " in text
+
+
+def test_the_stored_table_is_that_of_the_stored_rows():
+    path = Path(__file__).parents[1] / "benchmarks/results/zoo_export.json"
+    table = export_table.table(json.loads(path.read_text("utf-8")))
+    assert path.with_suffix(".md").read_text("utf-8") == table

@@ -95,20 +95,18 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad(), oblivious, hushed:
         # The model's own warnings were shown when it ran on the example.
         warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(
-                adapter, example.tensors, dynamic_shapes=shapes, strict=False
-            )
-        except Exception as error:
-            first = error
-        if not _is_about_shapes(first):
+        failures: list[Exception] = []
+        # Strict tracing reads the code of the model: slower, and other models pass it. It also
+        # leaves a size dynamic that the code converts to an int, which fixes it otherwise.
+        for strict in (False, True):
             try:
                 return torch.export.export(
-                    adapter, example.tensors, dynamic_shapes=shapes, strict=True
+                    adapter, example.tensors, dynamic_shapes=shapes, strict=strict
                 )
             except Exception as error:
-                log.debug("torch.export with strict=True fails too: %s", error)
-    raise ExportError(_failure(first, example, axes)) from first
+                log.debug("torch.export with strict=%s fails: %s", strict, error)
+                failures.append(error)
+    raise ExportError(_failure(failures[0], example, axes)) from failures[0]
 
 
 def _is_about_shapes(error: Exception) -> bool:
