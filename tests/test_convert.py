@@ -705,7 +705,7 @@ class TestReport:
         plain = bnrewrite.report(bnrewrite.convert(ResidualNet(), passes=()))
         assert not any(owner.differs for owner in plain.owners)
         order = [one.sites for one in report.rounds]
-        assert order[-2:] == [("layer2.bn2", "layer2.downsample.1"), ("neck",)]
+        assert order[-2:] == [("layer2.downsample.1", "layer2.bn2"), ("neck",)]
         assert len(order) == 6
         text = str(report)
         assert "inlined so that they share collectives: layer2.downsample\n" in text
