@@ -49,60 +49,81 @@ class _Chain:
         return self.residual is not None or self.activation is not None
 
 
+class _Before:
+    """What must run before a node: by the order of the graph before the pass, made when needed."""
+
+    def __init__(self, target: OwnerGraph) -> None:
+        self._target = target
+        self._order: Order | None = None
+        self._became: dict[fx.Node, fx.Node] = {}
+
+    def __call__(self, node: fx.Node) -> set[fx.Node]:
+        if self._order is None:
+            self._order = Order(self._target.owner, self._target.graph)
+            self._target.flags.update(self._order.flags)
+        return {self._became.get(one, one) for one in self._order.before[node]}
+
+    def became(self, nodes: list[fx.Node], new: fx.Node) -> None:
+        """Notes that ``new`` stands for ``nodes`` now."""
+        if self._order is not None:
+            befores = [self._order.before[node] for node in nodes]
+            self._order.before[new] = set().union(*befores)
+        self._became.update(dict.fromkeys(nodes, new))
+
+
 def fuse_epilogue(target: OwnerGraph, report: PassReport) -> None:
     """Fuses what follows the sites of one owner's training graph."""
     if not target.training:
         return
+    before = _Before(target)
     for node in target.graph.find_nodes(op="call_function", target=FINISH_BATCH_NORM):
-        _fuse_shared(target, node, report)
+        _fuse_shared(target, node, report, before)
     for node in target.graph.find_nodes(op="call_function", target=SHUFFLE_BATCH_NORM):
         if any(_follows(target, user) for user in node.users):
             site = node.meta["site"]
             reason = "its statistics come from another rank"
             report.skipped.append(target.skip(site.name, reason, node, site.path))
-    order: Order | None = None
     for node in target.graph.find_nodes(op="call_function", target=BATCH_NORM):
         chain = _chain(target, node)
         if chain is None:
             continue
         site: Rewrite = node.meta["site"]
         if chain.gains and not _in_one_piece(chain):
-            order = order or Order(target.owner, target.graph)
-            _shorten_to_movable(target, chain, order)
+            _shorten_to_movable(target, chain, before)
         if chain.reason:
             report.skipped.append(target.skip(site.name, chain.reason, node, site.path))
         if chain.gains:
-            new = _fuse(target, chain)
+            before.became(chain.nodes, _fuse(target, chain))
             report.rewritten.append(site)
-            if order is not None:
-                order.before[new] = set().union(*(order.before[one] for one in chain.nodes))
 
 
-def _fuse_shared(target: OwnerGraph, finish: fx.Node, report: PassReport) -> None:
+def _fuse_shared(target: OwnerGraph, finish: fx.Node, report: PassReport, before: _Before) -> None:
     """Fuses what follows the sites that end a collective together, at the place of that end.
 
     The last one first: where the results of two sites are added, the later site takes the sum.
     """
     sites: list[Rewrite] = finish.args[0].meta["sites"]  # pyright: ignore
     results = {node.args[1]: node for node in finish.users}
-    order: Order | None = None
     for index in sorted(results, reverse=True):  # pyright: ignore[reportCallIssue, reportArgumentType]
         chain = _chain(target, results[index])
         if chain is None:
             continue
-        order = order or Order(target.owner, target.graph)
-        _shorten_to_early(target, chain, finish, order)
+        if chain.residual is not None:
+            _shorten_to_early(target, chain, finish, before)
         site = sites[index]  # pyright: ignore[reportCallIssue, reportArgumentType]
         if chain.reason:
             report.skipped.append(target.skip(site.name, chain.reason, chain.nodes[0], site.path))
         if chain.gains:
+            before.became(chain.nodes[1:], chain.nodes[0])
             _fuse_into(target, chain, finish, index)
             report.rewritten.append(site)
-            order = None
 
 
-def _shorten_to_early(target: OwnerGraph, chain: _Chain, finish: fx.Node, order: Order) -> None:
-    """Cuts the chain where its nodes could not run as soon as ``finish`` has ended."""
+def _shorten_to_early(target: OwnerGraph, chain: _Chain, finish: fx.Node, before: _Before) -> None:
+    """Cuts the chain where its nodes could not run as soon as ``finish`` has ended.
+
+    An activation of a result that nobody else reads always can; a sum needs its other operand.
+    """
     early = {finish, *finish.users}
     for node in target.graph.nodes:
         if node is finish:
@@ -112,7 +133,7 @@ def _shorten_to_early(target: OwnerGraph, chain: _Chain, finish: fx.Node, order:
     for index, node in enumerate(chain.nodes[1:], start=1):
         if added is not None and is_addition(node) and not _may_be_added(added, chain):
             chain.reason = "it is added to another site's result, which is read elsewhere, too"
-        elif not order.before[node] <= early:
+        elif not before(node) <= early:
             chain.reason = "what it needs besides is not there when its collective ends"
         else:
             early.add(node)
@@ -272,7 +293,7 @@ def _in_one_piece(chain: _Chain) -> bool:
     return all(one.next is two for one, two in zip(chain.nodes, chain.nodes[1:], strict=False))
 
 
-def _shorten_to_movable(target: OwnerGraph, chain: _Chain, order: Order) -> None:
+def _shorten_to_movable(target: OwnerGraph, chain: _Chain, before: _Before) -> None:
     """Cuts the chain where its nodes could not run together at the place of the last one."""
     nodes = list(target.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
@@ -280,8 +301,7 @@ def _shorten_to_movable(target: OwnerGraph, chain: _Chain, order: Order) -> None
         first, last = position[chain.nodes[0]], position[chain.nodes[-1]]
         moved = set(chain.nodes)
         between = [node for node in nodes[first:last] if node not in moved]
-        if not any(moved & order.before[node] for node in between):
-            target.flags.update(order.flags)
+        if not any(moved & before(node) for node in between):
             return
         chain.reason = "what runs meanwhile must not run before it"
         _cut(target, chain)
