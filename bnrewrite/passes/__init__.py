@@ -74,8 +74,6 @@ def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, 
         start = time.perf_counter()
         report = reports[name] = PassReport()
         one(target, report)
-        if report.rewritten:
-            target.graph.lint()
         log.debug(
             "%s in %s (%s): %d rewritten, %d left, %.1f ms",
             name,
@@ -87,6 +85,8 @@ def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, 
         )
         _dump(target, index, name)
         index += 1
+    if any(report.rewritten for report in reports.values()):
+        target.graph.lint()
     return reports
 
 
