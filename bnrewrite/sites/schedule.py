@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from bnrewrite.agreement import Line, View, agree, can_agree, default_group
+from bnrewrite.agreement import View, agree, can_agree, default_group
+from bnrewrite.differences import Line
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
@@ -230,7 +231,7 @@ class Schedule:
                         others,
                         empty=not mine,
                         loaded=self.ddp_buffers.loaded(place),
-                        state=functools.partial(self.ddp_buffers.tensors, place),
+                        shared=weakref.ref(self.ddp_buffers),
                     ),
                 )
 
