@@ -22,6 +22,7 @@ from bnrewrite.differences import Line
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
+from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
 
@@ -248,6 +249,7 @@ def schedule_of(module: nn.Module) -> Schedule | None:
 @torch.compiler.assume_constant_result
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
+    guard_graph()
     schedule = _living.get(key)
     if schedule is None or not schedule.is_news():
         return
