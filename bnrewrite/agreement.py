@@ -21,33 +21,43 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnrewrite.differences import Line, difference, first_site
 from bnrewrite.errors import PeerError, ScheduleError
-
-Line = tuple[str, str]
-"""Name of a site, or of another thing to agree upon, and what the rank says about it."""
 
 _GRACE_S = 1.5
 """How long a view with collectives outlives one of the same model without: the rank may be late."""
 
-_LOADED = (
-    "This rank has loaded a state_dict since its last step, which all ranks have to do if the "
-    "others cannot be corrected. "
-)
+_SAME_AFTER_LOAD = ["loaded"]
+"""Verdict of a round in which the ranks agree and some have loaded; else it names who differs."""
+
+_LOADED = "This rank has loaded a state_dict since its last step; let all ranks do so. "
 
 _CANNOT_TAKE_OVER: Line = (
     "the state",
     "nothing was loaded, and compiled code that waits cannot be corrected: load on all ranks",
 )
 
-_LONGEST_TEXT = 300
-"""Characters of one line in an error message; names are what another rank chose to send."""
+
+class Shared:
+    """Tensors of one model that are equal on all ranks of a group, whose ranks number it alike."""
+
+    def __init__(self) -> None:
+        # In which round of a group its ranks first agreed about the model: copies look the same.
+        self.numbers: dict[_Group, int] = {}
+
+    def tensors(self, group: str) -> list[Tensor]:
+        """The tensors, in the same order on all ranks of ``group``."""
+        raise NotImplementedError
+
+
+def _nothing() -> None:
+    """Stands for nothing to keep equal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +71,7 @@ class View:
         empty: nothing is communicated. Such a view waits for nobody for long, since the ranks may
             have other things to do.
         loaded: the rank has loaded a state since, which the others may have done or not.
-        state: gives the tensors that must be equal on all ranks, if one of them has loaded.
+        shared: what must stay equal on all ranks, if it lives.
     """
 
     model: str
@@ -69,16 +79,22 @@ class View:
     others: tuple[Line, ...] = ()
     empty: bool = False
     loaded: bool = False
-    state: Callable[[], list[Tensor]] = list
+    shared: Callable[[], "Shared | None"] = _nothing
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the lines."""
         return hashlib.sha256(json.dumps(self.lines).encode()).hexdigest()
 
-    def record(self, *, final: bool) -> bytes:
+    def number(self, place: "_Group") -> int:
+        """Of what is shared, or -1 if the ranks have not agreed about it yet."""
+        shared = self.shared()
+        return -1 if shared is None else shared.numbers.get(place, -1)
+
+    def record(self, place: "_Group", *, final: bool) -> bytes:
         """What the others compare."""
-        return json.dumps([self.digest, self.model, final, self.loaded]).encode()
+        number = self.number(place) if self.loaded else -1
+        return json.dumps([self.digest, self.model, final, number]).encode()
 
     def text(self) -> bytes:
         """What the others read if they differ."""
@@ -98,7 +114,7 @@ class _Group:
         self.round = 0
         self.last: View | None = None
         # The last view of each model, since ranks may ask about another one than the last.
-        self.views: dict[str, View] = {}
+        self.views: weakref.WeakKeyDictionary[Shared, View] = weakref.WeakKeyDictionary()
 
     @property
     def _store(self) -> Any:
@@ -177,9 +193,12 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
         if place.last is not None and place.has("verdict"):
             # This rank gave up waiting in the round; the others have ended it since.
             _conclude(place)
-        place.last = place.views[view.model] = view
+        place.last = view
+        shared = view.shared()
+        if shared is not None:
+            place.views[shared] = view
         place.set(f"{place.rank}/text", view.text())
-        place.set(place.rank, view.record(final=by_hand or not view.empty))
+        place.set(place.rank, view.record(place, final=by_hand or not view.empty))
         place.set("open", b"1")
         return _settle(place, view, patience_s, by_hand=by_hand)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
@@ -206,20 +225,29 @@ def join_open_round(name: str, *, may_take_over: bool = True) -> None:
     place = _place(name)
     try:
         if place.last is not None and place.has("open") and not place.has(place.rank):
-            _, model, _, loaded = _asked(place)
-            view = place.views.get(model, place.last)
-            if loaded and not may_take_over:
-                view = dataclasses.replace(view, lines=(*view.lines, _CANNOT_TAKE_OVER))
+            view = _view_asked_about(place, may_take_over=may_take_over) or place.last
             agree(name, view)
     except (dist.DistStoreError, dist.DistNetworkError):
         # The collective will fail by itself, with a better message.
         return
 
 
-def _asked(place: _Group) -> Any:
-    """What a rank that came to the open round has published."""
+def _view_asked_about(place: _Group, *, may_take_over: bool) -> View | None:
+    """This rank's view of the model about which another one has opened the round."""
     asked = (place.get(rank) for rank in range(place.size) if place.has(rank))
-    return next(asked, ("", "", False, False))
+    digest, model, _, *number = next(asked, ("", "", False))
+    views = list(place.views.values())
+    if any(n >= 0 for n in number):
+        found = [view for view in views if view.number(place) in number]
+        if not found or not may_take_over:
+            found = [
+                dataclasses.replace(view, lines=(*view.lines, _CANNOT_TAKE_OVER))
+                for view in found or views
+            ]
+    else:
+        found = [view for view in views if view.digest == digest]
+        found = found or [view for view in views if view.model == model]
+    return found[-1] if found else None
 
 
 def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: bool) -> bool:
@@ -235,20 +263,20 @@ def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: boo
         for rank in sorted(missing):
             if not place.has(rank):
                 continue
-            digest, model, final, has_loaded = place.get(rank)
+            digest, model, final, *number = place.get(rank)
             if digest == view.digest:
                 missing.discard(rank)
-                loaded = loaded or has_loaded
+                loaded = loaded or any(n >= 0 for n in number)
             elif (final and (by_hand or not view.empty)) or (
                 # One of the two communicates nothing. About another model that says nothing, about
                 # the same one it is a difference, unless the rank is still on its way here.
                 model == view.model and waited_s > _GRACE_S
             ):
-                place.set("verdict", json.dumps({"differ": [rank, place.rank]}).encode())
+                place.set("verdict", json.dumps([rank, place.rank]).encode())
             else:
                 doubtful = doubtful or model == view.model
         if place.rank == 0 and not missing:
-            place.set("verdict", json.dumps({"loaded": loaded}).encode())
+            place.set("verdict", json.dumps(_SAME_AFTER_LOAD if loaded else []).encode())
         elif waited_s > (max(wait_s, 2 * _GRACE_S) if doubtful else wait_s):
             break
         else:
@@ -262,23 +290,27 @@ def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: boo
     raise PeerError(
         f"{who} of {place} did not come to the agreement about the BatchNorm collectives within "
         f"{wait_s:.0f} s: they died, stalled, or run something else. "
-        f"{_LOADED if view.loaded else ''}Next here: {_first(view)}."
+        f"{_LOADED if view.loaded else ''}Next here: {first_site(view.lines)}."
     )
 
 
 def _conclude(place: _Group) -> bool:
     verdict = place.get("verdict")
-    if "differ" not in verdict:
+    if verdict in ([], _SAME_AFTER_LOAD):
         view: Any = place.last
-        tensors = view.state() if verdict["loaded"] else []
+        shared = view.shared()
+        tensors = []
+        if shared is not None:
+            shared.numbers.setdefault(place, place.round)
+            tensors = shared.tensors(place.name) if verdict else []
         _take_over(place, tensors)
         place.close_round(len(tensors))
         return True
-    texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict["differ"])}
+    texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict)}
     place.round += 1
     raise ScheduleError(
         f"the ranks of {place} are about to communicate different things, and would wait for each "
-        f"other for ever. {_difference(texts)} Give all ranks the same model, conversion, flags "
+        f"other for ever. {difference(texts)} Give all ranks the same model, conversion, flags "
         "and version of bnrewrite; bnrewrite.check(model) compares them."
     )
 
@@ -294,41 +326,6 @@ def _take_over(place: _Group, tensors: list[Tensor]) -> None:
             values = torch.frombuffer(bytearray.fromhex(place.get(key)), dtype=torch.uint8)
             with torch.no_grad():
                 tensor.copy_(values.view(tensor.dtype).view(tensor.shape))
-
-
-def _difference(texts: dict[int, Any]) -> str:
-    """The first line that differs, and what each of two ranks says about its subject."""
-    (one, (mine, _)), (other, (theirs, _)) = texts.items()
-    for a, b in zip_longest(mine, theirs):
-        if a == b:
-            continue
-        # A site that only one of them has explains more than the one that came in its place.
-        subject = (b if a is None or (b and not _has(mine, b[0])) else a)[0]
-        said = [f"rank {rank}: {_said(text, subject)}" for rank, text in texts.items()]
-        return f"First difference: {_short(subject)}. {'; '.join(said)}."
-    return f"Ranks {one} and {other} differ."
-
-
-def _has(lines: Any, name: str) -> bool:
-    return any(line[0] == name for line in lines)
-
-
-def _said(text: Any, subject: str) -> str:
-    for lines in text:
-        for name, said in lines:
-            if name == subject:
-                return _short(said)
-    return "there is none"
-
-
-def _first(view: View) -> str:
-    sites = [f"{name}: {said}" for name, said in view.lines if not name.startswith("the ")]
-    return _short(sites[0]) if sites else "nothing"
-
-
-def _short(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
 def describe_group(name: str) -> str:

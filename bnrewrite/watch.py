@@ -104,13 +104,16 @@ def peer_error(
     site: tuple[Any, ...],
     waited_s: float,
     error: RuntimeError,
+    *,
+    sites: str = "",
 ) -> PeerError:
-    """The error for a collective that failed with ``error``."""
+    """The error for a collective that failed with ``error``; ``sites`` names them if known."""
     ranks, this = [], -1
     with contextlib.suppress(KeyError, ValueError):
         ranks, this = dist.get_process_group_ranks(group), dist.get_rank()
+    sites = sites or sites_of(site)
     return PeerError(
-        f"{sites_of(site)}: the {what} over {describe_group(group.group_name)} (ranks {ranks}, "
+        f"{sites}: the {what} over {describe_group(group.group_name)} (ranks {ranks}, "
         f"this is rank {this}) failed after {waited_s:.1f} s: another rank died, stalled or left. "
         "The group cannot be used any more; the model can: call "
         "torch.distributed.destroy_process_group(), form a new group of the ranks that are left "

@@ -25,6 +25,8 @@ SLACK_S = 6.0
 
 VICTIM = 1
 
+BACKENDS = {"compiled": "aot_eager", "hidden": "bnrewrite_aot_eager", "inductor": "inductor"}
+
 SHUFFLES = {
     "shuffle group": bnrewrite.Shuffle(running="group"),
     "shuffle ring": bnrewrite.Shuffle(),
@@ -115,8 +117,8 @@ def _live_through(
     worlds.join("first", [0, 1, 2])
     rank = worlds.rank
     model = bnrewrite.convert(_net(), SHUFFLES.get(wrap, "sync"))
-    if wrap == "compiled":
-        model.compile(backend="aot_eager")
+    if wrap in BACKENDS:
+        model.compile(backend=BACKENDS[wrap])
     ddp: Any = DistributedDataParallel(model) if wrap == "DDP" else model
     _train(ddp, [rank], range(1), average=wrap != "DDP")
     if rank == VICTIM:
@@ -162,6 +164,8 @@ def _live_through(
         ("SIGSTOP", "between", "plain"),
         ("SIGKILL", "backward", "compiled"),
         ("SIGSTOP", "forward", "compiled"),
+        ("SIGKILL", "between", "hidden"),
+        ("SIGKILL", "backward", "inductor"),
         ("SIGKILL", "forward", "shuffle group"),
         ("SIGKILL", "backward", "shuffle ring"),
         ("SIGKILL", "backward", "shuffle random"),
@@ -185,16 +189,14 @@ def test_survivors_hear_of_it_and_train_on(how: str, when: str, wrap: str) -> No
 
 
 def _assert_named(kind: str, message: str, when: str, wrap: str) -> None:
-    if wrap == "compiled":
-        # Compiled code waits in torch's C++, which knows no sites.
-        assert re.search("Connection|Timed out|timed out", message), message
-        return
     assert kind == "PeerError", message
     # The trap lies between the sites: forward the second one waits, backward the first one.
     site = {"forward": "bn2", "backward": "bn1", "between": "bn1"}[when]
     what = "all-reduce"
     if wrap.startswith("shuffle"):
         what = "exchange" if wrap == "shuffle ring" else "all-gather"
+    if wrap in BACKENDS:
+        what = "all-reduce in compiled code"
     assert message.startswith(f"{site}: the {what} over the default process group"), message
     assert "(ranks [0, 1, 2], this is rank" in message
     assert "destroy_process_group" in message
@@ -214,3 +216,26 @@ def test_a_rank_that_stalls_before_the_first_forward() -> None:
     assert re.match(
         r"rank\(s\) \[1\] of the default process group \(2 ranks, .*Next here: bn1", message
     )
+
+
+def _changes_in_compiled_code(worlds: Worlds, backend: str) -> tuple[str, str, float]:
+    worlds.join("first", [0, 1])
+    model: Any = bnrewrite.convert(_net())
+    model.compile(backend=backend, fullgraph=True)
+    _train(model, [worlds.rank], range(2), average=False)
+    if worlds.rank == 1:
+        model.bn2.eval()
+    start = time.monotonic()
+    with pytest.raises(bnrewrite.BnRewriteError) as caught:
+        _train(model, [worlds.rank], range(2, 3), average=False)
+    return type(caught.value).__name__, str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "bnrewrite_aot_eager"])
+def test_a_flag_that_changes_on_one_rank_in_compiled_code(backend: str) -> None:
+    """The rank that changed hears at once, the other one when that has ended: not in a minute."""
+    for kind, message, seconds in run(_changes_in_compiled_code, 2, backend, timeout_s=60.0):
+        assert kind == "ScheduleError", message
+        assert re.search(r"First difference: bn2\. .*rank 1: it evaluates", message), message
+        # A compilation is part of it.
+        assert seconds < 40

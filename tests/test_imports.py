@@ -26,7 +26,7 @@ LAYERS = (
     ("kernels", "collectives"),
     ("watch",),
     ("agreement", "naming"),
-    ("activations", "groups", "reference", "modes", "settings", "commandline"),
+    ("activations", "groups", "reference", "modes", "settings", "commandline", "differences"),
     ("errors",),
 )
 """From top to bottom: a part imports from its own layer and from those below it."""

@@ -1,5 +1,7 @@
 """States loaded between steps: the buffers of rank 0 win again, whoever loaded, and only then."""
 
+import copy
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -13,14 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 import bnrewrite
 from bnrewrite.sites import schedule
 from tests.models import ResidualNet, perturb
+from tests.processes import Worlds, run
 from tests.ranks import CountCollectives, RankPool
 
 MODES: dict[str, Any] = {"sync": "sync", "shuffle": bnrewrite.Shuffle(running="group")}
 
 
-def _step(run: Any, step: int, rank: int) -> None:
+def _step(model: Any, step: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(7 * step + rank)
-    run(torch.randn(2, 3, 8, 8, generator=generator)).square().sum().backward()
+    model(torch.randn(2, 3, 8, 8, generator=generator)).square().sum().backward()
 
 
 def _shifted(model: nn.Module, rank: int) -> dict[str, Tensor]:
@@ -116,6 +119,8 @@ def test_a_state_that_was_put_back_asks_nobody(ranks: RankPool) -> None:
 
 def _two_models(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     """The ranks are about to run another model than the one that a rank has loaded."""
+    # Ranks may have converted different numbers of models before.
+    schedule._conversions = itertools.count(rank)
     torch.manual_seed(0)
     models: list[Any] = [
         DistributedDataParallel(bnrewrite.convert(ResidualNet(width))) for width in (4, 8)
@@ -135,6 +140,63 @@ def test_the_model_that_was_loaded_is_the_one_that_is_corrected(ranks: RankPool)
     for mine, other in zip(one, two, strict=True):
         for name, buffer in mine.items():
             assert torch.equal(buffer, other[name]), name
+
+
+def _compiled(rank: int, world_size: int, loaders: tuple[int, ...]) -> Any:
+    model = bnrewrite.convert(perturb(ResidualNet()))
+    model.compile(backend="aot_eager", fullgraph=True)
+    ddp = DistributedDataParallel(model)
+    for step in range(2):
+        _step(ddp, step, rank)
+    if rank in loaders:
+        ddp.load_state_dict(_shifted(ddp, rank))
+    try:
+        _step(ddp, 2, rank)
+    except bnrewrite.BnRewriteError as error:
+        return type(error).__name__, str(error)
+    return dict(model.named_buffers())
+
+
+def test_compiled_models_take_over_what_rank_0_loaded_if_all_ranks_loaded(ranks: RankPool) -> None:
+    one, two = ranks.run(_compiled, 2, (0, 1))
+    for name, buffer in one.items():
+        assert torch.equal(buffer, two[name]), name
+
+
+def _some_compiled(worlds: Worlds) -> Any:
+    worlds.join("first", [0, 1])
+    return _compiled(worlds.rank, 2, (1,))
+
+
+def test_compiled_models_raise_on_every_rank_if_some_loaded() -> None:
+    for kind, message in run(_some_compiled, 2, timeout_s=60.0):
+        assert kind == "ScheduleError"
+        assert re.search("First difference: the state. .*load on all ranks", message), message
+
+
+def _with_a_copy(rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    """A teacher that looks like the student in all but its numbers, and was used last."""
+    torch.manual_seed(0)
+    student: Any = DistributedDataParallel(bnrewrite.convert(ResidualNet()))
+    teacher: Any = DistributedDataParallel(copy.deepcopy(student.module))
+    for step in range(2):
+        _step(student, step, rank)
+        _step(teacher, step + 7, rank)
+    if rank == 1:
+        student.load_state_dict(_shifted(student, rank))
+    before = {name: buffer.clone() for name, buffer in student.module.named_buffers()}
+    with torch.no_grad():
+        student(torch.randn(2, 3, 8, 8))
+    return [before, dict(student.module.named_buffers()), dict(teacher.module.named_buffers())]
+
+
+def test_a_copy_of_the_model_is_left_alone(ranks: RankPool) -> None:
+    (before, *mine), (_, *others) = ranks.run(_with_a_copy, 2)
+    for models in zip(mine, others, strict=True):
+        for name in before:
+            assert torch.equal(models[0][name], models[1][name]), name
+    assert int(mine[0]["bn.num_batches_tracked"]) == int(before["bn.num_batches_tracked"]) + 1
+    assert float((mine[0]["bn.running_var"] - before["bn.running_var"]).abs().max()) < 0.5
 
 
 def _gone(rank: int, world_size: int) -> tuple[str, str, float]:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnrewrite.agreement import Line
 from bnrewrite.capture.capture import Capture, Recipe, capture
 from bnrewrite.capture.captured import Captured
+from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen

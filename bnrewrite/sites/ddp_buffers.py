@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from bnrewrite.agreement import Shared
 
-class DDPBuffers:
+
+class DDPBuffers(Shared):
     """What one schedule has taken out of the broadcasts of a DDP instance."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._left_out: set[str] = set()
         self._group = ""

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from bnrewrite.agreement import Line
+from bnrewrite.differences import Line
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP, active_group, find_group
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from bnrewrite.agreement import Line, View, agree, can_agree, default_group
+from bnrewrite.agreement import View, agree, can_agree, default_group
+from bnrewrite.differences import Line
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.settings import check_enabled
+from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
 
@@ -230,7 +232,7 @@ class Schedule:
                         others,
                         empty=not mine,
                         loaded=self.ddp_buffers.loaded(place),
-                        state=functools.partial(self.ddp_buffers.tensors, place),
+                        shared=weakref.ref(self.ddp_buffers),
                     ),
                 )
 
@@ -247,6 +249,7 @@ def schedule_of(module: nn.Module) -> Schedule | None:
 @torch.compiler.assume_constant_result
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
+    guard_graph()
     schedule = _living.get(key)
     if schedule is None or not schedule.is_news():
         return
