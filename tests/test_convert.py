@@ -703,7 +703,7 @@ class TestReport:
         assert owners["layer2"].differs
         assert not owners["layer2.downsample"].differs
         order = [one.sites for one in report.rounds]
-        assert order[-2:] == [("layer2.bn2", "layer2.downsample.1"), ("neck",)]
+        assert order[-2:] == [("layer2.downsample.1", "layer2.bn2"), ("neck",)]
         assert len(order) == 6
         text = str(report)
         assert "inlined so that they share collectives: layer2.downsample\n" in text
