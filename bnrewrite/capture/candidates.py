@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -140,7 +141,7 @@ def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
         return False
     seen[value.__code__] = depth
     names = _names(value.__code__)
-    if any("batch_norm" in name for name in names):
+    if any("batch_norm" in name and hasattr(torch, name) for name in names):
         return True
     return any(_reaches(helper, depth - 1, seen) for helper in _helpers(value, names))
 
