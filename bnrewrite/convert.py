@@ -25,7 +25,6 @@ from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
-from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
 from bnrewrite.sites.schedule import Schedule, schedule_of
 
@@ -288,7 +287,7 @@ def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversio
     if captured.refused is None:
         return
     conversion.skipped.append(Skip(name or "the model itself", captured.refused))
-    if not is_site(module) and mentions_batch_norm(original_class(module)):
+    if not is_site(module) and mentions_batch_norm(module):
         warnings.warn(
             f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
             "its class mentions batch_norm: if its forward calls "

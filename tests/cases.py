@@ -920,3 +920,27 @@ class OrderedOutput(Simple):
         out = OrderedDict(second=self.conv(x))
         out["first"] = self.bn(out["second"])
         return out
+
+
+class _WithShortcut(Simple):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, scale: Any = None) -> Tensor:
+        y = self.bn(self.conv(x)) + (x if shortcut is None else shortcut)
+        return y if scale is None else y * scale
+
+
+@case()
+class OptionalFromParent(Simple):
+    """The parent gives optional arguments, by position and by name, as DLA's trees do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _WithShortcut()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        y = self.inner(self.inner(x), x)
+        return self.inner(y, scale=self.inner(y, None, x.sigmoid()))

@@ -1,6 +1,7 @@
 """How modules are traced: how often, and that nothing of it stays behind."""
 
 import builtins
+import copy
 import gc
 import math
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.tracer import OwnerTracer
-from tests.cases import DenseLayers, OrderedOutput
+from tests.cases import DenseLayers, OptionalFromParent, OrderedOutput
 
 
 class Wrapper(nn.Module):
@@ -117,6 +118,26 @@ def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:
         layer(argument)
         state: Any = owner_state(layer)
         assert [form.function is not None for form in state.train.forms] == used
+
+
+def test_children_have_graphs_for_the_optional_arguments_that_their_parents_give() -> None:
+    model: Any = bnrewrite.convert(OptionalFromParent(), passes=())
+    model = bnrewrite.convert(model)
+    state: Any = owner_state(model.inner)
+    forms = [form.arguments for form in state.train.forms]
+    assert forms == [["x"], ["x", "shortcut"], ["x", "scale"]]
+    x, other = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    for index, call in enumerate(
+        (lambda: model.inner(x), lambda: model.inner(x, other), lambda: model.inner(x, scale=other))
+    ):
+        assert state.train.forms[index].function is None
+        call()
+        assert state.train.forms[index].function is not None
+    for args in ((x, other, other), (x, None, other), (x, 2.0)):
+        plain = copy.deepcopy(model.inner)
+        torch.testing.assert_close(model.inner(*args), bnrewrite.revert(plain)(*args))
+    with pytest.raises(TypeError, match="positional argument"):
+        model.inner(x, x, x, x)
 
 
 def test_ordered_dictionaries_stay_what_they_are() -> None:

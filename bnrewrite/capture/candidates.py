@@ -1,13 +1,17 @@
 """Which modules may own a site: found without running any of them."""
 
+import contextlib
+import functools
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import has_own_forward, is_site, site_state
+from bnrewrite.sites.floor import FUNCTIONS, has_own_forward, is_site, site_state
 
 
 def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,7 +28,7 @@ def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
                 found.add(name)
             if name:
                 found.add(_holder(modules, name))
-        elif not isinstance(module, _BatchNorm) and mentions_batch_norm(original_class(module)):
+        elif not isinstance(module, _BatchNorm) and mentions_batch_norm(module):
             # A BatchNorm module that is no site was left alone by the user's patterns.
             found.add(name)
     return {
@@ -89,37 +93,79 @@ def _holder(modules: dict[str, nn.Module], name: str) -> str:
     return name
 
 
-def mentions_batch_norm(cls: type[nn.Module]) -> bool:
-    """Whether the forward of ``cls`` may call ``F.batch_norm``, directly or through helpers."""
+def mentions_batch_norm(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` may call ``F.batch_norm``, directly or through helpers.
+
+    Helpers are methods, functions of any module that its code names, and functions that the module
+    holds as attributes.
+    """
+    cls = original_class(module)
+    if cls.__module__.startswith("torch."):
+        return False
     if cls not in _MENTIONS:
-        _MENTIONS[cls] = not cls.__module__.startswith("torch.") and any(
-            _reaches(function, 3, set())
-            for base in cls.__mro__
-            if not base.__module__.startswith("torch.")
-            for function in vars(base).values()
-            if isinstance(function, FunctionType)
-        )
-    return _MENTIONS[cls]
+        _MENTIONS[cls] = any(_reaches(value, _DEPTH, {}) for value in _members(cls))
+    return _MENTIONS[cls] or any(
+        _reaches(value, _DEPTH, {})
+        for value in module.__dict__.values()
+        if isinstance(value, _CALLABLES)
+    )
 
 
 _MENTIONS: dict[type, bool] = {}
+_DEPTH = 3
+"""How many calls from the module's own code helpers may be away."""
+
+_CALLABLES = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 
 
-def _reaches(function: FunctionType, depth: int, seen: set[CodeType]) -> bool:
-    """Whether the code of ``function``, or of the Python functions it names, says batch_norm."""
-    code = function.__code__
-    if code in seen:
+def _members(cls: type) -> Iterator[Any]:
+    """What the classes of a user define."""
+    for base in cls.__mro__:
+        if not base.__module__.startswith(("torch.", "builtins")):
+            yield from vars(base).values()
+
+
+def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
+    """Whether ``value`` evaluates a BatchNorm, or code says so that it can reach in some calls."""
+    if isinstance(value, functools.partial):
+        return _reaches(value.func, depth, seen)
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        return _reaches(value.__func__, depth, seen)
+    if isinstance(value, property):
+        return _reaches(value.fget, depth, seen)
+    if any(value is function for function in FUNCTIONS):
+        return True
+    if not isinstance(value, FunctionType) or seen.get(value.__code__, -1) >= depth:
         return False
-    seen.add(code)
+    if value.__module__ is not None and value.__module__.startswith("torch."):
+        return False
+    seen[value.__code__] = depth
+    names = _names(value.__code__)
+    if any("batch_norm" in name and hasattr(torch, name) for name in names):
+        return True
+    return any(_reaches(helper, depth - 1, seen) for helper in _helpers(value, names))
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that code and the functions inside it use."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names.update(constant.co_names)
-    if "batch_norm" in names:
-        return True
-    return depth > 0 and any(
-        isinstance(helper, FunctionType)
-        and not helper.__module__.startswith("torch.")
-        and _reaches(helper, depth - 1, seen)
-        for helper in map(function.__globals__.get, names)
-    )
+            names |= _names(constant)
+    return names
+
+
+def _helpers(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    """What the code of ``function`` may call: what it closes over, and what its names stand for."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
+    for value in map(function.__globals__.get, names):
+        if isinstance(value, ModuleType):
+            if not value.__name__.startswith("torch"):
+                yield from (vars(value).get(name) for name in names)
+        elif isinstance(value, type):
+            if not issubclass(value, nn.Module):
+                yield from _members(value)
+        else:
+            yield value

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.captured import Captured
-from bnrewrite.capture.tracer import OwnerTracer, Refused, required_arguments
+from bnrewrite.capture.tracer import PLAIN, Form, OwnerTracer, Refused, arguments_of
 from bnrewrite.modes import ModeTable
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
@@ -31,6 +31,7 @@ class Recipe:
         keep: patterns of modules that must stay callable units.
         passes: names of the optimising passes to run.
         untraced: names of modules with sites that could not be traced by themselves.
+        forms: other ways to call it that are known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Recipe:
     keep: tuple[str, ...]
     passes: tuple[str, ...]
     untraced: tuple[str, ...] = ()
+    forms: tuple[Form, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Capture:
         reports: what each pass did in the training graph, by pass name.
         refused: why the module could not be captured.
         assumptions: what the trace had read, if there is no graph.
+        calls: paths of children that it calls with optional arguments, and the forms.
     """
 
     train: Captured | None
@@ -58,6 +61,7 @@ class Capture:
     reports: dict[str, PassReport]
     refused: str | None = None
     assumptions: Assumptions | None = None
+    calls: tuple[tuple[str, Form], ...] = ()
 
     def serves(self, module: nn.Module) -> bool:
         """Whether capturing ``module``, of the same structure, would come out the same."""
@@ -93,9 +97,12 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
 def _capture(module: nn.Module, recipe: Recipe) -> Capture:
     flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
     try:
-        found = _capture_form(module, recipe, flags, lists=False)
+        found = _capture_form(module, recipe, flags, PLAIN)
+        forms = list(recipe.forms)
         if found.eval is not None and found.eval.tensor_arguments:
-            found = _with_lists(found, _capture_form(module, recipe, flags, lists=True))
+            forms.append(Form(lists=True))
+        for form in forms:
+            found = _with_form(found, _capture_form(module, recipe, flags, form))
     finally:
         for child, training in flags.items():
             child.__dict__["training"] = training
@@ -103,42 +110,68 @@ def _capture(module: nn.Module, recipe: Recipe) -> Capture:
 
 
 def _capture_form(
-    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], *, lists: bool
+    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], form: Form
 ) -> Capture:
-    """Graphs for one form of call: arguments asked for their type are tensors, or lists."""
+    """Graphs for one form of call."""
     try:
-        train, reports = _trace(module, recipe, flags, training=True, lists=lists)
+        train, reports = _trace(module, recipe, flags, training=True, form=form)
         owns_site = any(report.rewritten for report in reports.values())
-        optimised, more = _optimise(module, recipe, flags, train, lists=lists)
+        calls = tuple(_calls_with_options(module, train.graph))
+        optimised, more = _optimise(module, recipe, flags, train, form=form)
         reports |= more
         if not owns_site and optimised is train:
-            return Capture(None, None, reports, assumptions=optimised.assumptions)
+            read = optimised.assumptions
+            return Capture(None, None, reports, assumptions=read, calls=calls)
         eval = train
         if train.assumptions.reads_training:
-            eval, _ = _trace(module, recipe, flags, training=False, lists=lists)
+            eval, _ = _trace(module, recipe, flags, training=False, form=form)
             if eval.same_as(train):
                 eval = train
         for one in {id(one): one for one in (optimised, eval)}.values():
             one.finish()
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
-    return Capture(optimised, eval, reports)
+    return Capture(optimised, eval, reports, calls=calls)
 
 
-def _with_lists(tensors: Capture, lists: Capture) -> Capture:
-    """Both forms in one; what the passes did with the second one is what they did with the first.
+def _calls_with_options(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, Form]]:
+    """Calls of children that are given optional arguments, as far as the graph tells."""
+    for node in graph.find_nodes(op="call_module"):
+        if len(node.args) + len(node.kwargs) < 2:
+            continue
+        path = str(node.target)
+        forward = original_class(below(module, path)).forward
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        names = [parameter.name for parameter in parameters]
+        values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given = tuple(
+            one.name
+            for one in parameters
+            if one.default is not one.empty and isinstance(values.get(one.name), fx.Node)
+        )
+        if given:
+            yield path, Form(given=given)
 
-    Where no graph takes lists, calls with lists run the original forward.
+
+def _with_form(first: Capture, other: Capture) -> Capture:
+    """Both in one; what the passes did with the first one is what they did with the other.
+
+    Where no graph takes a form, calls of it run the original forward.
     """
-    train, eval = tensors.train, tensors.eval
-    if train is None or eval is None or lists.train is None or lists.eval is None:
-        return tensors
-    with_lists = dataclasses.replace(train, otherwise=lists.train)
-    if eval is train and lists.eval is lists.train:
-        return dataclasses.replace(tensors, train=with_lists, eval=with_lists)
-    return dataclasses.replace(
-        tensors, train=with_lists, eval=dataclasses.replace(eval, otherwise=lists.eval)
-    )
+    train, eval = first.train, first.eval
+    if train is None or eval is None or other.train is None or other.eval is None:
+        return first
+    more = dataclasses.replace(train, otherwise=_last(train.otherwise, other.train))
+    if eval is train and other.eval is other.train:
+        return dataclasses.replace(first, train=more, eval=more)
+    eval = dataclasses.replace(eval, otherwise=_last(eval.otherwise, other.eval))
+    return dataclasses.replace(first, train=more, eval=eval)
+
+
+def _last(forms: Captured | None, form: Captured) -> Captured:
+    if forms is None:
+        return form
+    return dataclasses.replace(forms, otherwise=_last(forms.otherwise, form))
 
 
 def _trace(
@@ -147,11 +180,11 @@ def _trace(
     flags: dict[nn.Module, bool],
     *,
     training: bool,
-    lists: bool,
+    form: Form,
     through: Collection[str] = (),
 ) -> tuple[Captured, dict[str, PassReport]]:
     """The graph of ``module``'s forward with its BatchNorm calls replaced."""
-    tracer = OwnerTracer(through, lists=lists)
+    tracer = OwnerTracer(through, form=form)
     for child in flags:
         child.__dict__["training"] = training
     traced = [module, *(below(module, path) for path in through)]
@@ -169,17 +202,23 @@ def _trace(
         for index, node in enumerate(graph.find_nodes(op="placeholder"))
         if node.name in tracer.asked
     ]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     captured = Captured(
         graph=graph,
         training=training,
-        arguments=required_arguments(forward),
+        arguments=arguments_of(forward, form),
         defaults={
             parameter.name: parameter.default
-            for parameter in list(inspect.signature(forward).parameters.values())[1:]
-            if parameter.default is not parameter.empty
+            for parameter in parameters
+            if parameter.default is not parameter.empty and parameter.name not in form.given
         },
-        tensor_arguments=[] if lists else asked,
-        list_arguments=asked if lists else [],
+        names=[
+            parameter.name
+            for parameter in parameters
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ],
+        tensor_arguments=[] if form.lists else asked,
+        list_arguments=asked if form.lists else [],
         assumptions=tracer.assumptions,
     )
     return captured, run_required(_target(module, recipe, captured))
@@ -204,7 +243,7 @@ def _optimise(
     flags: dict[nn.Module, bool],
     plain: Captured,
     *,
-    lists: bool,
+    form: Form,
 ) -> tuple[Captured, dict[str, PassReport]]:
     """What the optimising passes make of a training graph; the graph itself if they gain nothing.
 
@@ -216,9 +255,7 @@ def _optimise(
         nonlocal latest
         while through:
             try:
-                latest, _ = _trace(
-                    module, recipe, flags, training=True, lists=lists, through=through
-                )
+                latest, _ = _trace(module, recipe, flags, training=True, form=form, through=through)
             except Refused as refused:
                 lost = {path for path in through if f"{path}.".startswith(f"{refused.scope}.")}
                 if not lost:
@@ -281,7 +318,7 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
     functional = tuple(
         recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
     )
-    return tuple(inside), tuple(sites), functional, tuple(marked)
+    return tuple(inside), tuple(sites), functional, tuple(marked), recipe.forms
 
 
 _FUNCTIONAL = 8

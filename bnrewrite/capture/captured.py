@@ -22,14 +22,15 @@ class Captured:
     Attributes:
         graph: the graph; its attributes are those of the owner.
         training: the mode in which the owner was traced.
-        arguments: names of the required arguments, in order.
-        defaults: optional arguments and the values they must keep.
+        arguments: names of the arguments that become placeholders, in order.
+        defaults: other arguments and the values they must keep.
+        names: of all arguments, in order.
         tensor_arguments: positions of the arguments that must be tensors.
         list_arguments: positions of those that must be lists.
         assumptions: what else was baked in.
         sites: paths of the BatchNorm modules whose calls became ops.
         function: the compiled graph; its first argument is the owner. None until the first call.
-        otherwise: the graph for calls with lists where this one is for tensors, if there is one.
+        otherwise: the graph for calls of another form, if there is one.
         key: of the captured graph in this process.
     """
 
@@ -37,6 +38,7 @@ class Captured:
     training: bool
     arguments: list[str]
     defaults: dict[str, Any]
+    names: list[str]
     tensor_arguments: list[int]
     assumptions: Assumptions
     sites: list[str] = dataclasses.field(default_factory=list)
@@ -83,8 +85,8 @@ class Captured:
 
     @property
     def forms(self) -> "tuple[Captured, ...]":
-        """This graph and the one for calls of another form."""
-        return (self,) if self.otherwise is None else (self, self.otherwise)
+        """This graph and those for calls of other forms."""
+        return (self,) if self.otherwise is None else (self, *self.otherwise.forms)
 
     def order(self) -> tuple[str, ...]:
         """The calls of our ops in order, with the paths of their sites."""
@@ -112,19 +114,18 @@ class Captured:
                 yield node, node.meta.get("sites") or ([] if one is None else [one])
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The required arguments in order, or None if the call has another form."""
-        if kwargs or len(args) != len(self.arguments):
-            names = [*self.arguments, *self.defaults]
-            if len(args) > len(names):
+        """Values of the placeholders in order, or None if the call has another form."""
+        if kwargs or self.names[: len(args)] != self.arguments:
+            if len(args) > len(self.names):
                 return None
-            values = dict(zip(names, args, strict=False))
+            values = dict(zip(self.names, args, strict=False))
             for name, value in kwargs.items():
-                if name not in names or name in values:
+                if name not in self.names or name in values:
                     return None
                 values[name] = value
             if any(values.pop(name, value) is not value for name, value in self.defaults.items()):
                 return None
-            if len(values) != len(self.arguments):
+            if values.keys() != set(self.arguments):
                 return None
             args = tuple(values[name] for name in self.arguments)
         if any(value is None for value in args):

@@ -7,8 +7,10 @@ from torch import nn
 from bnrewrite.capture.candidates import sharing_candidates
 from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
 from bnrewrite.capture.owner import attach_owner, owner_state_of
+from bnrewrite.capture.tracer import Form
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_own_forward, is_site
 from bnrewrite.sites.schedule import Schedule
 
@@ -45,7 +47,28 @@ def capture_from_below(
             untraced.difference_update(joined(name, path) for path in one.train.inlined)
         elif one.refused is not None and name in sharing:
             untraced.add(name)
+    _capture_other_forms(model, found, recipe, cache, schedule)
     return dict(reversed(found.items()))
+
+
+def _capture_other_forms(
+    model: nn.Module,
+    found: dict[str, Capture],
+    recipe: Recipe,
+    cache: Cache,
+    schedule: Schedule,
+) -> None:
+    """Captures owners again that others call with optional arguments, with these."""
+    forms: dict[str, list[Form]] = {}
+    for name, one in found.items():
+        for path, form in one.calls:
+            known = forms.setdefault(joined(name, path), [])
+            if form not in known:
+                known.append(form)
+    for name in forms.keys() & found.keys():
+        if found[name].train is not None:
+            named = dataclasses.replace(recipe, name=name, forms=tuple(forms[name]))
+            found[name] = capture_and_attach(below(model, name), named, cache, schedule)
 
 
 def capture_and_attach(

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx._symbolic_trace as fx_trace
@@ -31,6 +31,21 @@ from bnrewrite.capture.proxy import Proxy
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import Tracing
+
+
+class Form(NamedTuple):
+    """One way to call a forward.
+
+    Attributes:
+        lists: whether arguments that are asked for their type are lists, and not tensors.
+        given: names of the optional arguments that are given, in order, and are not None.
+    """
+
+    lists: bool = False
+    given: tuple[str, ...] = ()
+
+
+PLAIN = Form()
 
 
 class Refused(BnRewriteError):  # noqa: N818
@@ -53,14 +68,14 @@ class OwnerTracer(fx.Tracer):
 
     Args:
         through: paths of children whose forwards become part of the graph.
-        lists: whether arguments that are asked for their type are lists, and not tensors.
+        form: which calls the graph is for.
     """
 
-    def __init__(self, through: Collection[str] = (), *, lists: bool = False) -> None:
+    def __init__(self, through: Collection[str] = (), form: Form = PLAIN) -> None:
         super().__init__(param_shapes_constant=False)
         self._autowrap_search = []
         self._through = through
-        self._lists = lists
+        self._form = form
         self._scopes = [""]
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
@@ -154,14 +169,16 @@ class OwnerTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable, list[Any]]:
-        """Placeholders for the required arguments; the others keep their defaults."""
-        names = required_arguments(root_fn)
+        """Placeholders for the arguments of the form; the others keep their defaults."""
+        names = arguments_of(root_fn, self._form)
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
 
         def call(root: nn.Module, *values: Any) -> Any:
             self.recording = True
             try:
-                return root_fn(root, *values)
+                required = len(values) - len(self._form.given)
+                given = dict(zip(names[required:], values[required:], strict=True))
+                return root_fn(root, *values[:required], **given)
             finally:
                 self.recording = False
 
@@ -231,7 +248,7 @@ class OwnerTracer(fx.Tracer):
         """The answer to ``isinstance``: all arguments that are asked are of one type."""
         if proxy.node.op == "placeholder":
             self.asked.add(proxy.node.name)
-            return issubclass(list if self._lists else Tensor, classes)
+            return issubclass(list if self._form.lists else Tensor, classes)
         if not self._is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
@@ -265,8 +282,8 @@ _LAYERS = (
 """Layers that make a tensor of whatever they accept."""
 
 
-def required_arguments(forward: Callable) -> list[str]:
-    """Names of the positional arguments that ``forward`` cannot do without.
+def arguments_of(forward: Callable, form: Form) -> list[str]:
+    """Names of the arguments that ``forward`` cannot do without, and of those that are given.
 
     Raises:
         Refused: it requires a keyword-only argument.
@@ -278,8 +295,11 @@ def required_arguments(forward: Callable) -> list[str]:
     return [
         parameter.name
         for parameter in parameters
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        and parameter.default is parameter.empty
+        if parameter.name in form.given
+        or (
+            parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            and parameter.default is parameter.empty
+        )
     ]
 
 

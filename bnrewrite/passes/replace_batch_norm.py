@@ -11,6 +11,7 @@ depend on no argument of the forward standardises weights; it is no site and sta
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -47,6 +48,7 @@ from bnrewrite.sites.floor import (
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     """Replaces the BatchNorm calls of one owner's graph."""
     num_functional: Counter[str] = Counter()
+    report.skipped.extend(_other_functions(target))
     for node in _candidates(target):
         scope = node.meta.get("scope", "")
         home = below(target.owner, scope)
@@ -108,6 +110,22 @@ def _candidates(target: OwnerGraph) -> list[fx.Node]:
         if (node.op == "call_module" and _is_plain_site(target, str(node.target)))
         or (node.op == "call_function" and node.target in functional and node in activations)
     ]
+
+
+def _other_functions(target: OwnerGraph) -> Iterator[Skip]:
+    """Calls on activations of other functions that evaluate BatchNorm than those that are sites."""
+    activations = _depends_on_arguments(target.graph)
+    for node in target.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if (
+            node.op == "call_function"
+            and "batch_norm" in name
+            and node.target not in (*FUNCTIONS, own_batch_norm)
+            and node in activations
+        ):
+            reason = f"calls {name}, which keeps local statistics: use F.batch_norm"
+            place = target.qualified(node.meta.get("scope", "")) or "the model itself"
+            yield target.skip(place, reason, node, None)
 
 
 def _is_plain_site(target: OwnerGraph, path: str) -> bool:

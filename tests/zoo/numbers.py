@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bnrewrite
-from tests.parity import assert_same_training, seed, to_double
+from tests.parity import assert_same_training, seed, tensors, to_double
 from tests.ranks import RankPool
 from tests.zoo.spec import Call
 from tests.zoo.suites import specs_of
@@ -175,18 +175,17 @@ def compare_on_two_ranks(model: Numbers, ranks: RankPool, *, rtol: float = 1e-9)
 def _train(model: Numbers, rows: slice | None) -> list[list[Tensor]]:
     """Outputs, gradients and buffers of a step with some rows of a global batch of four."""
     seed(0)
-    net = model.make().double()
+    net = dataclasses.replace(model, options={}).make().double()
     for module in net.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            # Two ranks draw other numbers than one.
-            module.p = 0.0
-        if type(module).__name__ == "DropPath":
-            module.drop_prob = 0.0  # pyright: ignore
+        # Two ranks draw other numbers than one.
+        for name in ("p", "drop_prob", "drop_rate"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
     if rows is not None:
         net = bnrewrite.convert(net)
     seed(1)
     args, _ = to_double(model.arguments(4))
-    out = net(args[0] if rows is None else args[0][rows])
+    out = tensors(net(args[0] if rows is None else args[0][rows]))[0]
     weight = torch.sin(torch.arange(4 * out[0].numel()).to(out)).view(4, *out.shape[1:])
     (out * (weight if rows is None else weight[rows])).sum().backward()
     grads = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
