@@ -31,7 +31,7 @@ class Plain(nn.Module):
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.")
 
 
-@pytest.fixture(params=["sync", "frozen"])
+@pytest.fixture(params=["sync", "local", "shuffle", "frozen"])
 def model(request) -> nn.Module:
     made = randomize(Plain())
     frozen = {"last": "local", "*": "frozen"}
