@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bnrewrite
 from bnrewrite.ops import epilogue, sites
+from bnrewrite.ops.shared_batch_norm import EPILOGUE
 from bnrewrite.passes import OPTIMISING
 from tests.models import perturb
 from tests.parity import assert_same_training
@@ -84,7 +85,7 @@ FORMS: dict[str, tuple[Tail, list[tuple[str, str]]]] = {
 
 def _epilogues(model: nn.Module) -> list[tuple[str, str]]:
     (node,) = bnrewrite.graphs(model)[""].graph.find_nodes(op="call_function", target=FINISH)
-    residuals, residual_sites, activations, _ = node.args[13:]
+    residuals, residual_sites, activations = node.args[EPILOGUE]
     return [
         (str(site) if site >= 0 else "-" if residual is None else "tensor", activation)
         for residual, site, activation in zip(residuals, residual_sites, activations, strict=True)

@@ -314,3 +314,24 @@ def test_cases_hold_after_a_deep_copy() -> None:
     assert_same_training(
         Net, lambda n: ((batch(n),), {}), convert=lambda m: copy.deepcopy(bnrewrite.convert(m))
     )
+
+
+class TestModulesMadeOfConvertedClasses:
+    """Slices of a Sequential and new layers of a layer's type."""
+
+    def test_a_slice_runs_its_converted_layers(self) -> None:
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        model = bnrewrite.convert(copy.deepcopy(plain))
+        x = torch.randn(2, 3, 5, 5)
+        torch.testing.assert_close(model[:3](x), plain[:3](x))
+        assert model[:3][1] is model[1]
+        torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+
+    def test_a_new_layer_of_the_same_type_is_a_plain_one(self) -> None:
+        model = bnrewrite.convert(nn.Sequential(nn.BatchNorm2d(4)))
+        new = type(model[0])(3, momentum=0.5)
+        x = torch.randn(2, 3, 5, 5)
+        plain = nn.BatchNorm2d(3, momentum=0.5)
+        torch.testing.assert_close(new(x), plain(x))
+        torch.testing.assert_close(new.running_var, plain.running_var)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -90,13 +91,16 @@ def _numbers(rank: int, world_size: int) -> dict[str, list[int]]:
 def test_weight_gradients_alone_share_a_number(ranks: RankPool) -> None:
     """Which of two equal numbers runs first may depend on what else a rank computes."""
     for numbers in ranks.run(_numbers, 2):
-        slots = set(numbers.pop("_HeldGradientsBackward"))
+        slots = set(numbers.pop("_LateGradientsBackward"))
         others = [number for values in numbers.values() for number in values]
         assert len(set(others)) == len(others)
         assert slots.isdisjoint(others)
         ends, launches = numbers["_EndCollectiveBackward"], numbers["_BatchNormBackward"]
         assert sorted(launches) == sorted(end + 2 for end in ends)
-        assert slots <= {end + 1 for end in ends}
+        # The first convolution comes before all sites of this step, and its gradient after all.
+        first = min(slots)
+        assert first < min(others)
+        assert slots - {first} <= {end + 1 for end in ends}
 
 
 class Convolutions(nn.Module):
@@ -251,22 +255,100 @@ def test_other_uses_of_a_graph_give_what_they_gave(ranks: RankPool, use: str) ->
 
 def test_what_is_left_has_a_reason() -> None:
     model = nn.Sequential(
-        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"),
-        nn.Conv2d(4, 4, 3, padding="same"), nn.Linear(8, 8),
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, 1, 1, padding_mode="reflect"), nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Linear(6, 6),
     )  # fmt: skip
     report = bnrewrite.report(bnrewrite.convert(model))
     (summary,) = (one for one in report.passes if one.name == "overlap_backward")
     padding = "its padding is more than zeros around the image"
-    assert {skip.name: skip.reason for skip in summary.skipped} == {"2": padding, "3": padding}
+    assert {skip.name: skip.reason for skip in summary.skipped} == {"1": padding, "3": padding}
     assert summary.num_rewritten == 1
 
 
-def _with_hooks(rank: int, world_size: int) -> tuple[list[str], list[Any]]:
+def _live_after(rank: int, world_size: int) -> list[list[str]]:
+    """Convolutions without a site between them: only the first one's weight gradient waits."""
+    found = []
+    for num in (1, 4):
+        layers = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid()) for _ in range(num)]
+        model = bnrewrite.convert(
+            nn.Sequential(nn.BatchNorm2d(3), *[m for one in layers for m in one])
+        )
+        out = model(torch.randn(2, 3, 4, 4, requires_grad=True)).sum()
+        with _Trace() as trace:
+            out.backward()
+        found.append(trace.seen)
+    return found
+
+
+def test_only_the_convolution_behind_a_site_waits(ranks: RankPool) -> None:
+    last = ["input", "launch", "weight", "wait"]
+    assert ranks.run(_live_after, 2) == [[last, [*["both"] * 3, *last]]] * 2
+
+
+def _kept_alive(rank: int, world_size: int) -> list[int]:
+    """Bytes that partial gradients leave behind, with and without the graph kept."""
+    model = bnrewrite.convert(_chain())
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    out = model(x).sum()
+    sizes = []
+    for wanted in (x, model[1].weight, model[3].weight):
+        for _ in range(3):
+            torch.autograd.grad(out, wanted, retain_graph=True)
+            gc.collect()
+            living = [one for one in gc.get_objects() if type(one) is Tensor]
+            sizes.append(sum(one.numel() for one in living))
+    return sizes
+
+
+def test_partial_gradients_leave_nothing_behind(ranks: RankPool) -> None:
+    for sizes in ranks.run(_kept_alive, 2):
+        assert len(set(sizes)) == 1
+
+
+class _GivesNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def _undefined(rank: int, world_size: int) -> list[bool]:
+    model = bnrewrite.convert(_chain())
+    out = model(torch.randn(2, 3, 8, 8, requires_grad=True))
+    _GivesNone.apply(out).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
+    return [p.grad is None for p in model[6].parameters()]
+
+
+def test_a_gradient_that_is_undefined_stays_so(ranks: RankPool) -> None:
+    assert ranks.run(_undefined, 2) == [[True, True]] * 2
+
+
+def _changed_meanwhile(rank: int, world_size: int) -> str:
+    model = bnrewrite.convert(_chain())
+    y = model[:3](torch.randn(2, 3, 8, 8, requires_grad=True))
+    out = model[3:](y).sum()
+    y.register_hook(lambda _: y.detach().zero_())
+    try:
+        out.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_what_changes_between_the_halves_is_an_error(ranks: RankPool) -> None:
+    for message in ranks.run(_changed_meanwhile, 2):
+        assert "modified by an inplace operation" in message
+
+
+def _with_hooks(rank: int, world_size: int, hooked: int) -> tuple[list[str], list[Any]]:
     """A rank with hooks makes its gradients in the order of the others, and calls the hooks."""
     torch.manual_seed(0)
     model = bnrewrite.convert(_chain())
     calls: list[Any] = []
-    if rank == 1:
+    if rank == hooked:
         model[3].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
         model[3].register_forward_hook(lambda _, args, out: calls.append(out.shape))
         model[3].register_full_backward_hook(lambda _, grads, __: calls.append(grads[0].shape))
@@ -277,8 +359,10 @@ def _with_hooks(rank: int, world_size: int) -> tuple[list[str], list[Any]]:
     return [one for one in trace.seen if one != "launch"], calls
 
 
-def test_ranks_with_and_without_hooks_keep_one_order(ranks: RankPool) -> None:
-    (plain, _), (hooked, calls) = ranks.run(_with_hooks, 2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_and_without_hooks_keep_one_order(ranks: RankPool, rank: int) -> None:
+    results = ranks.run(_with_hooks, 2, rank)
+    (plain, _), (hooked, calls) = results[1 - rank], results[rank]
     assert plain == hooked == ["input", "weight", "wait"] * 2 + ["input", "weight"]
     shape = (2, 4, 4, 4)
     assert calls == [shape, (2, 4, 6, 6)]

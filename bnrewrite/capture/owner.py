@@ -109,6 +109,9 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None:
             return call_in_trace(self, args, kwargs)
+        if not is_owner(module):
+            # Made of a converted module's class, as slices of a Sequential are.
+            return super().forward(*args, **kwargs)  # pyright: ignore
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)
         training = module.training and not frozen
         if training:

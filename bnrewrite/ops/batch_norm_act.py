@@ -17,7 +17,7 @@ LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
     "bool track_running_stats, float? momentum, float eps, str group, Tensor? residual, "
-    "str activation, float slope, bool skip_nonfinite=False) -> Tensor"
+    "str activation, float slope, bool skip_nonfinite=False, str into='new') -> Tensor"
 )
 
 
@@ -37,12 +37,14 @@ def _batch_norm_act(
     activation: str,
     slope: float,
     skip_nonfinite: bool = False,
+    into: str = "new",
 ) -> Tensor:
     """``act(batch_norm(input, ...) + residual)``.
 
     The first arguments and what is refused are those of ``batch_norm``. ``residual`` is broadcast
     and promoted as by torch's ``+``, or None; ``activation`` is one of
-    :data:`bnrewrite.activations.ACTIVATIONS`; ``slope`` is that of ``leaky_relu``.
+    :data:`bnrewrite.activations.ACTIVATIONS`; ``slope`` is that of ``leaky_relu``. With ``into`` as
+    "own" the sum is ``+=``, which keeps the dtype and the shape.
     """
     if activation != "relu":
         activations.check_activation(activation, slope)
@@ -53,7 +55,7 @@ def _batch_norm_act(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training,
             track_running_stats, momentum, eps, group, skip_nonfinite,
         )  # fmt: skip
-        return compose(y, residual, activation, slope)
+        return compose(y, residual, activation, slope, into)
     site = Site(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training,
         track_running_stats, momentum, eps, skip_nonfinite, residual, None, (activation, slope),

@@ -11,11 +11,12 @@ nodes, of which the second goes into the slot of that site (see :mod:`bnrewrite.
 Both halves are the calls of ATen that torch makes, so all gradients are the same bits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.slot import move_to_slot
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -44,43 +45,29 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     Returns:
         (N, C_out, *), as torch's own.
     """
-    held = _Held()
+    between = HandOver()
     tensors = (weight,) if bias is None else (weight, bias)
-    edges = _HeldGradients.apply(held, *tensors)
-    return _Convolution.apply(geometry, held, tensors, x, *edges)  # pyright: ignore
+    edges = _LateGradients.apply(between, *tensors)
+    return _Convolution.apply(geometry, between, tensors, x, *edges)  # pyright: ignore
 
 
-class _Held:
-    """What a weight gradient needs, between the two nodes, for each backward that runs."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Any, ...]] = {}
-
-    def keep(self, *values: Any) -> None:
-        self._kept[torch._C._current_graph_task_id()] = values
-
-    def take(self) -> tuple[Any, ...] | None:
-        return self._kept.pop(torch._C._current_graph_task_id(), None)
-
-
-class _HeldGradients(torch.autograd.Function):
+class _LateGradients(torch.autograd.Function):
     """Weight and bias themselves; in backward, their gradients."""
 
     @staticmethod
-    def forward(ctx, held: _Held, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, between: HandOver, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.held = held
+        ctx.between = between
         move_to_slot(ctx)
         return parameters
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = None if torch.compiler.is_compiling() else ctx.held.take()
-        if kept is None:
+        arguments = None if torch.compiler.is_compiling() else ctx.between.take()
+        if arguments is None:
             # With create_graph, and for a compiler, they are complete already.
             return None, *grads
-        mask = [False, *ctx.needs_input_grad[1:], *([False] if len(grads) == 1 else [])]
-        found = _backward(*kept, mask)[1:]
+        found = _backward(*arguments, [False, *ctx.needs_input_grad[1:], False][:3])[1:]
         # Second derivatives come here by other ways than through the convolution, too.
         sums = (
             one if other is None else one + other for one, other in zip(found, grads, strict=False)
@@ -96,23 +83,34 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, geometry, held, parameters, x, *edges):
+    def forward(ctx, geometry, between, parameters, x, *edges):
         weight = parameters[0]
         bias = parameters[1] if len(parameters) > 1 else None
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.bias_sizes = None if bias is None else [bias.size(0)]
         ctx.geometry = geometry
-        ctx.held = held
+        ctx.between = between
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad):
+        num_edges = len(ctx.needs_input_grad) - 4
+        if grad is None:
+            return None, None, None, None, *[None] * num_edges
         x, weight = ctx.saved_tensors
         arguments = (grad, x, weight, ctx.bias_sizes, *ctx.geometry)
-        needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            found = _backward(*arguments, [True, *needs, False][:3])
-            return None, None, None, *found[: 1 + len(needs)]
-        grad_x = _backward(*arguments, [True, False, False])[0]
-        ctx.held.keep(*arguments)
-        return None, None, None, grad_x, *(None for _ in needs)
+        if torch.compiler.is_compiling():
+            found = _backward(*arguments, [True, *ctx.needs_input_grad[4:], False][:3])
+            return None, None, None, *found[: 1 + num_edges]
+        input_node, late_node = (ctx.next_functions[index][0] for index in (0, 1))
+        # A leaf's node cannot be asked.
+        needs_input = hasattr(input_node, "variable") or runs(input_node)
+        needs_late = runs(late_node)
+        if needs_late and torch.is_grad_enabled():
+            found = _backward(*arguments, [needs_input, *ctx.needs_input_grad[4:], False][:3])
+            return None, None, None, *found[: 1 + num_edges]
+        grad_x = _backward(*arguments, [True, False, False])[0] if needs_input else None
+        if needs_late:
+            ctx.between.leave(arguments, [x, weight])
+        return None, None, None, grad_x, *[None] * num_edges

@@ -26,13 +26,25 @@ def joins_phases(x: Tensor, residual: Tensor | None, activation: str, group: str
     return sites.prefers_recomputing(x) and residual is None
 
 
-def compose(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
-    """``act(y + residual)`` by torch's own ops, into the fresh ``y`` where that changes nothing."""
+def compose(
+    y: Tensor, residual: Tensor | None, activation: str, slope: float, into: str = "new"
+) -> Tensor:
+    """``act(y + residual)`` by torch's own ops, into the fresh ``y`` where that changes nothing.
+
+    ``into`` is where the sum goes: "new", "own" (into ``y``) or "other" (into ``residual``), which
+    decides about its dtype, and about its shape.
+    """
     if residual is not None:
-        fits = residual.shape == y.shape and residual.dtype == y.dtype
-        in_place = fits and residual.stride() == y.stride()
-        y = y.add_(residual) if in_place else y + residual
+        y = _sum(y, residual, into)
     if not activations.torch_keeps_result(activation):
         return activations.activate(y, activation, slope)
     activations.activate_(y, activation, slope)
     return y
+
+
+def _sum(y: Tensor, residual: Tensor, into: str) -> Tensor:
+    if into == "other":
+        return residual.add_(y)
+    fits = residual.shape == y.shape and residual.dtype == y.dtype
+    in_place = into == "own" or (fits and residual.stride() == y.stride())
+    return y.add_(residual) if in_place else y + residual

@@ -21,6 +21,7 @@ from bnrewrite.collectives import all_reduce_sum, start_all_reduce_sum, wait
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
+from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.library import below_autograd
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -45,30 +46,30 @@ def normalize_sites(
         totals: packed sums of all sites, one after the other, over all ranks.
         group: name of the process group that ``totals`` came from, or "".
     """
-    launched = None
+    between = None
     if group != NO_GROUP and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        launched, xs = _ending_later(xs)
+        between, xs = _behind_end_node(xs)
     tensors = [
         tensor
         for site, x in zip(sites, xs, strict=True)
         for tensor in (x, site.weight, site.bias, site.residual)
     ]
     scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
-    return _BatchNorm.apply(scalars, totals, group, launched, *tensors)  # pyright: ignore
+    return _BatchNorm.apply(scalars, totals, group, between, *tensors)  # pyright: ignore
 
 
-def _ending_later(xs: Sequence[Tensor]) -> "tuple[_Launched | None, Sequence[Tensor]]":
+def _behind_end_node(xs: Sequence[Tensor]) -> tuple[HandOver | None, Sequence[Tensor]]:
     """``xs`` behind the node that ends the collective of their backward, where they need one."""
     wanted = [i for i, x in enumerate(xs) if x.requires_grad]
     if not wanted:
         return None, xs
-    launched = _Launched()
-    behind = _EndCollective.apply(launched, *(xs[i] for i in wanted))
+    between = HandOver()
+    behind = _EndCollective.apply(between, *(xs[i] for i in wanted))
     open_slot()
     xs = list(xs)
     for i, x in zip(wanted, behind, strict=True):  # pyright: ignore[reportArgumentType]
         xs[i] = x
-    return launched, xs
+    return between, xs
 
 
 class _Gradient(NamedTuple):
@@ -90,42 +91,24 @@ class _Gradient(NamedTuple):
         return NORMALIZE_BACKWARD(*arguments, self.bias, self.kept, *self.act)
 
 
-class _Launched:
-    """A collective between the node that launches it and the one that ends it."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, tuple[Tensor, list[int], list[_Gradient]]] = {}
-
-    def keep(self, pending: Tensor, sizes: list[int], gradients: list[_Gradient]) -> None:
-        self._pending[torch._C._current_graph_task_id()] = pending, sizes, gradients
-
-    def gradients(self) -> list[Tensor] | None:
-        """The input gradients, as soon as the collective has ended; None if it was not launched."""
-        launched = self._pending.pop(torch._C._current_graph_task_id(), None)
-        if launched is None:
-            return None
-        pending, sizes, gradients = launched
-        parts = split(wait(pending), sizes)
-        return [one.of(sums) for one, sums in zip(gradients, parts, strict=True)]
-
-
 class _EndCollective(torch.autograd.Function):
     """The inputs themselves; in backward, the end of the collective and the input gradients."""
 
     @staticmethod
-    def forward(ctx, launched: _Launched, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, between: HandOver, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.launched = launched
+        ctx.between = between
         return xs
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = None
-        if not torch.compiler.is_compiling():
-            with below_autograd():
-                found = ctx.launched.gradients()
-        if found is None:
+        launched = None if torch.compiler.is_compiling() else ctx.between.take()
+        if launched is None:
             return None, *grads
+        pending, sizes, gradients = launched
+        with below_autograd():
+            parts = split(wait(pending), sizes)
+            found = [one.of(sums) for one, sums in zip(gradients, parts, strict=True)]
         # Second derivatives come here by other ways than through the site, too.
         sums = (
             one if other is None else one + other for one, other in zip(found, grads, strict=True)
@@ -141,7 +124,7 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scalars, totals, group, launched, *tensors):
+    def forward(ctx, scalars, totals, group, between, *tensors):
         xs, weights, biases, residuals = (tensors[i::_TENSORS] for i in range(_TENSORS))
         ys, stats, kept = [], [], []
         with below_autograd():
@@ -162,10 +145,10 @@ class _BatchNorm(torch.autograd.Function):
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.group = group
-        ctx.launched = launched
+        ctx.between = between
         # Only to name the sites if a peer dies; a compiler has no use for it.
         ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
-        if launched is not None:
+        if between is not None:
             ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -178,7 +161,7 @@ class _BatchNorm(torch.autograd.Function):
         if not torch.is_grad_enabled():
             with below_autograd():
                 columns = (grads, xs, stats, split(totals, sizes), weights, biases, kept)
-                return _backward(ctx, columns, ctx.launched)
+                return _backward(ctx, columns, ctx.between)
         # create_graph: the statistics depend on x too, and every phase is differentiable.
         parts = split(all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites), sizes)
         stats = [
@@ -198,7 +181,7 @@ def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Ten
     return residual
 
 
-def _backward(ctx, columns, launched):
+def _backward(ctx, columns, between):
     num = len(ctx.scalars)
     needs = ctx.needs_input_grad[-_TENSORS * num :]
     results: list[Tensor | None] = [None] * len(needs)
@@ -224,9 +207,7 @@ def _backward(ctx, columns, launched):
             results[first + 3] = ones[i].grad
     wanted = [i for i in range(num) if needs[_TENSORS * i]]
     if wanted:
-        found = _input_gradients(
-            ctx, [ones[i] for i in wanted], [sums[i] for i in wanted], launched
-        )
+        found = _input_gradients(ctx, [ones[i] for i in wanted], [sums[i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
             results[_TENSORS * i] = grad
     return None, None, None, None, *results
@@ -250,12 +231,16 @@ def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
     return sums, one._replace(grad=inner, act=_IDENTITY) if write else one
 
 
-def _input_gradients(ctx, ones, sums, launched):
+def _input_gradients(ctx, ones, sums, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
-    if launched is not None and not torch.compiler.is_compiling():
-        pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
-        launched.keep(pending, sizes, ones)
+    if between is not None and not torch.compiler.is_compiling():
+        end_node = next(
+            node for node, _ in ctx.next_functions if isinstance(node, _EndCollective._backward_cls)
+        )
+        if runs(end_node):
+            pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
+            between.leave((pending, sizes, ones), [one.x for one in ones])
         return [None] * len(ones)
     parts = split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes)
     return [one.of(total) for one, total in zip(ones, parts, strict=True)]

@@ -37,7 +37,7 @@ LIBRARY.define(
     "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
     "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group, "
     "bool[] skip_nonfinite, Tensor?[] residual, int[] residual_site, str[] activation, "
-    "float[] slope) -> Tensor[]"
+    "float[] slope, str[] into) -> Tensor[]"
 )
 
 
@@ -100,6 +100,7 @@ def _finish_batch_norm(
     residual_site: list[int],
     activation: list[str],
     slope: list[float],
+    into: list[str],
 ) -> list[Tensor]:
     """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
 
@@ -122,6 +123,8 @@ def _finish_batch_norm(
             may be anything then.
         activation: for each site the activation of the sum.
         slope: of the activations.
+        into: for each site whether the sum is "new", or ``+=`` into its "own" result or into the
+            "other" site's.
 
     Returns:
         K tensors (N, C_k, *), in the dtypes and memory formats of ``inputs``.
@@ -141,7 +144,7 @@ def _finish_batch_norm(
     ]  # fmt: skip
     taking_part = {i: name for i, name in enumerate(group) if name != NO_GROUP}
     xs = {i: dense(sites[i].input) for i in taking_part}
-    fused = {i for i in taking_part if _joins_phases(sites[i], xs[i], xs, taking_part[i])}
+    fused = {i for i in taking_part if _joins_phases(i, sites, xs, taking_part[i])}
     results: dict[int, Tensor] = {}
     if taking_part:
         place = {i: index for index, i in enumerate(taking_part)}
@@ -156,19 +159,20 @@ def _finish_batch_norm(
             results[i] = BATCH_NORM(*site[:10], NO_GROUP, site.skip_nonfinite)
         if i not in fused:
             other = site.residual if site.residual_site is None else results[site.residual_site]
-            results[i] = compose(results[i], other, *site.act)
+            results[i] = compose(results[i], other, *site.act, into[i])
     return [results[i] for i in range(len(sites))]
 
 
-def _joins_phases(site: Site, x: Tensor, xs: dict[int, Tensor], group: str) -> bool:
-    """Whether what follows a site that takes part, as those with ``xs``, is part of its phases."""
-    residual = site.residual
-    if site.residual_site is not None:
-        # The result of that site is laid out as its input.
-        residual = xs.get(site.residual_site)
-        if residual is None:
+def _joins_phases(i: int, sites: Sequence[Site], xs: dict[int, Tensor], group: str) -> bool:
+    """Whether what follows site ``i``, one of those with ``xs``, is part of its phases."""
+    residual = sites[i].residual
+    added = sites[i].residual_site
+    if added is not None:
+        if added not in xs or sites[added].has_epilogue:
             return False
-    return joins_phases(x, residual, site.act[0], group)
+        # The result of that site is laid out as its input.
+        residual = xs[added]
+    return joins_phases(xs[i], residual, sites[i].act[0], group)
 
 
 def _member(site: Site, place: dict[int, int]) -> Site:

@@ -46,6 +46,12 @@ class Site(NamedTuple):
         tensors = (self.running_mean, self.running_var, self.num_batches_tracked)
         return (*tensors, self.momentum, self.skip_nonfinite)
 
+    @property
+    def has_epilogue(self) -> bool:
+        """Whether anything follows the site."""
+        followed = self.residual is not None or self.residual_site is not None
+        return followed or self.act[0] != "identity"
+
     def alone(self) -> "Site":
         """The site without what follows it."""
         return self._replace(residual=None, residual_site=None, act=("identity", 0.0))

@@ -21,7 +21,7 @@ import torch
 class _Latest(threading.local):
     """The slot of the latest site that this thread has evaluated: numbers are those of a thread."""
 
-    number = -1
+    number = 0
 
 
 _latest = _Latest()
@@ -37,14 +37,10 @@ def open_slot() -> None:
     _latest.number = torch.autograd._get_sequence_nr() - 1
 
 
-def has_slot() -> bool:
-    """Whether this thread has evaluated a site in eager mode, with a collective in its backward."""
-    return _latest.number >= 0
-
-
 def move_to_slot(node: Any) -> None:
     """Puts a node that was just created into the slot of the latest site.
 
-    Of an earlier forward, if this one has no site yet: then the node runs last, as it would have.
+    Of an earlier forward, or before all others, if this one has no site yet: then the node runs
+    last, as it would have.
     """
     node._set_sequence_nr(_latest.number)

@@ -41,6 +41,7 @@ class _Chain:
     nodes: list[fx.Node]
     residual: fx.Node | None = None
     activation: Activation | None = None
+    into: str = "new"
     reason: str = ""
 
     @property
@@ -161,21 +162,23 @@ def _cut(target: OwnerGraph, chain: _Chain) -> None:
         chain.activation = None
     elif is_addition(cut):
         chain.residual = None
+        chain.into = "new"
     _drop_identities(chain)
 
 
 def _fuse_into(target: OwnerGraph, chain: _Chain, finish: fx.Node, index: Any) -> None:
     """Gives site ``index`` of ``finish`` what follows it."""
     _note_assumptions(target, chain)
-    *others, residual, residual_site, activation, slope = map(list, finish.args[1:])  # pyright: ignore
+    *others, residual, residual_site, activation, slope, into = map(list, finish.args[1:])  # pyright: ignore
     added = _result_of(finish, chain.residual)
     if added is None:
         residual[index] = chain.residual
     else:
         residual_site[index] = added.args[1]
     act = chain.activation or Activation("identity")
-    activation[index], slope[index] = act.name, act.slope
-    finish.args = (finish.args[0], *others, residual, residual_site, activation, slope)
+    activation[index], slope[index], into[index] = act.name, act.slope, chain.into
+    epilogue = (residual, residual_site, activation, slope, into)
+    finish.args = (finish.args[0], *others, *epilogue)
     chain.nodes[-1].replace_all_uses_with(chain.nodes[0])
     for node in reversed(chain.nodes[1:]):
         target.graph.erase_node(node)
@@ -216,6 +219,7 @@ def _extend_by_sum(target: OwnerGraph, chain: _Chain, last: fx.Node, user: fx.No
         chain.reason = "what is added to it may be something else than a tensor"
     else:
         chain.residual = residual
+        chain.into = "new" if written is None else "own" if written is last else "other"
         chain.nodes.append(user)
     return True
 
@@ -315,7 +319,8 @@ def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
     *arguments, skip_nonfinite = site.args
     epilogue = (chain.residual, activation.name, activation.slope)
     with target.graph.inserting_before(last):
-        new = target.graph.call_function(BATCH_NORM_ACT, (*arguments, *epilogue, skip_nonfinite))
+        arguments += (*epilogue, skip_nonfinite, chain.into)
+        new = target.graph.call_function(BATCH_NORM_ACT, tuple(arguments))
     new.meta.update(site.meta)
     new.stack_trace = site.stack_trace
     last.replace_all_uses_with(new)

@@ -18,14 +18,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
-from bnrewrite.ops.slot import has_slot
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, where
+from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.rounds import communication
 from bnrewrite.sites.floor import has_hooks
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+
+_WORK = (nn.modules.conv._ConvNd, nn.Linear)
+_WORKING = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm")
 
 
 def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
@@ -36,6 +39,8 @@ def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
     for node in list(target.graph.nodes):
         conv = target.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(conv) not in _CONVOLUTIONS or len(node.args) != 1 or node.kwargs:
+            continue
+        if not _comes_from_site(target, node):
             continue
         path = str(node.target)
         name = target.qualified(path)
@@ -52,6 +57,32 @@ def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
         node.replace_all_uses_with(new)
         target.graph.erase_node(node)
         report.rewritten.append(Rewrite(name, target.name, path, None, where(new)))
+
+
+def _comes_from_site(target: OwnerGraph, conv: fx.Node) -> bool:
+    """Whether a site, of this graph or before it, is what the input gradient of ``conv`` goes to.
+
+    Behind another convolution the weight gradient would wait, with all that it needs, although
+    there is other work to hide the collective.
+    """
+    todo, seen = list(conv.all_input_nodes), set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" or getattr(node.target, "namespace", "") == "bnrewrite":
+            return True
+        if node.op == "call_module":
+            module = target.owner.get_submodule(str(node.target))
+            if not is_known_leaf(module):
+                # Whatever it is, it has work of its own or sites.
+                return True
+            if isinstance(module, _WORK):
+                continue
+        if node.target is not convolve and getattr(node.target, "__name__", "") not in _WORKING:
+            todo.extend(node.all_input_nodes)
+    return False
 
 
 def _group(graph: fx.Graph) -> tuple[Any, ...] | None:
@@ -90,7 +121,7 @@ def convolve(conv: Any, x: Tensor, group: str) -> Tensor:
         x: its input.
         group: name of the group with which the sites beside it communicate now, or "".
     """
-    if torch.compiler.is_compiling() or group == NO_GROUP or "forward" in conv.__dict__:
+    if group == NO_GROUP or torch.compiler.is_compiling() or "forward" in conv.__dict__:
         return conv(x)
     if not has_hooks(conv):
         return _forward(conv, x)
@@ -122,18 +153,19 @@ def _cast(tensor: Tensor) -> Tensor:
 
 
 def _can_wait(conv: Any, x: Tensor) -> bool:
-    """Whether both gradients of ``conv(x)`` are wanted, and nobody waits for that of the weight.
+    """Whether both gradients of ``conv(x)`` are wanted, and that of the weight may come later.
 
-    FSDP2 takes the gradients of a module for complete when that of its input is.
+    FSDP2 and ZeRO-3 take the gradients of a module for complete when that of its input is.
     """
     weight = conv._parameters.get("weight")
     return (
-        has_slot()
+        not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and x.requires_grad
         and type(weight) in (Tensor, nn.Parameter)
         and weight.requires_grad
+        and "ds_id" not in vars(weight)
         and type(conv) in _CONVOLUTIONS
         and not conv.__dict__.get("_is_fsdp_managed_module")
         and x.dim() == weight.dim()

@@ -60,7 +60,7 @@ def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     with graph.inserting_before(nodes[0]):
         pending = graph.call_function(START_BATCH_NORM, (*checked, group))
         # What follows the sites: nothing yet.
-        epilogue = [[one] * len(nodes) for one in (None, -1, "identity", 0.0)]
+        epilogue = [[one] * len(nodes) for one in (None, -1, "identity", 0.0, "new")]
         rest = (*others, group, skip_nonfinite, *epilogue)
         results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *rest))
         for new in (pending, results):

@@ -134,6 +134,9 @@ class SiteForward(Converted):
             # A subclass that calls super().forward() is being traced.
             return Tracing.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
+        if not is_site(module):
+            # Made of a converted module's class by somebody else, so not converted itself.
+            return super().forward(input)  # pyright: ignore
         state = self._bnrewrite_site
         module._check_input_dim(input)
         training = module.training and not isinstance(state.mode, Frozen)
