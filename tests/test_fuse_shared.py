@@ -116,6 +116,38 @@ def test_report_says_why_the_rest_is_left() -> None:
     assert "read elsewhere" in reasons["a is read elsewhere"]["bn2"]
 
 
+class Sums(nn.Module):
+    """Sums in place whose operands differ in dtype: the result has that of what it goes into."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bn1 = nn.BatchNorm2d(3)
+        self.bn2 = nn.BatchNorm2d(3) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv(x).to(torch.bfloat16))
+        y += x if self.bn2 is None else self.bn2(x)
+        return F.relu(y)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_sum_in_place_keeps_its_dtype_and_shape(shared: bool) -> None:
+    torch.manual_seed(0)
+    plain = Sums(shared)
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 5, 5)
+    ours, expected = model(x), plain(x)
+    assert ours.dtype == expected.dtype == torch.bfloat16
+    # Two units in the last place of what is added.
+    torch.testing.assert_close(ours, expected, rtol=2**-6, atol=2**-6)
+    if not shared:
+        for one in (model, plain):
+            one.conv = nn.Conv2d(3, 3, 5)
+            with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+                one(x)
+
+
 class Overlap(nn.Module):
     """A lone site that overlaps its collective with the convolution of its own residual."""
 

@@ -321,16 +321,17 @@ class TestModulesMadeOfConvertedClasses:
 
     def test_a_slice_runs_its_converted_layers(self) -> None:
         torch.manual_seed(0)
-        plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        plain: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
         model = bnrewrite.convert(copy.deepcopy(plain))
         x = torch.randn(2, 3, 5, 5)
-        torch.testing.assert_close(model[:3](x), plain[:3](x))
-        assert model[:3][1] is model[1]
+        torch.testing.assert_close(model[:2](x), plain[:2](x))
+        assert model[:2][1] is model[1]
         torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
 
     def test_a_new_layer_of_the_same_type_is_a_plain_one(self) -> None:
         model = bnrewrite.convert(nn.Sequential(nn.BatchNorm2d(4)))
-        new = type(model[0])(3, momentum=0.5)
+        make: Any = type(model[0])
+        new = make(3, momentum=0.5)
         x = torch.randn(2, 3, 5, 5)
         plain = nn.BatchNorm2d(3, momentum=0.5)
         torch.testing.assert_close(new(x), plain(x))

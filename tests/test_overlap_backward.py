@@ -291,7 +291,8 @@ def _kept_alive(rank: int, world_size: int) -> list[int]:
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
     out = model(x).sum()
     sizes = []
-    for wanted in (x, model[1].weight, model[3].weight):
+    targets: list[Any] = [x, model[1].weight, model[3].weight]
+    for wanted in targets:
         for _ in range(3):
             torch.autograd.grad(out, wanted, retain_graph=True)
             gc.collect()

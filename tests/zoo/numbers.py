@@ -164,7 +164,8 @@ def compare_on_two_ranks(model: Numbers, ranks: RankPool, *, rtol: float = 1e-9)
     """
     outputs, grads, buffers = _train(model, None)
     results = ranks.run(_train_rank, 2, model, timeout_s=600)
-    _assert_close([torch.cat([out for (out,), _, _ in results])], outputs, "output", rtol)
+    joined = [torch.cat(parts) for parts in zip(*(outs for outs, _, _ in results), strict=True)]
+    _assert_close(joined, outputs, "output", rtol)
     # Gradients of parameters are local sums, which DistributedDataParallel averages.
     sums = [a + b for a, b in zip(results[0][1], results[1][1], strict=True)]
     _assert_close(sums, grads, "gradient", rtol)
@@ -185,11 +186,14 @@ def _train(model: Numbers, rows: slice | None) -> list[list[Tensor]]:
         net = bnrewrite.convert(net)
     seed(1)
     args, _ = to_double(model.arguments(4))
-    out = tensors(net(args[0] if rows is None else args[0][rows]))[0]
-    weight = torch.sin(torch.arange(4 * out[0].numel()).to(out)).view(4, *out.shape[1:])
-    (out * (weight if rows is None else weight[rows])).sum().backward()
+    outs = tensors(net(args[0] if rows is None else args[0][rows]))
+    losses = []
+    for out in outs:
+        weight = torch.sin(torch.arange(4 * out[0].numel()).to(out)).view(4, *out.shape[1:])
+        losses.append((out * (weight if rows is None else weight[rows])).sum())
+    torch.stack(losses).sum().backward()
     grads = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
-    return [[out.detach()], grads, [*net.buffers()]]
+    return [[out.detach() for out in outs], grads, [*net.buffers()]]
 
 
 def _train_rank(rank: int, world_size: int, model: Numbers) -> list[list[Tensor]]:
