@@ -196,6 +196,30 @@ def test_ranks_agree_with_and_without_the_pass(ranks: RankPool, case: str) -> No
             torch.testing.assert_close(one, third, rtol=1e-9, atol=1e-9)
 
 
+def _hooked(rank: int, world_size: int, hooked: tuple[int, ...]) -> str:
+    """A hook on an activation that is part of sites which share their collective."""
+    torch.manual_seed(0)
+    model = bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 3, 1), Pair(FORMS["a += b"][0])))
+    for step in range(3):
+        if step == 1 and rank in hooked:
+            model[1].act.register_forward_hook(lambda *_: None)
+        try:
+            model(torch.randn(2, 3, 5, 7)).sum().backward()
+        except bnrewrite.ScheduleError as error:
+            return str(error)
+    return ""
+
+
+def test_a_hook_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
+    for message in ranks.run(_hooked, 2, (0,)):
+        assert "the graph of 1" in message
+        assert "a hook or another change rules the graph out" in message
+
+
+def test_a_hook_on_all_ranks_is_none(ranks: RankPool) -> None:
+    assert ranks.run(_hooked, 2, (0, 1)) == ["", ""]
+
+
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradcheck_of_a_site_that_is_added_to_another(

@@ -369,6 +369,27 @@ def test_ranks_with_and_without_hooks_keep_one_order(ranks: RankPool, rank: int)
     assert calls == [shape, (2, 4, 6, 6)]
 
 
+def _without_a_graph(rank: int, world_size: int, hooked: int) -> list[str]:
+    """A hook on an activation that is part of a site rules the graph out, on one rank."""
+    torch.manual_seed(0)
+    model = bnrewrite.convert(_chain())
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.0001)  # pyright: ignore
+    if rank == hooked:
+        model[2].register_forward_hook(lambda *_: None)
+    for _ in range(3):
+        out = ddp(torch.randn(2, 3, 8, 8, requires_grad=True)).sum()
+        with _Trace() as trace:
+            out.backward()
+    assert all("forward" not in vars(layer) for layer in model)
+    return [one for one in trace.seen if one != "launch"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_and_without_a_graph_keep_one_order(ranks: RankPool, rank: int) -> None:
+    expected = ["input", "weight", "wait"] * 2 + ["input", "weight"]
+    assert ranks.run(_without_a_graph, 2, rank) == [expected] * 2
+
+
 def _after_eval(rank: int, world_size: int) -> list[str]:
     """Frozen by its user after a step: nothing communicates, so torch makes the gradients."""
     model = bnrewrite.convert(_chain())

@@ -1,6 +1,7 @@
 """A captured graph: how it is called, when it stands for the forward, and the code it became."""
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
@@ -82,6 +84,11 @@ class Captured:
         return self.assumptions == other.assumptions and [*map(_spelled, self.graph.nodes)] == [
             *map(_spelled, other.graph.nodes)
         ]
+
+    @functools.cached_property
+    def shares(self) -> bool:
+        """Whether its collectives are others than those of the sites by themselves."""
+        return any(node.target is START_BATCH_NORM for node in self.graph.nodes)
 
     @property
     def forms(self) -> "tuple[Captured, ...]":

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnrewrite.capture.capture import Capture, Recipe, capture
@@ -12,6 +13,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
 from bnrewrite.passes.base import joined
+from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import Converted, below, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
@@ -23,9 +25,11 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
-from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
 
 _STATE = "_bnrewrite_owner"
+
+_LEFT_ALONE = "its own forward runs, since a hook or another change rules the graph out"
 
 
 class OwnerState:
@@ -46,10 +50,13 @@ class OwnerState:
         """Whether training and evaluation need graphs of their own."""
         return self.train is not self.eval
 
-    def lines(self, training: bool, *, is_site: bool) -> list[tuple[str, Line]]:
-        """What the ranks of a group must have in common about this owner."""
+    def lines(self, training: bool, *, is_site: bool, left: bool) -> list[tuple[str, Line]]:
+        """What the ranks of a group must have in common about this owner.
+
+        ``left``: it runs its own forward, although there is a graph for the call.
+        """
         name = f"the graph of {self.recipe.name or 'the model itself'}"
-        order = self.train.order()
+        order = (_LEFT_ALONE,) if left else self.train.order()
         lines = [(EVERY_GROUP if training else NO_GROUP, (name, "; ".join(order)))]
         if is_site:
             return lines
@@ -97,7 +104,8 @@ class OwnerForward(Converted):
         state = self._bnrewrite_owner
         if state is None:
             return own
-        return own + state.lines(module.training, is_site=is_site(module))
+        left = module.__dict__.get(LEFT, False)
+        return own + state.lines(module.training, is_site=is_site(module), left=left)
 
     def _bnrewrite_equal_buffers(self, group: str) -> list[Tensor]:
         """Buffers that are equal on all ranks; those of functional calls may be anything."""
@@ -114,24 +122,53 @@ class OwnerForward(Converted):
             return super().forward(*args, **kwargs)  # pyright: ignore
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)
         training = module.training and not frozen
+        captured, values = self._bnrewrite_choose(training, args, kwargs)
         if training:
+            self._bnrewrite_note(captured is not None and captured.shares and values is None)
             self._bnrewrite_schedule.before_collectives()
-            return self._bnrewrite_run(training, args, kwargs)
-        result = self._bnrewrite_run(training, args, kwargs)
-        self._bnrewrite_schedule.after_evaluation(result)
+        if captured is not None and values is not None:
+            result = _run(captured, module, values)
+        else:
+            result = self._bnrewrite_own_forward(training, captured, args, kwargs)
+        if not training:
+            self._bnrewrite_schedule.after_evaluation(result)
         return result
 
-    def _bnrewrite_run(self, training: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _bnrewrite_choose(
+        self, training: bool, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Captured | None, tuple[Any, ...] | None]:
+        """The graph for calls of this form, and its arguments; None if it does not stand for it."""
         module: Any = self
         state = self._bnrewrite_owner
+        fits = None
         if state is not None:
             for captured in (state.train if training else state.eval).forms:
                 values = captured.bind(args, kwargs)
-                if values is not None and captured.holds(module):
-                    return _run(captured, module, values)
+                if values is None:
+                    continue
+                if captured.holds(module):
+                    return captured, values
+                fits = captured
+        return fits, None
+
+    def _bnrewrite_note(self, left: bool) -> None:
+        """Notes whether the module leaves a graph whose collectives its own forward has not."""
+        attributes = self.__dict__
+        if attributes.get(LEFT, False) is not left and not torch.compiler.is_compiling():
+            attributes[LEFT] = left
+            self._bnrewrite_schedule.change()
+
+    def _bnrewrite_own_forward(
+        self, training: bool, captured: Captured | None, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        module: Any = self
         original = super().forward  # pyright: ignore
         if not is_site(module):
-            return original(*args, **kwargs)
+            if captured is None or not training or torch.compiler.is_compiling():
+                return original(*args, **kwargs)
+            # What this rank computes in another order others might wait for.
+            with waiting_convolutions(module, captured.graph):
+                return original(*args, **kwargs)
         was_training, module.training = module.training, training
         try:
             with Intercept(module):

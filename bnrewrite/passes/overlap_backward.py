@@ -8,7 +8,10 @@ so it is made while the collective is under way. This is the schedule of eager m
 get theirs from :mod:`bnrewrite.compiler`. All gradients are the same bits.
 """
 
+import contextlib
 import functools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
-from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite, where
+from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, where
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.rounds import communication
+from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_hooks
 
 _CONVOLUTIONS = (
@@ -49,9 +53,9 @@ def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
             report.skipped.append(target.skip(name, reason, node, path))
             continue
         with target.graph.inserting_before(node):
-            site_group = target.graph.call_function(active_group, _copied(target.graph, group))
-            arguments = (target.graph.get_attr(path), node.args[0], site_group)
-            new = target.graph.call_function(convolve, arguments)
+            site_group = target.graph.call_function(active_group, group)
+            arguments = (Attribute(path), node.args[0], site_group)
+            new = target.graph.call_function(convolve, arguments)  # pyright: ignore[reportArgumentType]
         new.meta.update(node.meta)
         new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)
@@ -93,17 +97,15 @@ def _group(graph: fx.Graph) -> tuple[Any, ...] | None:
     for node in graph.nodes:
         if communication(node).backward > 0:
             groups = node.args[5] if node.target is START_BATCH_NORM else [node.args[10]]
-            args = groups[0].args
-            if all(not isinstance(arg, fx.Node) or arg.op == "get_attr" for arg in args):
-                return args
+            args = [
+                Attribute(str(arg.target))
+                if isinstance(arg, fx.Node) and arg.op == "get_attr"
+                else arg
+                for arg in groups[0].args
+            ]
+            if not any(isinstance(arg, fx.Node) for arg in args):
+                return tuple(args)
     return None
-
-
-def _copied(graph: fx.Graph, group: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments ``group`` for a place before the nodes that they come from."""
-    return tuple(
-        graph.get_attr(str(arg.target)) if isinstance(arg, fx.Node) else arg for arg in group
-    )
 
 
 def _has_plain_padding(conv: Any) -> bool:
@@ -130,6 +132,25 @@ def convolve(conv: Any, x: Tensor, group: str) -> Tensor:
         return conv(x)
     finally:
         del conv.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def waiting_convolutions(owner: nn.Module, graph: fx.Graph) -> Iterator[None]:
+    """While the own forward of ``owner`` runs, its convolutions are those of ``graph``."""
+    convs = []
+    for node in graph.find_nodes(op="call_function", target=convolve):
+        name, training = node.args[2].args  # pyright: ignore
+        if isinstance(training, Attribute):
+            training = operator.attrgetter(training.path)(owner)
+        conv: Any = below(owner, node.args[0].path)  # pyright: ignore
+        if active_group(str(name), bool(training)) != NO_GROUP and "forward" not in conv.__dict__:
+            conv.__dict__["forward"] = functools.partial(_forward, conv)
+            convs.append(conv)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.__dict__["forward"]
 
 
 def _forward(conv: Any, x: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ from bnrewrite.sites.ddp_join import shadow_when_done
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
 
+LEFT = "_bnrewrite_left"
+"""Attribute of an owner whose own forward runs in place of a graph with shared collectives."""
+
 EVALUATES = "it evaluates (training=False) and communicates nothing"
 """What a site says of itself outside training."""
 
@@ -40,6 +43,10 @@ _PATIENCE_S = 3.0
 
 _PATIENCE_IN_BACKWARD_S = 8.0
 """The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
+
+
+Flags = tuple[bool, bool]
+"""Whether a member trains, and whether it has left its graph."""
 
 
 def _changed() -> object:
@@ -76,7 +83,7 @@ class Schedule:
         self._members: list[weakref.ref[Any]] = []
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
-        self._agreed: tuple[Callable[[], object], list[bool]] | None = None
+        self._agreed: tuple[Callable[[], object], list[Flags]] | None = None
         # Flags with which gradients of evaluations were asked for, and the default group then.
         self._evaluated: tuple[Callable[[], object], list[list[bool]]] = (_alone, [])
         # The DDP instance that was running then.
@@ -135,7 +142,7 @@ class Schedule:
         if world is None or self._seen() is world or not check_enabled():
             return
         members = self.members()
-        flags = [member.training for member in members]
+        flags = _flags(members)
         group, known = self._evaluated
         known = known if group() is world else []
         if flags not in known:
@@ -163,7 +170,7 @@ class Schedule:
         """Agrees with the other ranks unless these flags have been agreed on before."""
         world = default_group()
         members = self.members()
-        flags = [member.training for member in members]
+        flags = _flags(members)
         if world is not None and (by_hand or check_enabled()):
             agreed = self._agreed is not None and self._agreed[0]() is world
             agreed = agreed and self._agreed is not None and self._agreed[1] == flags
@@ -235,6 +242,11 @@ class Schedule:
                         shared=weakref.ref(self.ddp_buffers),
                     ),
                 )
+
+
+def _flags(members: list[Any]) -> list[Flags]:
+    """What decides, of each member, about what it communicates."""
+    return [(member.training, member.__dict__.get(LEFT, False)) for member in members]
 
 
 def _patience_s(view: View, by_hand: bool) -> float | None:
