@@ -319,10 +319,10 @@ def _count_agreements(rank: int, world_size: int) -> dict[str, int]:
     loaded = pickle.loads(pickle.dumps(model))
     count("a loaded copy", lambda: _step(loaded))
     part = copy.deepcopy(model.get_submodule("layer1"))
-    count("a part", lambda: part(torch.randn(2, 4, 8, 8)))
+    count("a part", lambda: part(torch.randn(2, 8, 8, 8)))
     count("the first again", lambda: _step(model))
     count("by hand", lambda: bnrewrite.check(model))
-    count("on the floor", lambda: model.get_submodule("bn")(torch.randn(2, 4, 3, 3)))
+    count("on the floor", lambda: model.get_submodule("bn")(torch.randn(2, 8, 3, 3)))
     bnrewrite.convert(model, "local")
     count("local", lambda: _step(model))
     count("local again", lambda: _step(model))
@@ -393,13 +393,13 @@ def _alone(rank: int, world_size: int) -> list[float]:
         model.eval()(_x())
         _step(local)
         _step(local)
-        copy.deepcopy(model).layer1.eval()(torch.randn(2, 4, 8, 8))
+        copy.deepcopy(model).layer1.eval()(torch.randn(2, 8, 8, 8))
         model.train()
     alone_s = time.monotonic() - start
     _step(model)
     if rank == 1:
         # Of the backbone only, as a nearest-neighbour evaluation does, while the rest trains.
-        model.get_submodule("layer1").eval()(torch.randn(2, 4, 8, 8))
+        model.get_submodule("layer1").eval()(torch.randn(2, 8, 8, 8))
         model.get_submodule("layer1").train()
     _step(model)
     _step(local)
@@ -412,7 +412,7 @@ def test_a_rank_may_evaluate_and_train_locally_by_itself(ranks: RankPool) -> Non
 
 
 def _wrong_order(rank: int, world_size: int) -> Outcome:
-    one, two = _net(), bnrewrite.convert(ResidualNet(width=8))
+    one, two = _net(), bnrewrite.convert(ResidualNet(width=16))
     models = [one, two] if rank == 0 else [two, one]
     return _outcome(lambda: [_step(model) for model in models])
 

@@ -1,7 +1,6 @@
 """A captured graph: how it is called, when it stands for the forward, and the code it became."""
 
 import dataclasses
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -34,6 +33,7 @@ class Captured:
         function: the compiled graph; its first argument is the owner. None until the first call.
         otherwise: the graph for calls of another form, if there is one.
         key: of the captured graph in this process.
+        shares: whether its collectives are others than those of its sites by themselves.
     """
 
     graph: fx.Graph
@@ -48,11 +48,13 @@ class Captured:
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
     key: str = dataclasses.field(init=False, compare=False)
+    shares: bool = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         # A string, since compilers take a number that differs between graphs for a dynamic size.
         self.key = str(next(_keys))
         _living[self.key] = self
+        self.shares = any(node.target is START_BATCH_NORM for node in self.graph.nodes)
 
     @property
     def inlined(self) -> Collection[str]:
@@ -84,11 +86,6 @@ class Captured:
         return self.assumptions == other.assumptions and [*map(_spelled, self.graph.nodes)] == [
             *map(_spelled, other.graph.nodes)
         ]
-
-    @functools.cached_property
-    def shares(self) -> bool:
-        """Whether its collectives are others than those of the sites by themselves."""
-        return any(node.target is START_BATCH_NORM for node in self.graph.nodes)
 
     @property
     def forms(self) -> "tuple[Captured, ...]":
