@@ -418,7 +418,7 @@ def _wrong_order(rank: int, world_size: int) -> Outcome:
 
 
 def test_models_used_in_another_order_are_a_difference(ranks: RankPool) -> None:
-    _assert_all_heard(ranks.run(_wrong_order, 2), "bn", "rank 0: .*4 channels; .*8 channels")
+    _assert_all_heard(ranks.run(_wrong_order, 2), "bn", "rank 0: .*8 channels; .*16 channels")
 
 
 def _in_sub_groups(rank: int, world_size: int, differs: bool) -> Outcome:
