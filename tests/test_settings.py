@@ -31,6 +31,7 @@ def test_dump_writes_the_graph_before_and_after_each_pass(
         "03_share_collectives.py",
         "04_overlap_collectives.py",
         "05_fuse_epilogue.py",
+        "06_overlap_backward.py",
     ]
     assert "torch.ops.bnrewrite" not in files[0].read_text()
     assert "torch.ops.bnrewrite.batch_norm" in files[1].read_text()
@@ -57,13 +58,14 @@ def test_logs_one_line_per_conversion_and_one_per_pass(caplog: pytest.LogCapture
     with caplog.at_level(logging.DEBUG, logger="bnrewrite"):
         bnrewrite.convert(net())
     levels = [(record.levelname, record.name) for record in caplog.records]
-    assert levels == [("DEBUG", "bnrewrite.passes")] * 5 + [("INFO", "bnrewrite.convert")]
-    assert [record.args[0] for record in caplog.records[:5]] == [  # pyright: ignore
+    assert levels == [("DEBUG", "bnrewrite.passes")] * 6 + [("INFO", "bnrewrite.convert")]
+    assert [record.args[0] for record in caplog.records[:6]] == [  # pyright: ignore
         "replace_batch_norm",
         "inline_children",
         "share_collectives",
         "overlap_collectives",
         "fuse_epilogue",
+        "overlap_backward",
     ]
     assert "1 BatchNorm modules, 1 sites in graphs" in caplog.text
 

@@ -42,7 +42,11 @@ def guard_graph() -> None:
     """Sees to the graph that Dynamo is tracing; a member calls it that is part of the graph."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    output = InstructionTranslator.current_tx().output
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        # torch.export traces without Dynamo.
+        return
     compile_graph: Any = output.compiler_fn
     if compile_graph is None or hasattr(compile_graph, _GUARDED) or torch.compiler.is_exporting():
         return
