@@ -172,9 +172,11 @@ def _live_through(
     ],
 )
 def test_survivors_hear_of_it_and_train_on(how: str, when: str, wrap: str) -> None:
-    results = run(_live_through, 3, how, when, wrap, timeout_s=TIMEOUT_S, victims=(VICTIM,))
+    # The victim compiles again before its last step, which its peers wait for.
+    timeout_s = 4 * TIMEOUT_S if wrap in BACKENDS else TIMEOUT_S
+    results = run(_live_through, 3, how, when, wrap, timeout_s=timeout_s, victims=(VICTIM,))
     for kind, message, seconds, state, trained in (results[0], results[2]):
-        assert seconds < TIMEOUT_S + SLACK_S
+        assert seconds < timeout_s + SLACK_S
         if wrap != "DDP" or when != "between":
             _assert_named(kind, message, when, wrap)
         if wrap in SHUFFLES:
