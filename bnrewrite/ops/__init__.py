@@ -9,7 +9,9 @@ of the collectives between them, all visible to a compiler:
 ``batch_norm_act`` is ``batch_norm`` with the residual and the activation that follow it.
 
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
-their collectives.
+their collectives, with what follows each.
+
+In eager mode other work runs during the all-reduce of a backward: see :mod:`bnrewrite.ops.slot`.
 
 On the CPU an evaluation that shares its statistics with nobody is ``batch_norm_local`` and
 ``batch_norm_local_backward`` instead, which join the phases of a direction.
