@@ -44,4 +44,8 @@ def torchrun(
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
         *("--local-addr", "127.0.0.1"),
     ]
-    return run([*launcher, *arguments], folder=folder, timeout=timeout)
+    done = run([*launcher, *arguments], folder=folder, timeout=timeout)
+    if done.returncode and "connectFullMesh" in done.stderr:
+        # On a busy machine gloo sometimes fails to form a world, before anything of ours runs.
+        done = run([*launcher, *arguments], folder=folder, timeout=timeout)
+    return done

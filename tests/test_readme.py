@@ -36,6 +36,7 @@ def test_python_runs(marker: str, code: str, tmp_path: Path) -> None:
     script.write_text(code)
     if marker == "torchrun":
         done = torchrun(["script.py"], folder=tmp_path, timeout=180)
+        assert done.returncode == 0, done.stderr
         assert _lines(_text("report of two ranks")) == _lines(done.stdout)
     else:
         # Marked for nothing else, so that no block is skipped by a misspelt marker.
