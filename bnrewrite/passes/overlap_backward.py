@@ -33,6 +33,7 @@ _CONVOLUTIONS = (
 
 _WORK = (nn.modules.conv._ConvNd, nn.Linear)
 _WORKING = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm")
+"""Layers and functions whose own backward is work enough to hide a collective."""
 
 
 def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
