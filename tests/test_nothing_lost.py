@@ -134,6 +134,72 @@ def test_removing_a_submodule_takes_effect() -> None:
     assert_same(plain, converted)
 
 
+class Asking(Residual):
+    """Asks what it has before it uses it."""
+
+    negative = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: nn.Module | None = nn.Tanh()
+        self.last = nn.Conv2d(4, 4, 1)
+        self.gain: nn.Parameter | None = nn.Parameter(torch.rand(1))
+
+    def ending(self, x: Tensor) -> Tensor:
+        return -x if self.negative else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.act is not None:
+            x = self.act(x)
+        if hasattr(self, "last"):
+            x = self.last(x)
+        if hasattr(self, "extra"):
+            x = self.extra(x)
+        if self.gain is not None:
+            x = x * self.gain
+        return self.ending(x)
+
+
+class Branches(nn.Module):
+    """The sum of some modules, all of the same input."""
+
+    def __init__(self, branches: list[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "a child becomes None": lambda block: setattr(block, "act", None),
+    "a child goes": lambda block: delattr(block, "last"),
+    "a child comes": lambda block: setattr(block, "extra", nn.Sigmoid()),
+    "a parameter becomes None": lambda block: setattr(block, "gain", None),
+    "a value of the class is hidden": lambda block: setattr(block, "negative", True),
+    "a method is replaced": lambda block: setattr(block, "ending", torch.exp),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("twice", [False, True], ids=["own graph", "inlined"])
+def test_changing_what_a_forward_asks_for_takes_effect(change: str, twice: bool) -> None:
+    torch.manual_seed(0)
+    # Two branches share a round, and so are inlined where the sum is.
+    branches = [Asking(), Asking()] if twice else [Asking()]
+    plain = Branches(branches).double()
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    inlined = converted._bnrewrite_owner.train.inlined if is_owner(converted) else ()
+    assert ("branches.0" in inlined) is twice
+    for step in range(2):
+        x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
+        for model in (plain, converted):
+            if step == 0:
+                CHANGES[change](model.branches[0])
+
+
 def test_changing_an_attribute_takes_effect() -> None:
     plain, converted = pair()
     for model in (plain, converted):

@@ -390,6 +390,55 @@ def test_ranks_with_and_without_a_graph_keep_one_order(ranks: RankPool, rank: in
     assert ranks.run(_without_a_graph, 2, rank) == [expected] * 2
 
 
+class _Changing(nn.Module):
+    """Calls its convolutions in other ways once its attributes changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(3)
+        self.up = nn.ConvTranspose2d(3, 4, 3, stride=2)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.output_size: list[int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(x)
+        size = self.output_size
+        x = self.bn2(self.up(x) if size is None else self.up(x, output_size=size))
+        return self.conv(input=x) if hasattr(self, "conv") else x
+
+
+def _changes(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    plain = _Changing().double()
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    other = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 1)).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for change in ("output_size", "removed", "replaced"):
+        for model in (plain, converted):
+            if change == "output_size":
+                model.output_size = [18, 18]
+            elif change == "removed":
+                del model.conv
+            else:
+                model.up = copy.deepcopy(other)
+                model.output_size = None
+        whole, part = (x.clone().requires_grad_() for _ in range(2))
+        rows = slice(3) if rank else slice(3, 4)
+        plain(whole).sin().sum().backward()
+        converted(part[rows]).sin().sum().backward()
+        assert whole.grad is not None and part.grad is not None
+        found.append((part.grad[rows], whole.grad[rows]))
+    return found
+
+
+def test_the_own_forward_may_call_its_convolutions_in_any_way(ranks: RankPool) -> None:
+    for found in ranks.run(_changes, 2):
+        for ours, expected in found:
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
 def _after_eval(rank: int, world_size: int) -> list[str]:
     """Frozen by its user after a step: nothing communicates, so torch makes the gradients."""
     model = bnrewrite.convert(_chain())

@@ -26,7 +26,9 @@ class Assumptions:
         constants: plain attributes that were read, with their values.
         objects: other attributes that were read; the same object stands for the same behaviour.
         absent: parameters, buffers and children that were read and are None.
-        present: those that were read and are not None.
+        present: those that were read and are not None, by path.
+        missing: names that were asked for and nothing had.
+        inherited: what was read from a class, and could be hidden by an attribute.
         lengths: modules whose children were enumerated, with how many there were.
         containers: lists, sets and dicts that were read, with copies from before the trace.
         reads_training: whether any ``training`` flag was read.
@@ -37,7 +39,9 @@ class Assumptions:
     constants: dict[Place, Any] = dataclasses.field(default_factory=dict)
     objects: dict[Place, Any] = dataclasses.field(default_factory=dict)
     absent: set[Place] = dataclasses.field(default_factory=set)
-    present: set[Place] = dataclasses.field(default_factory=set)
+    present: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    missing: set[Place] = dataclasses.field(default_factory=set)
+    inherited: dict[Place, Any] = dataclasses.field(default_factory=dict)
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
     containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     reads_training: bool = False
@@ -59,13 +63,17 @@ class Assumptions:
                 self.containers.append((value, value.copy()))
             constant = isinstance(value, _CONSTANTS) or inspect.isroutine(value)
             (self.constants if constant else self.objects)[path, name] = value
+        elif not hasattr(nn.Module, name):
+            self.inherited[path, name] = getattr(original_class(module), name, None)
 
-    def note_missing(self, path: str, module: nn.Module, name: str) -> None:
-        """Notes that the traced code read a parameter, buffer or child, which may be None."""
+    def note_member(self, path: str, module: nn.Module, name: str) -> None:
+        """Notes that the traced code asked for a parameter, buffer or child, which may be None."""
         for table in _TABLES:
             members = module.__dict__.get(table, {})
-            if name in members:
-                (self.absent if members[name] is None else self.present).add((path, name))
+            if name in members and members[name] is None:
+                self.absent.add((path, name))
+            elif name in members:
+                self.present.setdefault(path, set()).add(name)
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether the graph still does what the forward of the owner would do.
@@ -87,6 +95,18 @@ class Assumptions:
         for path, name in self.absent:
             if getattr(below(owner, path), name) is not None:
                 return False
+        for path, names in self.present.items():
+            module = below(owner, path)
+            if any(getattr(module, name) is None for name in names):
+                return False
+        for path, name in self.missing:
+            if hasattr(below(owner, path), name):
+                return False
+        for (path, name), before in self.inherited.items():
+            module = below(owner, path)
+            value = getattr(type(module), name, None)
+            if name in module.__dict__ or (value is not before and value != before):
+                return False
         return all(len(below(owner, path)._modules) == n for path, n in self.lengths.items())
 
     def hold_for_another(self, module: nn.Module) -> bool:
@@ -94,9 +114,6 @@ class Assumptions:
         try:
             return (
                 self.hold(module)
-                and all(
-                    getattr(below(module, path), name) is not None for path, name in self.present
-                )
                 and all(
                     below(module, path).__dict__.get(name) is value
                     for (path, name), value in self.objects.items()

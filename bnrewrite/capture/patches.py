@@ -152,9 +152,15 @@ def _noted(
         try:
             value = read(module, name)
         except AttributeError:
+            try:
+                value = look_up(module, name)
+            except AttributeError:
+                if path is not None:
+                    assumptions.missing.add((path, name))
+                raise
             if path is not None:
-                assumptions.note_missing(path, module, name)
-            return tracer.getattr(name, look_up(module, name), tracer.parameter_proxies)
+                assumptions.note_member(path, module, name)
+            return tracer.getattr(name, value, tracer.parameter_proxies)
         if path is not None:
             assumptions.note(path, module, name, value)
         return value

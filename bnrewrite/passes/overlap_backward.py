@@ -141,10 +141,16 @@ def waiting_convolutions(owner: nn.Module, graph: fx.Graph) -> Iterator[None]:
     convs = []
     for node in graph.find_nodes(op="call_function", target=convolve):
         name, training = node.args[2].args  # pyright: ignore
-        if isinstance(training, Attribute):
-            training = operator.attrgetter(training.path)(owner)
-        conv: Any = below(owner, node.args[0].path)  # pyright: ignore
-        if active_group(str(name), bool(training)) != NO_GROUP and "forward" not in conv.__dict__:
+        try:
+            if isinstance(training, Attribute):
+                training = operator.attrgetter(training.path)(owner)
+            conv: Any = below(owner, node.args[0].path)  # pyright: ignore
+        except AttributeError:
+            # Removed since the graph was captured.
+            continue
+        if type(conv) not in _CONVOLUTIONS or "forward" in conv.__dict__:
+            continue
+        if active_group(str(name), bool(training)) != NO_GROUP:
             conv.__dict__["forward"] = functools.partial(_forward, conv)
             convs.append(conv)
     try:
@@ -154,10 +160,11 @@ def waiting_convolutions(owner: nn.Module, graph: fx.Graph) -> Iterator[None]:
             del conv.__dict__["forward"]
 
 
-def _forward(conv: Any, x: Tensor) -> Tensor:
-    if not _can_wait(conv, x):
-        return type(conv).forward(conv, x)
-    x, weight = _cast(x), _cast(conv.weight)
+def _forward(conv: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs or len(args) != 1 or not _can_wait(conv, args[0]):
+        return type(conv).forward(conv, *args, **kwargs)
+    x = _cast(args[0])
+    weight = _cast(conv.weight)
     bias = None if conv.bias is None else _cast(conv.bias)
     transposed = isinstance(conv, _ConvTransposeNd)
     geometry = Geometry(
