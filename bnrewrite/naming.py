@@ -5,9 +5,6 @@ from typing import Any
 
 _sites: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-"""Names under which a BatchNorm module holds tensors."""
-
 
 def remember(module: object, name: str) -> None:
     """Notes that the BatchNorm module ``module`` is the site called ``name``."""
@@ -16,10 +13,16 @@ def remember(module: object, name: str) -> None:
 
 def sites_of(tensors: tuple[object, ...]) -> str:
     """Names of the sites that hold any of ``tensors``."""
-    wanted = {id(tensor) for tensor in tensors if tensor is not None}
     names = [
         name or "the model itself"
         for module, name in list(_sites.items())
-        if any(id(getattr(module, tensor, None)) in wanted for tensor in _TENSORS)
+        if holds(module, tensors)
     ]
     return ", ".join(dict.fromkeys(names)) or "a BatchNorm site"
+
+
+def holds(module: Any, tensors: tuple[object, ...]) -> bool:
+    """Whether ``module`` holds any of ``tensors``, without computing what it is parametrized by."""
+    wanted = {id(tensor) for tensor in tensors if tensor is not None}
+    held = (*module._parameters.values(), *module._buffers.values())
+    return any(id(one) in wanted for one in held)

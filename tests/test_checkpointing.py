@@ -302,6 +302,34 @@ def test_compiled_checkpointing_counts_a_batch_once(ranks: RankPool, inside: boo
     _assert_equal(results, _expected())
 
 
+class _Counted(nn.Module):
+    """A parametrization that counts how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.count += 1
+        return weight.exp()
+
+
+def _beside_a_parametrized_model(rank: int, world_size: int) -> tuple[list[Tensor], int]:
+    other = nn.BatchNorm2d(3)
+    counted = _Counted()
+    nn.utils.parametrize.register_parametrization(other, "weight", counted)
+    other = bnrewrite.convert(other)
+    counted.count = 0
+    return _compiled(rank, world_size, True), counted.count
+
+
+def test_compiling_computes_nothing_of_other_models(ranks: RankPool) -> None:
+    """What it computed, and saved for its gradient, the checkpoint would miss the second time."""
+    results = ranks.run(_beside_a_parametrized_model, 2, timeout_s=200)
+    _assert_equal([state for state, _ in results], _expected())
+    assert [count for _, count in results] == [0, 0]
+
+
 # Other ways to step
 
 

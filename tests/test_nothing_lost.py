@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -155,7 +155,7 @@ class Asking(Residual):
         if hasattr(self, "last"):
             x = self.last(x)
         if hasattr(self, "extra"):
-            x = self.extra(x)
+            x = self.extra(x)  # pyright: ignore[reportCallIssue]
         if self.gain is not None:
             x = x * self.gain
         return self.ending(x)
@@ -164,7 +164,7 @@ class Asking(Residual):
 class Branches(nn.Module):
     """The sum of some modules, all of the same input."""
 
-    def __init__(self, branches: list[nn.Module]) -> None:
+    def __init__(self, branches: Sequence[nn.Module]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
 

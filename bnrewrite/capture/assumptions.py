@@ -112,12 +112,9 @@ class Assumptions:
     def hold_for_another(self, module: nn.Module) -> bool:
         """Whether a trace of ``module``, of the same class and structure, would be the same."""
         try:
-            return (
-                self.hold(module)
-                and all(
-                    below(module, path).__dict__.get(name) is value
-                    for (path, name), value in self.objects.items()
-                )
+            return self.hold(module) and all(
+                below(module, path).__dict__.get(name) is value
+                for (path, name), value in self.objects.items()
             )
         except AttributeError:
             return False

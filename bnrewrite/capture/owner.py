@@ -12,12 +12,12 @@ from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Frozen
+from bnrewrite.naming import holds
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import Converted, below, change_class, restore_class
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
-    SITE_TENSORS,
     Intercept,
     Tracing,
     call_in_trace,
@@ -235,7 +235,6 @@ def _named(
     """The error with the name of the site whose parameters the failed op was given."""
     for path in captured.sites:
         site = below(owner, path)
-        own = [getattr(site, name) for name in SITE_TENSORS]
-        if any(mine is not None and mine is its for mine in own for its in error.tensors):
+        if holds(site, error.tensors):
             return site_state(site).named(error)
     return error
