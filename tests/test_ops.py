@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
+from bnrewrite.kernels import cpu, cpu_local
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_local import BATCH_NORM_LOCAL, BATCH_NORM_LOCAL_BACKWARD
@@ -23,7 +24,7 @@ from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
 
 EPS = 1e-3
 SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
-LONG = [(2, 3, 5500), (3, 5, 63, 37), (2, 4, 13, 17, 21)]
+LONG = [(2, 3, 27500), (3, 5, 126, 97), (2, 4, 26, 35, 23)]
 """Shapes whose rows are long enough for the kernel that sums along rows."""
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -315,7 +316,8 @@ def _assert_as_precise_as_torch(
     What rounding costs by itself is allowed on top, as torch may happen to be exact: an ulp of the
     largest term of each result, times sqrt(M) for sums of M values, and times ``mean / std`` as the
     mean itself is rounded. float64 has no wider judge, so that a handful of roundings count; there
-    the packed sums cost ``1e-16 * mean^2 / var`` in the variance.
+    the packed sums cost ``1e-16 * mean^2 / var`` in the variance, and the judge adds M values one
+    after the other (0.1 * sqrt(M) roundings, measured against NumPy's ``longdouble``).
     """
     exact = _evaluate(
         x.double(),
@@ -343,7 +345,7 @@ def _assert_as_precise_as_torch(
     names += [name for name, p in zip(("dw", "db"), parameters, strict=True) if p is not None]
     names += ["running_mean", "running_var"]
     ratio = (mean.abs() / (var + EPS).sqrt()).max().item()
-    slack = 16 + ratio**2 if x.dtype == torch.float64 else 1 + ratio
+    slack = 16 + ratio**2 + root / 8 if x.dtype == torch.float64 else 1 + ratio
     for name, a, b, true in zip(names, ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype, name
         allowed = torch.finfo(a.dtype).eps * float(scales[name]) * slack
@@ -354,6 +356,11 @@ def _assert_as_precise_as_torch(
 
 class TestNumbers:
     """Training forward and backward against ``F.batch_norm``."""
+
+    @pytest.mark.parametrize("shape", LONG, ids=str)
+    def test_long_shapes_are_long(self, shape: tuple[int, ...]) -> None:
+        x = torch.empty(shape)
+        assert cpu.has_long_rows(x, least=cpu_local.LEAST)
 
     @pytest.mark.parametrize("shape", SHAPES + LONG, ids=str)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)

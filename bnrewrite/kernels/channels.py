@@ -14,17 +14,47 @@ from torch import Tensor
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def pack(mean: Tensor, var: Tensor, count: int) -> Tensor:
+def pack(mean: np.ndarray, var: np.ndarray, count: int) -> Tensor:
     """Packed sums, (2C + 1,) float64, of mean and biased variance (C,) of ``count`` values."""
-    C = mean.numel()
+    C = mean.size
     packed = np.empty(2 * C + 1)
     with np.errstate(all="ignore"):
         packed[0] = 1
-        packed[1 : C + 1] = mean.numpy()
+        packed[1 : C + 1] = mean
         np.square(packed[1 : C + 1], out=packed[C + 1 :])
-        packed[C + 1 :] += var.numpy()
+        packed[C + 1 :] += var
         packed *= count
     return torch.from_numpy(packed)
+
+
+def pack_rows(rows: Tensor, size: int) -> Tensor:
+    """Packed sums, (2C + 1,) float64, of N rows for each channel, merged by Chan's formula.
+
+    The mean of a row is rounded; what the centred row still sums to makes up for that, in the mean
+    and in the variance.
+
+    Args:
+        rows: (3, N, C): mean of each row, sum of the row less that mean, and norm of it.
+        size: values of each row.
+
+    Reference: Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances.
+    """
+    mean_NC, rest_NC, norm_NC = rows.numpy().astype(np.float64)
+    num_rows = len(mean_NC)
+    with np.errstate(all="ignore"):
+        rest_NC /= size
+        mean_NC += rest_NC
+        mean = np.add.reduce(mean_NC) / num_rows
+        mean_NC -= mean
+        mean_NC *= mean_NC
+        rest_NC *= rest_NC
+        mean_NC -= rest_NC
+        mean_NC *= size
+        norm_NC *= norm_NC
+        norm_NC += mean_NC
+        var = np.add.reduce(norm_NC) / (num_rows * size)
+    return pack(mean, var, num_rows * size)
 
 
 def statistics_table(totals: Tensor, eps: float, acc: torch.dtype) -> Tensor:
