@@ -108,6 +108,31 @@ def normalize(
     return activations.activate(z, activation, slope).to(x.dtype), stats
 
 
+def normalize_two(
+    other: Tensor,
+    other_totals: Tensor,
+    other_weight: Tensor | None,
+    other_bias: Tensor | None,
+    other_eps: float,
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str = "identity",
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`normalize` of ``x`` with the normalised ``other`` as its residual.
+
+    Returns:
+        y, as ``x``; stats (2, C) of ``x`` and of ``other``.
+    """
+    other_stats = statistics(other_totals, other_eps, accumulate_dtype(other.dtype))
+    residual = affine(other, other_stats, other_weight, other_bias)
+    y, stats = normalize(x, totals, weight, bias, eps, residual, activation, slope)
+    return y, stats, other_stats
+
+
 def activation_backward(
     grad: Tensor,
     x: Tensor,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bnrewrite
-from bnrewrite.ops import epilogue, sites
+from bnrewrite.ops import epilogue, normalize_sites, sites
 from bnrewrite.ops.shared_batch_norm import EPILOGUE
 from bnrewrite.passes import OPTIMISING
 from tests.models import perturb
@@ -167,6 +168,16 @@ def test_a_site_that_overlaps_takes_what_was_made_meanwhile() -> None:
     assert _epilogues(model) == [("tensor", "relu")]
 
 
+def _train_recomputing(rank: int, world_size: int, case: str) -> tuple[list[list[Any]], int]:
+    """:func:`_train` as on a device that prefers recomputing, and how many pairs were one."""
+    calls = mock.Mock(side_effect=normalize_sites.NORMALIZE_TWO)
+    with (
+        mock.patch.object(sites, "prefers_recomputing", return_value=True),
+        mock.patch.object(normalize_sites, "NORMALIZE_TWO", calls),
+    ):
+        return _train(rank, world_size, case), calls.call_count
+
+
 def _train(rank: int, world_size: int, case: str) -> list[list[Any]]:
     """Values, gradients and buffers with and without the pass, over ranks of 4, 1 and 0 images."""
     torch.manual_seed(0)
@@ -191,6 +202,19 @@ CASES = [*FORMS, "overlap", "relu(a + b), bn1", "relu(a + b), bn2", "relu(a) * g
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_agree_with_and_without_the_pass(ranks: RankPool, case: str) -> None:
     for fused, unfused, apart in ranks.run(_train, 3, case):
+        for one, other, third in zip(fused, unfused, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one, third, rtol=1e-9, atol=1e-9)
+
+
+PAIRS = ("relu(a + b)", "relu(b + a)", "a += b", "b += a", "a + b", "silu(a + b)")
+"""Forms in which both branches are normalised by one kernel, on a device that has it."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_so_they_do_where_two_branches_are_one_kernel(ranks: RankPool, case: str) -> None:
+    for (fused, unfused, apart), num_pairs in ranks.run(_train_recomputing, 3, case):
+        assert num_pairs == (case in PAIRS)
         for one, other, third in zip(fused, unfused, apart, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(one, third, rtol=1e-9, atol=1e-9)

@@ -42,6 +42,7 @@ SLOPE = 0.25
 PHASES = (
     "moments",
     "normalize",
+    "normalize_two",
     "normalize_backward_reduce",
     "activation_backward_reduce",
     "normalize_backward",
@@ -270,6 +271,114 @@ class TestNormalize:
     @pytest.mark.parametrize("momentum", [0.25, None])
     def test_empty_batches(self, run: Interpreter, momentum: float | None) -> None:
         run(_check_nobody_holds_a_value, momentum)
+
+
+def _check_two(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Against the reference for y, and against two normalisations for all that moves."""
+    first, second = (_case(shape, layout, dtype, offset=offset) for offset in (1.0, -2.0))
+    acc = reference.accumulate_dtype(dtype)
+    affine = ("weight", "bias")
+    ones, running = [], []
+    momenta = options.get("momenta", (0.25, 0.5))
+    for t, eps, momentum in zip((first, second), (EPS, 2 * EPS), momenta, strict=True):
+        C = shape[1]
+        values = options.get("affine", affine)
+        per_channel = (t[name] if name in values else None for name in affine)
+        mine = [t["weight"].clone(), t["weight"].abs(), torch.tensor(3, device=t["x"].device)]
+        assert len(mine[0]) == C
+        running.append(mine)
+        skips = options.get("skips", False)
+        ones.append([t["x"], t["totals"], *per_channel, eps, *mine, momentum, skips])
+    act = (options.get("activation", "relu"), SLOPE)
+    copies = [[value.clone() for value in moved] for moved in running]
+    with kernels_on_cpu_tensors():
+        y, stats, other_stats = gpu.normalize_two(*ones[0], *ones[1], *act)
+        for one, copied in zip(ones, copies, strict=True):
+            _, alone = gpu.normalize(*one[:5], *copied, *one[8:])
+            assert torch.equal(alone, stats if one is ones[1] else other_stats)
+    exact, *_ = reference.normalize_two(
+        ones[0][0].double(), *ones[0][1:5], ones[1][0].double(), *ones[1][1:5], *act
+    )
+    assert y.dtype == dtype
+    assert stats.dtype == other_stats.dtype == acc
+    assert y.stride() == second["x"].stride()
+    _close(y, exact, "y", terms=4.0)
+    for mine, its in zip(running, copies, strict=True):
+        for a, b in zip(mine, its, strict=True):
+            assert torch.equal(a, b)
+
+
+def _check_two_empty() -> None:
+    """A rank whose batch is empty moves what the others move."""
+    x = torch.empty(0, 3, 4, device=harness.device())
+    totals = reference.moments(torch.randn(5, 3, 4, device=x.device))
+    ones, running = [], []
+    for _ in range(2):
+        mine = [torch.zeros(3), torch.ones(3), torch.tensor(0)]
+        running.append([one.to(x.device) for one in mine])
+        ones.append([x, totals, None, None, EPS, *running[-1], 0.5, False])
+    with kernels_on_cpu_tensors():
+        y, *_ = gpu.normalize_two(*ones[0], *ones[1], "relu", 0.0)
+    assert y.shape == x.shape
+    for mean, _, tracked in running:
+        assert tracked.item() == 1
+        assert mean.abs().min() > 0
+
+
+class TestNormalizeTwo:
+    """The residual is normalised on the way, and both running statistics move."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_layout_and_dtype(
+        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        run(_check_two, shape, layout, dtype, {})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"affine": ("weight",)},
+            {"affine": ("bias",)},
+            {"affine": (), "activation": "identity"},
+            {"momenta": (None, 0.5)},
+            {"momenta": (0.25, None)},
+            {"momenta": (None, None)},
+            {"skips": True},
+            {"activation": "leaky_relu"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("shape", [(3, 7, 7, 9), (2, 1100)], ids=str)
+    def test_options(
+        self, run: Interpreter, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        run(_check_two, shape, "contiguous", torch.float32, options)
+
+    def test_empty_batches(self, run: Interpreter) -> None:
+        run(_check_two_empty)
+
+    def test_another_layout(self, run: Interpreter) -> None:
+        run(_check_two_layouts)
+
+
+def _check_two_layouts() -> None:
+    x, other = (torch.randn(2, 3, 4, 8, device=harness.device()) for _ in range(2))
+    totals, other_totals = reference.moments(x), reference.moments(other)
+    mixed = _laid_out(other, "channels-last")
+    nothing = [None] * 4
+    with kernels_on_cpu_tensors():
+        ys = [
+            gpu.normalize_two(
+                one, other_totals, None, None, EPS, *nothing, False,
+                x, totals, None, None, EPS, *nothing, False, "relu", 0.0,
+            )[0]
+            for one in (other, mixed)
+        ]  # fmt: skip
+    assert torch.equal(ys[0], ys[1])
 
 
 def _check_backward(

@@ -127,11 +127,13 @@ class Variant:
         one = x.new_empty(C, dtype=acc)
         affine = (one, one) if self.affine else (None, None)
         running = (one, one, x.new_empty((), dtype=torch.int64), self.momentum)
+        own = launch.Normalized(totals, affine, stats, running, 1e-5)
         kept = x if self.residual else None
         act = (self.activation, 0.1)
         return [
             launch.moments(cut, x, totals),
-            launch.normalize(cut, x, kept, x, totals, affine, stats, running, 1e-5, *act),
+            launch.normalize(cut, x, kept, x, own, None, *act),
+            *([launch.normalize(cut, x, kept, x, own, own, *act)] if self.residual else []),
             launch.normalize_backward_reduce(cut, x, x, kept, stats, affine, kept, sums, *act),
             launch.normalize_backward(cut, x, x, kept, x, stats, totals, affine, sums, *act),
         ]

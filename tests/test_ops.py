@@ -21,6 +21,7 @@ from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 
 EPS = 1e-3
 SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
@@ -96,6 +97,18 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
             NORMALIZE,
             (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, None, False,
              t["grad"], "silu", 0.0),
+        ),
+        "normalize_two": (
+            NORMALIZE_TWO,
+            (t["grad"], reference.moments(t["grad"]), t["weight"], None, EPS, *running, 0.1, False,
+             t["x"], t["totals"], t["weight"], t["bias"], 2 * EPS,
+             *_running(shape[1], t["stats"].dtype), None, True, "silu", 0.0),
+        ),
+        "normalize_two without anything optional": (
+            NORMALIZE_TWO,
+            (t["grad"], reference.moments(t["grad"]), None, None, EPS, None, None, None, None,
+             False, t["x"], t["totals"], None, None, EPS, None, None, None, None, False,
+             "identity", 0.0),
         ),
         "activation_backward_reduce": (
             ACTIVATION_BACKWARD_REDUCE,

@@ -17,6 +17,7 @@ from bnrewrite.kernels import channels
 from bnrewrite.kernels.epilogue import (
     activation_backward_reduce_with,
     add_activation_,
+    normalize_two_with,
     through_activation,
 )
 from bnrewrite.kernels.statistics import track
@@ -83,6 +84,9 @@ def normalize(
         out = _affine(x[rows], y[rows], weight, bias, stats, var, eps)
         add_activation_(out, None if residual is None else residual[rows], activation, slope)
     return y, stats
+
+
+normalize_two = normalize_two_with(normalize)
 
 
 def _affine(

@@ -5,6 +5,7 @@ works in pieces; activation_backward reads g and what is kept and writes the res
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -66,3 +67,18 @@ def activation_backward_reduce_with(
         return sums, inner.clone() if inner is grad else inner
 
     return activation_backward_reduce
+
+
+def normalize_two_with(
+    normalize: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The kernel of ``normalize_two`` on the device of ``normalize``."""
+
+    def normalize_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`bnrewrite.reference.normalize_two`."""
+        other, own, act = args[:10], args[10:20], args[20:]
+        residual, other_stats = normalize(*other)
+        y, stats = normalize(*own, residual, *act)
+        return y, stats, other_stats
+
+    return normalize_two

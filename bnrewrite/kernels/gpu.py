@@ -13,10 +13,12 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cuda
-from bnrewrite.kernels.statistics import recomputes, statistics_table, track
+from bnrewrite.kernels.epilogue import normalize_two_with
+from bnrewrite.kernels.statistics import Running, recomputes, statistics_table, track
 from bnrewrite.settings import kernels_setting
 
 if TYPE_CHECKING:
+    from bnrewrite.kernels.triton.launch import Normalized
     from bnrewrite.kernels.triton.plan import Plan
 
 
@@ -89,18 +91,82 @@ def normalize(
     from bnrewrite.kernels.triton import launch
 
     y = torch.empty_like(x)
-    acc = reference.accumulate_dtype(x.dtype)
-    stats = x.new_empty((2, x.size(1)), dtype=acc)
-    if skip_nonfinite or recomputes():
-        # Rare enough for launches of its own.
-        table = statistics_table(totals, eps, acc, known_nonempty=not empty)
-        track(table, totals, running, known_nonempty=not empty)
-        running = (None, None, None, momentum, False)
+    own = _normalized(x, totals, weight, bias, eps, running)
     (residual,) = _as(x, residual)
-    launch.normalize(
-        plan, x, residual, y, totals, (weight, bias), stats, running[:4], eps, activation, slope
-    ).run()
-    return y, stats
+    launch.normalize(plan, x, residual, y, own, None, activation, slope).run()
+    return y, own.stats
+
+
+def _normalized(
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running,
+) -> "Normalized":
+    """What a kernel needs of a normalisation; running statistics that it cannot move have moved."""
+    from bnrewrite.kernels.triton.launch import Normalized
+
+    acc = reference.accumulate_dtype(x.dtype)
+    if running[4] or recomputes():
+        # Rare enough for launches of its own.
+        known_nonempty = x.numel() > 0
+        table = statistics_table(totals, eps, acc, known_nonempty=known_nonempty)
+        track(table, totals, running, known_nonempty=known_nonempty)
+        running = (None, None, None, running[3], False)
+    stats = x.new_empty((2, x.size(1)), dtype=acc)
+    return Normalized(totals, (weight, bias), stats, running[:4], eps)
+
+
+def normalize_two(
+    other: Tensor,
+    other_totals: Tensor,
+    other_weight: Tensor | None,
+    other_bias: Tensor | None,
+    other_eps: float,
+    other_running_mean: Tensor | None,
+    other_running_var: Tensor | None,
+    other_num_batches_tracked: Tensor | None,
+    other_momentum: float | None,
+    other_skip_nonfinite: bool,
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`bnrewrite.reference.normalize_two`; updates the running statistics too."""
+    running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+    others = (
+        other_running_mean, other_running_var, other_num_batches_tracked, other_momentum,
+        other_skip_nonfinite,
+    )  # fmt: skip
+    plan = _plan(x) if x.numel() else None
+    if plan is None:
+        return _normalize_two(
+            other, other_totals, other_weight, other_bias, other_eps, *others,
+            x, totals, weight, bias, eps, *running, activation, slope,
+        )  # fmt: skip
+    from bnrewrite.kernels.triton import launch
+
+    y = torch.empty_like(x)
+    # In this order, if they move the same running statistics.
+    second = _normalized(x, other_totals, other_weight, other_bias, other_eps, others)
+    first = _normalized(x, totals, weight, bias, eps, running)
+    (other_like_x,) = _as(x, other)
+    launch.normalize(plan, x, other_like_x, y, first, second, activation, slope).run()
+    return y, first.stats, second.stats
+
+
+_normalize_two = normalize_two_with(normalize)
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:

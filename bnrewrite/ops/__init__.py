@@ -9,7 +9,8 @@ of the collectives between them, all visible to a compiler:
 ``batch_norm_act`` is ``batch_norm`` with the residual and the activation that follow it.
 
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
-their collectives, with what follows each.
+their collectives, with what follows each. Two sites of them whose results are added become one
+phase, ``normalize_two``, where arithmetic is free.
 
 In eager mode other work runs during the all-reduce of a backward: see :mod:`bnrewrite.ops.slot`.
 

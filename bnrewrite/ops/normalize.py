@@ -12,7 +12,7 @@ from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.ops.library import define_phase
 
 
-def _fallback(
+def fallback(
     x: Tensor,
     totals: Tensor,
     weight: Tensor | None,
@@ -27,6 +27,7 @@ def _fallback(
     activation: str = "identity",
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
+    """For devices without a kernel: the definition, after the running statistics have moved."""
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     known_nonempty = x.numel() > 0
     table = statistics_table(totals, eps, torch.float64, known_nonempty=known_nonempty)
@@ -66,6 +67,6 @@ NORMALIZE = define_phase(
     cuda=gpu.normalize,
     fake=_fake,
     definition=_definition,
-    fallback=_fallback,
+    fallback=fallback,
 )
 """See :func:`bnrewrite.reference.normalize`. It also moves the running statistics, in place."""

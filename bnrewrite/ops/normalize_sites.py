@@ -27,6 +27,7 @@ from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.sites import Site, memory_format
 from bnrewrite.ops.slot import open_slot
 
@@ -126,17 +127,32 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scalars, totals, group, between, *tensors):
         xs, weights, biases, residuals = (tensors[i::_TENSORS] for i in range(_TENSORS))
-        ys, stats, kept = [], [], []
+        ys: list[Any] = []
+        stats: list[Any] = []
+        kept: list[Tensor | None] = []
         with below_autograd():
             parts = split(totals, [2 * x.size(1) + 1 for x in xs])
-            for x, weight, bias, residual, total, (eps, running, from_site, act) in zip(
-                xs, weights, biases, residuals, parts, scalars, strict=True
+            ones = [
+                (x, total, weight, bias, eps, *running)
+                for x, total, weight, bias, (eps, running, *_) in zip(
+                    xs, parts, weights, biases, scalars, strict=True
+                )
+            ]
+            inside = _inside_of_others(xs, scalars)
+            for i, (one, residual, (_, _, from_site, act)) in enumerate(
+                zip(ones, residuals, scalars, strict=True)
             ):
                 other = residual if from_site is None else ys[from_site]
-                y, stat = NORMALIZE(x, total, weight, bias, eps, *running, other, *act)
+                if i in inside:
+                    # Nobody reads it, and it is normalised where its sum is.
+                    y, stat = xs[i].new_empty(0), None
+                elif from_site in inside:
+                    y, stat, stats[from_site] = NORMALIZE_TWO(*ones[from_site], *one, *act)
+                else:
+                    y, stat = NORMALIZE(*one, other, *act)
                 ys.append(y)
                 stats.append(stat)
-                kept.append(_kept(x, y, other, act[0]))
+                kept.append(_kept(one[0], y, other, act[0]))
         used = [
             None if act[0] == "identity" else bias
             for bias, (_, _, _, act) in zip(biases, scalars, strict=True)
@@ -169,6 +185,23 @@ class _BatchNorm(torch.autograd.Function):
             for total, (eps, _, _), stat in zip(parts, ctx.scalars, stats, strict=True)
         ]
         return _backward(ctx, (grads, xs, stats, parts, weights, biases, kept), None)
+
+
+def _inside_of_others(xs: Sequence[Tensor], scalars: Sequence[Any]) -> set[int]:
+    """Sites whose results are only part of a later site's, and need no memory of their own."""
+    return {
+        other
+        for x, (_, running, other, (activation, _)) in zip(xs, scalars, strict=True)
+        if other is not None
+        and site_arguments.prefers_recomputing(x)
+        and (activation == "identity" or activations.derivative_follows_from_result(activation))
+        # One kernel moves the running statistics of both.
+        and not any(
+            mine is not None and mine is its
+            for mine in running[:3]
+            for its in scalars[other][1][:3]
+        )
+    }
 
 
 def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -100,22 +100,51 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
     )
 
 
+class Normalized(NamedTuple):
+    """What one normalisation follows from besides its input, and what it writes besides y.
+
+    Attributes:
+        totals: (2C + 1,), float64.
+        affine: weight and bias, (C,) each, or None.
+        stats: (2, C), to be filled.
+        running: what moves, and by what factor.
+        eps: added to the variance.
+    """
+
+    totals: Tensor
+    affine: tuple[Tensor | None, Tensor | None]
+    stats: Tensor
+    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
+    eps: float
+
+    @property
+    def cumulative(self) -> bool:
+        """Whether the running statistics are averages of all batches."""
+        return self.running[3] is None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """As kernels take them."""
+        *running, momentum = self.running
+        factor = 0.0 if momentum is None else momentum
+        return (self.totals, *self.affine, self.stats, *running, self.eps, factor)
+
+
 def normalize(
     plan: Plan | None,
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
-    totals: Tensor,
-    affine: tuple[Tensor | None, Tensor | None],
-    stats: Tensor,
-    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | None],
-    eps: float,
+    own: Normalized,
+    other: Normalized | None,
     activation: str,
     slope: float,
 ) -> Launch:
-    """Fills ``y`` and ``stats`` (2, C) and moves ``running``; without a plan, all but ``y``."""
-    running_mean, running_var, num_batches_tracked, momentum = running
-    cumulative = momentum is None
+    """Fills ``y`` and stats (2, C) and moves what is running; without a plan, all but ``y``.
+
+    With ``other`` the residual is normalised, too.
+    """
+    cumulative = own.cumulative or (other is not None and other.cumulative)
     num_books = 1 if cumulative else max(1, -(-x.size(1) // BOOK))
     num_splits = 0
     if plan is None:
@@ -126,13 +155,18 @@ def normalize(
         normalize_kernel,
         (num_books + plan.num_blocks * num_splits,),
         (
-            x, residual, y, totals, *affine, stats, running_mean, running_var, num_batches_tracked,
-            eps, 0.0 if momentum is None else momentum, slope, *plan.sizes, plan.num_blocks,
-            num_books,
+            x, residual, y, *own.args, *(_NO_OTHER if other is None else other.args), slope,
+            *plan.sizes, plan.num_blocks, num_books,
         ),
-        _constants(plan, x, ACTIVATION=activation, CUMULATIVE=cumulative, BOOK=BOOK),
+        _constants(
+            plan, x, ACTIVATION=activation, CUMULATIVE=own.cumulative,
+            OTHER_CUMULATIVE=other is not None and other.cumulative, BOOK=BOOK,
+        ),
         plan.num_warps,
     )  # fmt: skip
+
+
+_NO_OTHER = (*[None] * 7, 0.0, 0.0)
 
 
 def normalize_backward_reduce(

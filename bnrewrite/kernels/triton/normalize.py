@@ -1,6 +1,7 @@
 """Normalisation with all that belongs to it: x (and the residual) is read, y is written."""
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportReturnType=false, reportPossiblyUnboundVariable=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 
 import triton
@@ -72,6 +73,24 @@ def _keep_books(
             tl.store(num_batches_tracked, before + tl.where(count > 0, 1, 0))
 
 
+@triton.jit
+def _affine(
+    totals: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    eps: tl.float64,
+    c: tl.tensor,
+    mask: tl.tensor,
+    C: tl.tensor,
+    ACC: tl.constexpr,
+) -> tl.tuple:
+    """Mean, scale and shift of channels ``c``, (BLOCK_C, 1) each."""
+    mean, var = mean_and_var(totals, c, mask, C)
+    rstd = (1.0 / tl.sqrt(var + eps)).to(ACC)[:, None]
+    scale = rstd * per_channel(weight, c, mask, ACC, 1.0)
+    return mean.to(ACC)[:, None], scale, per_channel(bias, c, mask, ACC, 0.0)
+
+
 @triton.jit(do_not_specialize=["N", "C", "S", "num_blocks", "num_books"])
 def normalize_kernel(
     x: tl.tensor,
@@ -86,6 +105,15 @@ def normalize_kernel(
     num_batches_tracked: tl.tensor | None,
     eps: tl.float64,
     momentum: tl.float64,
+    other_totals: tl.tensor | None,
+    other_weight: tl.tensor | None,
+    other_bias: tl.tensor | None,
+    other_stats: tl.tensor | None,
+    other_running_mean: tl.tensor | None,
+    other_running_var: tl.tensor | None,
+    other_num_batches_tracked: tl.tensor | None,
+    other_eps: tl.float64,
+    other_momentum: tl.float64,
     slope: tl.float64,
     N: tl.int64,
     C: tl.int64,
@@ -99,9 +127,12 @@ def normalize_kernel(
     ACC: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
+    OTHER_CUMULATIVE: tl.constexpr,
     BOOK: tl.constexpr,
 ) -> None:
     """Y and stats, see :func:`bnrewrite.reference.normalize`; moves the running statistics.
+
+    With ``other_totals`` the residual is normalised as well, on the way.
 
     Bytes: x, and the residual if there is one, read once; y written once.
 
@@ -111,6 +142,12 @@ def normalize_kernel(
     C, S = sizes(C, S, VEC, LAST)
     program = tl.program_id(0)
     if program < num_books:
+        if other_totals is not None:
+            _keep_books(
+                other_totals, other_stats, other_running_mean, other_running_var,
+                other_num_batches_tracked, other_eps, other_momentum, C, program, num_books,
+                OTHER_CUMULATIVE, BOOK,
+            )  # fmt: skip
         _keep_books(
             totals, stats, running_mean, running_var, num_batches_tracked, eps, momentum, C,
             program, num_books, CUMULATIVE, BOOK,
@@ -120,16 +157,20 @@ def normalize_kernel(
         block = program % num_blocks
         num_splits = (tl.num_programs(0) - num_books) // num_blocks
         c, c_mask = channels(block, C, BLOCK_C)
-        mean, var = mean_and_var(totals, c, c_mask, C)
-        rstd = (1.0 / tl.sqrt(var + eps)).to(ACC)[:, None]
-        mean = mean.to(ACC)[:, None]
-        scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
-        shift = per_channel(bias, c, c_mask, ACC, 0.0)
+        mean, scale, shift = _affine(totals, weight, bias, eps, c, c_mask, C, ACC)
+        if other_totals is not None:
+            other_mean, other_scale, other_shift = _affine(
+                other_totals, other_weight, other_bias, other_eps, c, c_mask, C, ACC
+            )
+            shift += other_shift
         last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
         for t in range(program // num_blocks, last, num_splits):
             start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
             z = (tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + shift
             if residual is not None:
-                z += tl.load(residual + start + offsets, mask=mask, other=0.0).to(ACC)
+                r = tl.load(residual + start + offsets, mask=mask, other=0.0).to(ACC)
+                if other_totals is not None:
+                    r = (r - other_mean) * other_scale
+                z += r
             result = activate(z, slope, ACTIVATION)
             tl.store(y + start + offsets, result.to(y.dtype.element_ty), mask=mask)
