@@ -57,7 +57,7 @@ def _keep_books(
     for block in range(first, tl.cdiv(C, BOOK).to(tl.int32), step):
         c, mask = channels(block, C, BOOK)
         mean, var = mean_and_var(totals, c, mask, C)
-        rstd = 1.0 / tl.sqrt(var + eps)
+        rstd = tl.rsqrt(var + eps)
         tl.store(stats + c, mean.to(stats.dtype.element_ty), mask=mask)
         tl.store(stats + C + c, rstd.to(stats.dtype.element_ty), mask=mask)
         if running_mean is not None:
@@ -86,7 +86,7 @@ def _affine(
 ) -> tl.tuple:
     """Mean, scale and shift of channels ``c``, (BLOCK_C, 1) each."""
     mean, var = mean_and_var(totals, c, mask, C)
-    rstd = (1.0 / tl.sqrt(var + eps)).to(ACC)[:, None]
+    rstd = tl.rsqrt(var + eps).to(ACC)[:, None]
     scale = rstd * per_channel(weight, c, mask, ACC, 1.0)
     return mean.to(ACC)[:, None], scale, per_channel(bias, c, mask, ACC, 0.0)
 

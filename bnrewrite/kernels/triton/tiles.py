@@ -61,9 +61,9 @@ def tile(
 @triton.jit
 def mean_and_var(totals: tl.tensor, c: tl.tensor, mask: tl.tensor, C: tl.tensor) -> tl.tuple:
     """Mean and biased variance, float64, of channels ``c`` from packed sums; zero if none."""
-    count = tl.maximum(tl.load(totals), 1.0)
-    mean = tl.load(totals + 1 + c, mask=mask, other=0.0) / count
-    square = tl.load(totals + 1 + C + c, mask=mask, other=0.0) / count
+    share = 1.0 / tl.maximum(tl.load(totals), 1.0)
+    mean = tl.load(totals + 1 + c, mask=mask, other=0.0) * share
+    square = tl.load(totals + 1 + C + c, mask=mask, other=0.0) * share
     var = square - mean * mean
     # Not tl.maximum, which would turn NaN into 0.
     return mean, tl.where(var < 0, 0.0, var)
