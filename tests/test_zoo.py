@@ -1,12 +1,16 @@
 """A sample of the zoo: no BatchNorm evaluation escapes, and training stays the same."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.parity import seed
 from tests.ranks import RankPool
+from tests.zoo.export import mild_statistics
 from tests.zoo.numbers import (
     COMPARED,
     FAMILIES,
@@ -58,6 +62,12 @@ COUNTED = {
     "smp": ("unet/resnet18", "pspnet/timm-efficientnet-b0"),
 }
 """Models that contain every kind of trouble; the comment says which."""
+
+DETECTORS = (
+    "DFineModel", "Deimv2Model", "PPDocLayoutV2Model", "PPDocLayoutV3Model", "PPDocLayoutV4Model",
+    "RTDetrModel", "RTDetrV2Model",
+)  # fmt: skip
+"""Models that decode the positions of the best scores."""
 
 
 def spec(suite: str, name: str) -> Spec:
@@ -115,3 +125,21 @@ def test_every_family_of_timm_is_compared() -> None:
     rows = json.loads(stored.read_text())["rows"]
     found = {specs[row["name"]].family for row in rows if row["num_batch_norms"]}
     assert found <= compared
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_chooses_positions_by_the_image_and_not_by_rounding(name: str) -> None:
+    """Else exports would be compared by chance, or not see what they do to the image."""
+    detector = dataclasses.replace(spec("transformers", name), device="cpu")
+    seed(0)
+    model = mild_statistics(detector.build()).eval()
+    args, kwargs = detector.call(model)
+    with torch.no_grad():
+        scores_NS = model(*args, **kwargs).enc_outputs_class.amax(-1)
+    one, other = scores_NS
+    assert (one - other).abs().max() > 1e-3
+    best = scores_NS.sort(-1, descending=True).values[:, : model.config.num_queries + 1]
+    # Rounding changes a score by about 1e-5.
+    assert -best.diff().max() > 1e-4

@@ -77,6 +77,26 @@ def test_a_resumed_sweep_of_families_leaves_out_those_with_a_row(built, tmp_path
     assert set(built) == {"b"}
 
 
+def test_a_finished_sweep_leaves_no_model_of_which_it_says_that_it_was_not_begun(
+    built, tmp_path, monkeypatch
+):
+    path = tmp_path / "rows.json"
+    plain = Spec("timm", "plain", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), batch)
+    more = {**command.specs_of("timm"), "plain": plain}
+    monkeypatch.setattr(command, "specs_of", lambda suite: more if suite == "timm" else {})
+    stored: list[dict] = []
+    replace = Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        stored.append(json.loads(self.read_text("utf-8")))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    assert call(path) == ["a_small", "a_large", "b"]
+    rest = ["timm/a_large", "timm/b", "timm/plain"]
+    assert [one["not begun"] for one in stored] == [rest, rest[1:], rest[2:], []]
+
+
 def test_resuming_needs_the_file(capsys):
     with pytest.raises(SystemExit):
         command.main(["--resume"])

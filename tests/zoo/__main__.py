@@ -52,13 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         specs = smallest_of_each_family(specs, below=10**8)
     print(_header(), flush=True)
     late = None if options.minutes is None else time.process_time() + 60 * options.minutes
-    for row in _sweep_all(specs, late, with_export=options.export):
-        rows.append(row)
-        tqdm.write(_line(row))
-        sys.stdout.flush()
-        if options.json is not None:
-            # After each model, so that a sweep that is broken off leaves what it found.
-            _store(options.json, origin, specs, rows)
+    for row, rest in _sweep_all(specs, late, with_export=options.export):
+        if row is not None:
+            rows.append(row)
+            tqdm.write(_line(row))
+            sys.stdout.flush()
+        if options.json is not None and (row is not None or not rest):
+            # After each row, so that a sweep that is broken off leaves what it found; and after the
+            # last model, which may have no BatchNorm.
+            _store(options.json, origin, rows, rest)
     print("\n" + "\n".join(f"{key}: {value}" for key, value in _summary(rows).items()))
     return 0 if rows and all(row.passes for row in rows) else 1
 
@@ -129,11 +131,8 @@ def _not_done(specs: list[Spec], rows: list[Row], *, families: bool) -> list[Spe
     return [spec for spec in specs if key(spec) not in done]
 
 
-def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row]) -> None:
-    """Writes the rows with their summary, and what was asked for beyond the last of them."""
-    done = {f"{row.suite}/{row.name}" for row in rows}
-    names = [str(spec) for spec in specs]
-    rest = names[max(index for index, name in enumerate(names) if name in done) + 1 :]
+def _store(path: Path, result: dict[str, Any], rows: list[Row], rest: list[str]) -> None:
+    """Writes the rows with their summary, and the models that the sweep has not come to."""
     result = {**result, "summary": _summary(rows), "not begun": rest}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f"{path.name}.new")
@@ -142,17 +141,19 @@ def _store(path: Path, result: dict[str, Any], specs: list[Spec], rows: list[Row
     written.replace(path)
 
 
-def _sweep_all(specs: list[Spec], late: float | None, *, with_export: bool) -> Iterator[Row]:
+def _sweep_all(
+    specs: list[Spec], late: float | None, *, with_export: bool
+) -> Iterator[tuple[Row | None, list[str]]]:
+    """The row of each model, None without BatchNorm, and the names of those not begun."""
     progress = tqdm(specs, unit="model")
-    for spec in progress:
+    for index, spec in enumerate(progress):
         if late is not None and time.process_time() > late:
             return
         progress.set_postfix_str(str(spec), refresh=False)
         row = sweep(spec)
-        if row is not None:
-            if with_export:
-                row.exported = export(spec)
-            yield row
+        if row is not None and with_export:
+            row.exported = export(spec)
+        yield row, [str(one) for one in specs[index + 1 :]]
 
 
 def _header() -> str:
