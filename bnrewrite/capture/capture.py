@@ -15,6 +15,7 @@ from bnrewrite.capture.tracer import PLAIN, Form, OwnerTracer, Refused, argument
 from bnrewrite.modes import ModeTable
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
+from bnrewrite.passes.nodes import copied
 from bnrewrite.passes.replace_batch_norm import functional_name
 from bnrewrite.sites.classes import below, converted_class, original_class
 from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
@@ -266,7 +267,7 @@ def _optimise(
         return None
 
     # Passes change graphs with sites in place, and the plain one stays in use.
-    own = copy.deepcopy(plain.graph) if any(plain.site_calls()) else plain.graph
+    own = copied(plain.graph) if any(plain.site_calls()) else plain.graph
     target = _target(module, recipe, dataclasses.replace(plain, graph=own))
     target.retrace = retrace
     reports = run_optimising(target, recipe.passes)

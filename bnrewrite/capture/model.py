@@ -65,8 +65,8 @@ def _capture_other_forms(
             known = forms.setdefault(joined(name, path), [])
             if form not in known:
                 known.append(form)
-    for name in forms.keys() & found.keys():
-        if found[name].train is not None:
+    for name in forms:
+        if name in found and found[name].train is not None:
             named = dataclasses.replace(recipe, name=name, forms=tuple(forms[name]))
             found[name] = capture_and_attach(below(model, name), named, cache, schedule)
 

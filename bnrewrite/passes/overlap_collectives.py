@@ -10,7 +10,6 @@ other work, and it is waited for when nothing else is left to do. A site during 
 nothing could run stays one call.
 """
 
-import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport
 from bnrewrite.passes.effects import Order
+from bnrewrite.passes.nodes import call_function, copied
 from bnrewrite.passes.rounds import Levels, group_of
 from bnrewrite.passes.schedule import independent, reorder
 from bnrewrite.passes.share_collectives import merge
@@ -37,7 +37,7 @@ def overlap_collectives(target: OwnerGraph, report: PassReport) -> None:
     """Puts work between the launch and the end of the collectives of one training graph."""
     if not target.training or not _may_gain(target):
         return
-    graph = copy.deepcopy(target.graph)
+    graph = copied(target.graph)
     for node in list(graph.nodes):
         if group_of(node) is not None:
             merge(graph, [node])
@@ -114,9 +114,9 @@ def _undo(graph: fx.Graph, start: fx.Node, finish: fx.Node) -> None:
     num_arguments = len(BATCH_NORM._schema.arguments)
     columns: Any = finish.args[1 : 1 + num_arguments]
     with graph.inserting_before(finish):
-        node = graph.call_function(BATCH_NORM, tuple(column[0] for column in columns))
+        node = call_function(graph, BATCH_NORM, tuple(column[0] for column in columns))
     (result,) = finish.users
-    node.stack_trace = result.stack_trace
+    node.meta["stack_trace"] = result.stack_trace
     node.meta["site"] = start.meta["sites"][0]
     result.replace_all_uses_with(node)
     for old in (result, finish, start):
