@@ -14,8 +14,8 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
-from bnrewrite.capture.capture import Cache, Capture, Recipe
 from bnrewrite.capture.model import capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.capture.patches import patched
@@ -232,7 +232,7 @@ def _put_on(
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
-    cache: Cache = {}
+    cache = Cache()
     tried = owner_candidates(model)
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
     captured = capture_from_below(model, tried, recipe, cache, schedule)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import has_hooks
 
@@ -32,6 +33,7 @@ class Assumptions:
         lengths: modules whose children were enumerated, with how many there were.
         containers: lists, sets and dicts that were read, with copies from before the trace.
         reads_training: whether any ``training`` flag was read.
+        reads_own_training: whether that of the owner was.
         classes: modules whose forwards became part of the graph, by path, with their classes.
         layers: modules whose results were taken for tensors, by path, with their classes.
     """
@@ -45,6 +47,7 @@ class Assumptions:
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
     containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     reads_training: bool = False
+    reads_own_training: bool = False
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     layers: dict[str, type] = dataclasses.field(default_factory=dict)
 
@@ -58,6 +61,8 @@ class Assumptions:
             self.reads_training = True
             if path:
                 self.constants[path, name] = value
+            else:
+                self.reads_own_training = True
         elif name in module.__dict__:
             if isinstance(value, (list, dict, set)):
                 self.containers.append((value, value.copy()))
@@ -74,6 +79,26 @@ class Assumptions:
                 self.absent.add((path, name))
             elif name in members:
                 self.present.setdefault(path, set()).add(name)
+
+    def add(self, other: "Assumptions", path: str) -> None:
+        """Adds what the trace in training of the module at ``path`` baked in."""
+        for name in ("constants", "objects", "inherited"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            ours.update({(joined(path, at), what): value for (at, what), value in theirs.items()})
+        for name in ("absent", "missing"):
+            getattr(self, name).update(
+                (joined(path, at), what) for at, what in getattr(other, name)
+            )
+        for name in ("lengths", "classes", "layers"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            ours.update({joined(path, at): value for at, value in theirs.items()})
+        for at, names in other.present.items():
+            self.present.setdefault(joined(path, at), set()).update(names)
+        self.containers.extend(other.containers)
+        self.reads_training |= other.reads_training
+        if other.reads_own_training and path:
+            self.constants[path, "training"] = True
+        self.reads_own_training |= other.reads_own_training and not path
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether the graph still does what the forward of the owner would do.

@@ -4,8 +4,9 @@ import dataclasses
 
 from torch import nn
 
+from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import sharing_candidates
-from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
+from bnrewrite.capture.capture import capture
 from bnrewrite.capture.owner import attach_owner, owner_state_of
 from bnrewrite.capture.tracer import Form
 from bnrewrite.passes.base import joined
