@@ -24,7 +24,8 @@ class Assumptions:
     """What the trace of one owner baked into its graph.
 
     Attributes:
-        constants: plain attributes that were read, with their values.
+        constants: plain attributes that were read, with their values: numbers, names, functions,
+            and tuples, lists, sets and dicts of them.
         objects: other attributes that were read; the same object stands for the same behaviour.
         absent: parameters, buffers and children that were read and are None.
         present: those that were read and are not None, by path.
@@ -64,10 +65,15 @@ class Assumptions:
             else:
                 self.reads_own_training = True
         elif name in module.__dict__:
+            if (path, name) in self.constants or (path, name) in self.objects:
+                # What the traced code has done to a container since is not what was read.
+                return
             if isinstance(value, (list, dict, set)):
                 self.containers.append((value, value.copy()))
-            constant = isinstance(value, _CONSTANTS) or inspect.isroutine(value)
-            (self.constants if constant else self.objects)[path, name] = value
+            if _is_constant(value):
+                self.constants[path, name] = _copied(value)
+            else:
+                self.objects[path, name] = value
         elif not hasattr(nn.Module, name):
             self.inherited[path, name] = getattr(original_class(module), name, None)
 
@@ -147,12 +153,32 @@ class Assumptions:
     def restore_containers(self) -> bool:
         """Undoes what the traced code did to lists, sets and dicts; whether it did anything."""
         changed = False
-        for live, copy in self.containers:
-            if list(live) != list(copy):
+        for live, before in self.containers:
+            if list(live) != list(before):
                 changed = True
                 live.clear()
-                (live.extend if isinstance(live, list) else live.update)(copy)
+                (live.extend if isinstance(live, list) else live.update)(before)
         return changed
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether equal values of the type of ``value`` stand for the same behaviour."""
+    if type(value) is dict:
+        return all(map(_is_constant, value)) and all(map(_is_constant, value.values()))
+    if type(value) in (list, set):
+        return all(map(_is_constant, value))
+    if isinstance(value, tuple):
+        return all(_is_constant(one) and not isinstance(one, (list, set, dict)) for one in value)
+    return isinstance(value, _CONSTANTS) or inspect.isroutine(value)
+
+
+def _copied(value: Any) -> Any:
+    """A constant that stays as it is."""
+    if type(value) is dict:
+        return {key: _copied(one) for key, one in value.items()}
+    if type(value) is list:
+        return [_copied(one) for one in value]
+    return value.copy() if type(value) is set else value
 
 
 def _same(value: Any, before: Any) -> bool:
