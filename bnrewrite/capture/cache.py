@@ -11,7 +11,7 @@ from torch import nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.tracer import Form
-from bnrewrite.modes import ModeTable
+from bnrewrite.modes import Mode, ModeTable
 from bnrewrite.passes.base import PassReport, joined
 from bnrewrite.passes.replace_batch_norm import functional_name
 from bnrewrite.sites.classes import below, original_class
@@ -140,10 +140,16 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
             name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
         ):
             marked.append((path, name in recipe.untraced))
-    functional = tuple(
-        recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
-    )
-    return tuple(inside), tuple(sites), functional, tuple(marked), recipe.forms
+    return tuple(inside), tuple(sites), _functional_modes(recipe), tuple(marked), recipe.forms
+
+
+def _functional_modes(recipe: Recipe) -> tuple[Mode | None, ...]:
+    """Modes of the functional sites that the owner may have."""
+    pattern, mode = recipe.modes.entries[0]
+    if pattern == "*":
+        return (mode,)
+    names = (functional_name(recipe.name, index) for index in range(_FUNCTIONAL))
+    return tuple(map(recipe.modes.find, names))
 
 
 _FUNCTIONAL = 8

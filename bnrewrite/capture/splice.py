@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.captured import Captured
-from bnrewrite.passes.base import Attribute, joined, where
+from bnrewrite.passes.base import Attribute, Rewrite, joined, where
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import is_site, site_state
 
@@ -130,13 +130,8 @@ class _Splicer:
         site = meta.get("site")
         if site is not None:
             home = joined(path, site.path)
-            meta["site"] = dataclasses.replace(
-                site,
-                name=site_state(self._module(home)).name,
-                owner=self._name,
-                path=home,
-                where=where(new),
-            )
+            name = site_state(self._module(home)).name
+            meta["site"] = Rewrite(name, self._name, home, site.mode, site.where or where(new))
 
     def _module(self, path: str) -> nn.Module:
         """The module at ``path``, which a trace would know by its first path."""

@@ -53,8 +53,8 @@ def _alone(target: OwnerGraph, node: fx.Node) -> Skip:
     return target.skip(site.name, reason, node, site.path)
 
 
-def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Puts two nodes in place of neighbouring ``batch_norm`` nodes."""
+def merge(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """Puts two nodes in place of neighbouring ``batch_norm`` nodes; returns the first."""
     columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
     inputs, weight, bias, running_mean, running_var, *others, group, skip_nonfinite = columns
     checked = (inputs, weight, bias, running_mean, running_var)
@@ -73,3 +73,4 @@ def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             node.replace_all_uses_with(result)
     for node in nodes:
         graph.erase_node(node)
+    return pending
