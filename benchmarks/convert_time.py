@@ -2,8 +2,9 @@
 
 Bars: ResNet-50 in less than one second, twice the time of the trace for each model. ``convert``
 traces one owner of each structure, a second time for evaluation where the forward reads the
-training flag, and once more where children are inlined, and runs the passes. Code is generated and
-compiled when a graph is first called; "with code" is ``convert`` and that for every graph.
+training flag, puts graphs of children in place of their calls where these are inlined, and runs the
+passes. Code is generated and compiled when a graph is first called; "with code" is ``convert`` and
+that for every graph.
 """
 
 import copy

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
-from bnrewrite.capture.capture import Cache, Capture, Recipe
 from bnrewrite.capture.model import capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.capture.patches import patched
@@ -113,11 +113,12 @@ def convert(
         keep=_patterns(keep, model),
         passes=optimising_names(passes),
     )
-    found = list(_batch_norms(model))
+    modules = dict(model.named_modules())
+    found = [(name, one) for name, one in modules.items() if isinstance(one, _BatchNorm)]
     _check_sites(found, wanted.modes)
-    with _all_or_nothing(model), patched(), _without_collecting():
-        _take_off(model)
-        conversion = _put_on(model, found, wanted)
+    with _all_or_nothing(modules.values()), patched(), _without_collecting():
+        _take_off(modules.values())
+        conversion = _put_on(modules, found, wanted)
         sites = dict.fromkeys(name for name, _ in found)
         for report in conversion.reports.values():
             sites.update(dict.fromkeys(one.name for one in (*report.rewritten, *report.skipped)))
@@ -153,8 +154,9 @@ def revert(model: M) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
-    with _all_or_nothing(model):
-        _take_off(model)
+    modules = list(model.modules())
+    with _all_or_nothing(modules):
+        _take_off(modules)
     return model
 
 
@@ -193,19 +195,13 @@ def _patterns(keep: object, model: nn.Module) -> tuple[str, ...]:
             f"keep must be a sequence of qualified names or patterns, but it is "
             f"{type(keep).__name__} ({keep!r})."
         )
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in model.named_modules()] if keep else []
     for pattern in keep:
         if not isinstance(pattern, str):
             raise TypeError(f"keep must hold strings, but one is {type(pattern).__name__}.")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"the pattern {pattern!r} in keep matches no module of the model.")
     return tuple(keep)
-
-
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            yield name, module
 
 
 def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
@@ -218,7 +214,7 @@ def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
 
 
 def _put_on(
-    model: nn.Module, found: list[tuple[str, _BatchNorm]], wanted: Conversion
+    modules: dict[str, nn.Module], found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
     conversion = dataclasses.replace(wanted, reports={}, skipped=[])
     schedule = Schedule(conversion.passes)
@@ -228,27 +224,27 @@ def _put_on(
             conversion.skipped.append(Skip(name, UNMATCHED))
         else:
             convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         scripted = getattr(module, "original_name", "")
         if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
-    cache: Cache = {}
-    tried = owner_candidates(model)
+    cache = Cache()
+    tried = owner_candidates(modules)
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
-    captured = capture_from_below(model, tried, recipe, cache, schedule)
+    captured = capture_from_below(modules, tried, recipe, cache, schedule)
     for name in tried:
         _note(name, tried[name], captured.pop(name), conversion)
     for one in captured.values():
         _note_reports(one, conversion)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
-    for name, module in more_candidates(model, tried, _settled(conversion)):
+    for name, module in more_candidates(modules, tried, _settled(conversion)):
         if name not in captured:
             named = dataclasses.replace(recipe, name=name)
             _note_reports(capture_and_attach(module, named, cache, schedule), conversion)
-    model.__dict__[_CONVERSION] = conversion
+    modules[""].__dict__[_CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
-        type(model).__name__,
+        type(modules[""]).__name__,
         len(found),
         len(_settled(conversion)),
         len(conversion.skipped),
@@ -298,9 +294,9 @@ def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversio
 
 
 @contextlib.contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+def _all_or_nothing(modules: Collection[nn.Module]) -> Iterator[None]:
     """Leaves all modules as they were if the body fails."""
-    before = [(module, module.__class__, dict(vars(module))) for module in model.modules()]
+    before = [(module, module.__class__, dict(vars(module))) for module in modules]
     try:
         yield
     except BaseException:
@@ -323,8 +319,8 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _take_off(model: nn.Module) -> None:
-    for module in list(model.modules()):
+def _take_off(modules: Collection[nn.Module]) -> None:
+    for module in modules:
         schedule = schedule_of(module)
         if schedule is not None:
             schedule.ddp_buffers.put_back()

@@ -165,3 +165,18 @@ def test_a_model_that_never_ran_compiles_without_a_break() -> None:
     torch.testing.assert_close(compiled(x), out)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count
     torch._dynamo.reset()
+
+
+class Narrow(nn.Conv2d):
+    """A layer of the user's, which is traced through."""
+
+
+@pytest.mark.parametrize("base_first", [False, True])
+def test_a_class_and_its_base_note_a_read_once(base_first: bool) -> None:
+    layers = [nn.Conv2d(3, 3, 1), Narrow(3, 3, 1)]
+    model = nn.Sequential(*(layers if base_first else reversed(layers)))
+    tracer = OwnerTracer(through=("0", "1"))
+    tracer.trace(model)
+    for path in ("0", "1"):
+        assert tracer.assumptions.present[path] == {"weight", "bias"}
+    assert {name for _, name in tracer.assumptions.inherited} <= {"_conv_forward", "forward"}

@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import bnrewrite
@@ -210,6 +211,58 @@ def test_changing_an_attribute_takes_effect() -> None:
     assert_same(plain, converted)
     for ours, theirs in zip(converted.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+class Sized(nn.Module):
+    """Reads values that are made of several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.size = (4, 4)
+        self.pads = [1, 1, 1, 1]
+        self.options: dict[str, Any] = {"gain": 2.0, "axes": [2, 3]}
+        self.wanted = {"gain", "shift"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(self.bn(x), self.size)
+        x = F.pad(x, self.pads)
+        if "gain" in self.wanted:
+            x = x * self.options["gain"]
+        return x.cumsum(self.options["axes"][0])
+
+
+VALUES: dict[str, Callable[[Any], None]] = {
+    "a tuple is replaced": lambda block: setattr(block, "size", (5, 6)),
+    "a list is replaced": lambda block: setattr(block, "pads", [0, 1, 2, 3]),
+    "a list changes": lambda block: block.pads.__setitem__(0, 3),
+    "a dict changes": lambda block: block.options.update(gain=0.5),
+    "a list in a dict changes": lambda block: block.options["axes"].reverse(),
+    "a set changes": lambda block: block.wanted.discard("gain"),
+}
+
+
+@pytest.mark.parametrize("change", VALUES)
+@pytest.mark.parametrize("twice", [False, True], ids=["own graph", "inlined"])
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_changing_a_value_made_of_several_takes_effect(
+    change: str, twice: bool, copied: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = Branches([Sized(), Sized()] if twice else [Sized()]).double()
+    converted = bnrewrite.convert(copy.deepcopy(plain))
+    converted = copy.deepcopy(converted) if copied else converted
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    with CountEvaluations() as counts:
+        torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
+    assert counts.num_ours == 1 + twice
+    owner: Any = converted if twice else converted.branches[0]
+    assert owner._bnrewrite_owner.train.holds(owner)
+    for model in (plain, converted):
+        for block in model.branches:
+            VALUES[change](block)
+    assert not owner._bnrewrite_owner.train.holds(owner)
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
 
 
 def test_replacing_a_forward_on_the_instance_takes_effect() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import has_hooks
 
@@ -23,7 +24,8 @@ class Assumptions:
     """What the trace of one owner baked into its graph.
 
     Attributes:
-        constants: plain attributes that were read, with their values.
+        constants: plain attributes that were read, with their values: numbers, names, functions,
+            and tuples, lists, sets and dicts of them.
         objects: other attributes that were read; the same object stands for the same behaviour.
         absent: parameters, buffers and children that were read and are None.
         present: those that were read and are not None, by path.
@@ -32,6 +34,7 @@ class Assumptions:
         lengths: modules whose children were enumerated, with how many there were.
         containers: lists, sets and dicts that were read, with copies from before the trace.
         reads_training: whether any ``training`` flag was read.
+        reads_own_training: whether that of the owner was.
         classes: modules whose forwards became part of the graph, by path, with their classes.
         layers: modules whose results were taken for tensors, by path, with their classes.
     """
@@ -45,6 +48,7 @@ class Assumptions:
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
     containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     reads_training: bool = False
+    reads_own_training: bool = False
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     layers: dict[str, type] = dataclasses.field(default_factory=dict)
 
@@ -58,11 +62,18 @@ class Assumptions:
             self.reads_training = True
             if path:
                 self.constants[path, name] = value
+            else:
+                self.reads_own_training = True
         elif name in module.__dict__:
+            if (path, name) in self.constants or (path, name) in self.objects:
+                # What the traced code has done to a container since is not what was read.
+                return
             if isinstance(value, (list, dict, set)):
                 self.containers.append((value, value.copy()))
-            constant = isinstance(value, _CONSTANTS) or inspect.isroutine(value)
-            (self.constants if constant else self.objects)[path, name] = value
+            if _is_constant(value):
+                self.constants[path, name] = _copied(value)
+            else:
+                self.objects[path, name] = value
         elif not hasattr(nn.Module, name):
             self.inherited[path, name] = getattr(original_class(module), name, None)
 
@@ -74,6 +85,26 @@ class Assumptions:
                 self.absent.add((path, name))
             elif name in members:
                 self.present.setdefault(path, set()).add(name)
+
+    def add(self, other: "Assumptions", path: str) -> None:
+        """Adds what the trace in training of the module at ``path`` baked in."""
+        for name in ("constants", "objects", "inherited"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            ours.update({(joined(path, at), what): value for (at, what), value in theirs.items()})
+        for name in ("absent", "missing"):
+            getattr(self, name).update(
+                (joined(path, at), what) for at, what in getattr(other, name)
+            )
+        for name in ("lengths", "classes", "layers"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            ours.update({joined(path, at): value for at, value in theirs.items()})
+        for at, names in other.present.items():
+            self.present.setdefault(joined(path, at), set()).update(names)
+        self.containers.extend(other.containers)
+        self.reads_training |= other.reads_training
+        if other.reads_own_training and path:
+            self.constants[path, "training"] = True
+        self.reads_own_training |= other.reads_own_training and not path
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether the graph still does what the forward of the owner would do.
@@ -122,12 +153,32 @@ class Assumptions:
     def restore_containers(self) -> bool:
         """Undoes what the traced code did to lists, sets and dicts; whether it did anything."""
         changed = False
-        for live, copy in self.containers:
-            if list(live) != list(copy):
+        for live, before in self.containers:
+            if list(live) != list(before):
                 changed = True
                 live.clear()
-                (live.extend if isinstance(live, list) else live.update)(copy)
+                (live.extend if isinstance(live, list) else live.update)(before)
         return changed
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether equal values of the type of ``value`` stand for the same behaviour."""
+    if type(value) is dict:
+        return all(map(_is_constant, value)) and all(map(_is_constant, value.values()))
+    if type(value) in (list, set):
+        return all(map(_is_constant, value))
+    if isinstance(value, tuple):
+        return all(_is_constant(one) and not isinstance(one, (list, set, dict)) for one in value)
+    return isinstance(value, _CONSTANTS) or inspect.isroutine(value)
+
+
+def _copied(value: Any) -> Any:
+    """A constant that stays as it is."""
+    if type(value) is dict:
+        return {key: _copied(one) for key, one in value.items()}
+    if type(value) is list:
+        return [_copied(one) for one in value]
+    return value.copy() if type(value) is set else value
 
 
 def _same(value: Any, before: Any) -> bool:

@@ -14,13 +14,12 @@ from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import FUNCTIONS, has_own_forward, is_site, site_state
 
 
-def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of ``model`` by qualified name whose own forward may contain a site.
+def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a model's ``modules`` by qualified name whose own forward may contain a site.
 
     These are the modules that hold a site directly or in a container, the BatchNorm modules with a
     forward of their own, and the other modules whose class mentions ``batch_norm``.
     """
-    modules = dict(model.named_modules())
     found: set[str] = set()
     for name, module in modules.items():
         if is_site(module):
@@ -37,16 +36,15 @@ def owner_candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def more_candidates(
-    model: nn.Module, tried: dict[str, nn.Module], settled: set[str]
+    modules: dict[str, nn.Module], tried: dict[str, nn.Module], settled: set[str]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Holders of holders of the sites that are not in ``settled``, each one once, from below.
 
     Args:
-        model: the model.
+        modules: those of the model by qualified name.
         tried: candidates that were captured already.
         settled: names of sites that need no further search.
     """
-    modules = dict(model.named_modules())
     seen = set(tried)
     for name, module in modules.items():
         if not is_site(module) or has_own_forward(module) or site_state(module).name in settled:
@@ -58,20 +56,22 @@ def more_candidates(
                 yield name, modules[name]
 
 
-def sharing_candidates(model: nn.Module, owners: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules of ``model`` by qualified name, no owners, that call children which communicate.
+def sharing_candidates(
+    modules: dict[str, nn.Module], owners: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Those of a model's ``modules``, no owners, that call children which communicate.
 
     Only these can have such children run side by side. Sequences run theirs one after the other.
     """
     communicating: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if is_site(module) and site_state(module).mode.communicates:
             while name:
                 name = name.rpartition(".")[0]
                 communicating.add(name)
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if name in communicating
         and name not in owners
         and not is_site(module)

@@ -4,75 +4,18 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Collection, Iterator
-from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import fx, nn
 
-from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.captured import Captured
+from bnrewrite.capture.splice import spliced
 from bnrewrite.capture.tracer import PLAIN, Form, OwnerTracer, Refused, arguments_of
-from bnrewrite.modes import ModeTable
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
-from bnrewrite.passes.replace_batch_norm import functional_name
+from bnrewrite.passes.nodes import copied
 from bnrewrite.sites.classes import below, converted_class, original_class
-from bnrewrite.sites.floor import floor_recipe, has_hooks, is_site, site_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How an owner was captured, in plain values, so that a loaded model can be captured again.
-
-    Attributes:
-        name: qualified name of the owner.
-        modes: which mode each site gets.
-        group: name of the process group of communicating sites.
-        keep: patterns of modules that must stay callable units.
-        passes: names of the optimising passes to run.
-        untraced: names of modules with sites that could not be traced by themselves.
-        forms: other ways to call it that are known.
-    """
-
-    name: str
-    modes: ModeTable
-    group: str
-    keep: tuple[str, ...]
-    passes: tuple[str, ...]
-    untraced: tuple[str, ...] = ()
-    forms: tuple[Form, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Capture:
-    """Outcome of capturing one module.
-
-    Attributes:
-        train: the graph for training; None if the module could not be captured or owns no site.
-        eval: the graph for evaluation, the same object if one serves both.
-        reports: what each pass did in the training graph, by pass name.
-        refused: why the module could not be captured.
-        assumptions: what the trace had read, if there is no graph.
-        calls: paths of children that it calls with optional arguments, and the forms.
-    """
-
-    train: Captured | None
-    eval: Captured | None
-    reports: dict[str, PassReport]
-    refused: str | None = None
-    assumptions: Assumptions | None = None
-    calls: tuple[tuple[str, Form], ...] = ()
-
-    def serves(self, module: nn.Module) -> bool:
-        """Whether capturing ``module``, of the same structure, would come out the same."""
-        graphs = [one for one in (self.train, self.eval) if one is not None]
-        read = [form.assumptions for one in graphs for form in one.forms]
-        read += [self.assumptions] if self.assumptions is not None else []
-        return bool(read) and all(one.hold_for_another(module) for one in read)
-
-
-Cache = dict[Any, list[Capture]]
-"""Captures of earlier modules by class and structure: blocks of a network share their graphs."""
+from bnrewrite.sites.floor import floor_recipe, is_site
 
 
 def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
@@ -85,24 +28,18 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
     """
     if "forward" in module.__dict__:
         return Capture(None, None, {}, "its forward was replaced on the instance")
-    structure = _structure(module, recipe)
-    for earlier in cache.get(structure, ()):
-        if earlier.serves(module):
-            return _renamed(earlier, module, recipe)
-    result = _capture(module, recipe)
-    cache.setdefault(structure, []).append(result)
-    return result
+    return cache.capture(module, recipe, lambda module, recipe: _capture(module, recipe, cache))
 
 
-def _capture(module: nn.Module, recipe: Recipe) -> Capture:
+def _capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
     flags = {child: child.training for child in module.modules() if "training" in child.__dict__}
     try:
-        found = _capture_form(module, recipe, flags, PLAIN)
+        found = _capture_form(module, recipe, flags, PLAIN, cache)
         forms = list(recipe.forms)
         if found.eval is not None and found.eval.tensor_arguments:
             forms.append(Form(lists=True))
         for form in forms:
-            found = _with_form(found, _capture_form(module, recipe, flags, form))
+            found = _with_form(found, _capture_form(module, recipe, flags, form, cache))
     finally:
         for child, training in flags.items():
             child.__dict__["training"] = training
@@ -110,18 +47,18 @@ def _capture(module: nn.Module, recipe: Recipe) -> Capture:
 
 
 def _capture_form(
-    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], form: Form
+    module: nn.Module, recipe: Recipe, flags: dict[nn.Module, bool], form: Form, cache: Cache
 ) -> Capture:
     """Graphs for one form of call."""
     try:
         train, reports = _trace(module, recipe, flags, training=True, form=form)
         owns_site = any(report.rewritten for report in reports.values())
         calls = tuple(_calls_with_options(module, train.graph))
-        optimised, more = _optimise(module, recipe, flags, train, form=form)
+        optimised, more = _optimise(module, recipe, flags, train, form, cache)
         reports |= more
         if not owns_site and optimised is train:
             read = optimised.assumptions
-            return Capture(None, None, reports, assumptions=read, calls=calls)
+            return Capture(None, None, reports, assumptions=read, calls=calls, plain=train)
         eval = train
         if train.assumptions.reads_training:
             eval, _ = _trace(module, recipe, flags, training=False, form=form)
@@ -131,7 +68,7 @@ def _capture_form(
             one.finish()
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
-    return Capture(optimised, eval, reports, calls=calls)
+    return Capture(optimised, eval, reports, calls=calls, plain=train)
 
 
 def _calls_with_options(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, Form]]:
@@ -242,8 +179,8 @@ def _optimise(
     recipe: Recipe,
     flags: dict[nn.Module, bool],
     plain: Captured,
-    *,
     form: Form,
+    cache: Cache,
 ) -> tuple[Captured, dict[str, PassReport]]:
     """What the optimising passes make of a training graph; the graph itself if they gain nothing.
 
@@ -251,8 +188,23 @@ def _optimise(
     """
     latest = plain
 
+    def graph_of(path: str) -> Captured | None:
+        child = dataclasses.replace(recipe, name=joined(recipe.name, path), forms=())
+
+        def make(module: nn.Module, recipe: Recipe) -> Captured | None:
+            try:
+                return _trace(module, recipe, flags, training=True, form=PLAIN)[0]
+            except Refused:
+                return None
+
+        return cache.plain(below(module, path), child, make)
+
     def retrace(through: set[str]) -> tuple[fx.Graph, set[str]] | None:
         nonlocal latest
+        inside = spliced(plain, module, recipe.name, through, graph_of)
+        if inside is not None:
+            latest = inside
+            return latest.graph, through
         while through:
             try:
                 latest, _ = _trace(module, recipe, flags, training=True, form=form, through=through)
@@ -266,7 +218,7 @@ def _optimise(
         return None
 
     # Passes change graphs with sites in place, and the plain one stays in use.
-    own = copy.deepcopy(plain.graph) if any(plain.site_calls()) else plain.graph
+    own = copied(plain.graph) if any(plain.site_calls()) else plain.graph
     target = _target(module, recipe, dataclasses.replace(plain, graph=own))
     target.retrace = retrace
     reports = run_optimising(target, recipe.passes)
@@ -294,48 +246,3 @@ def _without_owner(module: nn.Module) -> type:
     if is_site(module):
         return converted_class(original_class(module), floor_recipe(module))
     return original_class(module)
-
-
-def _structure(module: nn.Module, recipe: Recipe) -> Any:
-    """What must be equal for two modules to share a graph, besides what their traces read."""
-    first: dict[int, int] = {}
-    inside: list[tuple] = []
-    sites: list[tuple] = []
-    marked: list[tuple[str, bool]] = []
-    watched = bool(recipe.untraced or recipe.keep)
-    for path, child in module.named_modules(remove_duplicate=False):
-        number = first.setdefault(id(child), len(first))
-        inside.append((path, original_class(child), number, has_hooks(child)))
-        if is_site(child):
-            state = site_state(child)
-            running = first.setdefault(id(child.running_mean), len(first))
-            sites.append((path, state.mode, state.group, running))
-        name = joined(recipe.name, path) if watched else ""
-        if watched and (
-            name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
-        ):
-            marked.append((path, name in recipe.untraced))
-    functional = tuple(
-        recipe.modes.find(functional_name(recipe.name, index)) for index in range(_FUNCTIONAL)
-    )
-    return tuple(inside), tuple(sites), functional, tuple(marked), recipe.forms
-
-
-_FUNCTIONAL = 8
-"""Functional sites of one owner whose modes are compared; modules with more are rare, and patterns
-that tell the ninth from the eighth rarer."""
-
-
-def _renamed(earlier: Capture, module: nn.Module, recipe: Recipe) -> Capture:
-    def name_of(name: str, path: str | None, owner: str) -> str:
-        if path is not None:
-            child = below(module, path)
-            return site_state(child).name if is_site(child) else joined(recipe.name, path)
-        if is_site(module):
-            return site_state(module).name
-        return joined(recipe.name, name.removeprefix(f"{owner}."))
-
-    reports = {
-        name: report.renamed(recipe.name, name_of) for name, report in earlier.reports.items()
-    }
-    return dataclasses.replace(earlier, reports=reports)

@@ -4,19 +4,19 @@ import dataclasses
 
 from torch import nn
 
+from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import sharing_candidates
-from bnrewrite.capture.capture import Cache, Capture, Recipe, capture
+from bnrewrite.capture.capture import capture
 from bnrewrite.capture.owner import attach_owner, owner_state_of
 from bnrewrite.capture.tracer import Form
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
-from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_own_forward, is_site
 from bnrewrite.sites.schedule import Schedule
 
 
 def capture_from_below(
-    model: nn.Module,
+    modules: dict[str, nn.Module],
     owners: dict[str, nn.Module],
     recipe: Recipe,
     cache: Cache,
@@ -25,7 +25,7 @@ def capture_from_below(
     """Captures the owners, and the modules whose children may share collectives, children first.
 
     Args:
-        model: the model; captured modules run their graphs from now on.
+        modules: those of a model by qualified name; captured ones run their graphs from now on.
         owners: modules that may own a site, by qualified name.
         recipe: what to do, but for the names.
         cache: captures made so far; it is added to.
@@ -36,9 +36,9 @@ def capture_from_below(
     """
     found: dict[str, Capture] = {}
     shares = inline_children.__name__ in recipe.passes
-    sharing = sharing_candidates(model, owners) if shares else {}
+    sharing = sharing_candidates(modules, owners) if shares else {}
     untraced: set[str] = set()
-    for name, module in reversed(list(model.named_modules())):
+    for name, module in reversed(modules.items()):
         if name not in owners and name not in sharing:
             continue
         named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
@@ -47,12 +47,12 @@ def capture_from_below(
             untraced.difference_update(joined(name, path) for path in one.train.inlined)
         elif one.refused is not None and name in sharing:
             untraced.add(name)
-    _capture_other_forms(model, found, recipe, cache, schedule)
+    _capture_other_forms(modules, found, recipe, cache, schedule)
     return dict(reversed(found.items()))
 
 
 def _capture_other_forms(
-    model: nn.Module,
+    modules: dict[str, nn.Module],
     found: dict[str, Capture],
     recipe: Recipe,
     cache: Cache,
@@ -65,10 +65,10 @@ def _capture_other_forms(
             known = forms.setdefault(joined(name, path), [])
             if form not in known:
                 known.append(form)
-    for name in forms.keys() & found.keys():
-        if found[name].train is not None:
+    for name in forms:
+        if name in found and found[name].train is not None:
             named = dataclasses.replace(recipe, name=name, forms=tuple(forms[name]))
-            found[name] = capture_and_attach(below(model, name), named, cache, schedule)
+            found[name] = capture_and_attach(modules[name], named, cache, schedule)
 
 
 def capture_and_attach(

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnrewrite.capture.capture import Capture, Recipe, capture
+from bnrewrite.capture.cache import Cache, Capture, Recipe
+from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -181,7 +182,7 @@ class OwnerForward(Converted):
         if isinstance(self._bnrewrite_owner, _Pickled):
             module: Any = self
             recipe = self._bnrewrite_owner.recipe
-            module.__dict__[_STATE] = owner_state_of(recipe, capture(module, recipe, {}))
+            module.__dict__[_STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
 
 
 def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:

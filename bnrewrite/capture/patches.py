@@ -122,10 +122,13 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
     """
     paths = {id(module): path for module, path in modules.items()}
     with contextlib.ExitStack() as stack:
-        for cls in set(map(type, modules)):
+        # All are made before the first is set: a class must not find that of its base.
+        noted: dict[Any, Any] = {
+            cls: _noted(cls.__getattribute__, cls.__getattr__, paths, tracer)
+            for cls in dict.fromkeys(map(type, modules))
+        }
+        for cls, reads in noted.items():
             own = vars(cls).get("__getattribute__")
-            read: Any = cls.__getattribute__
-            reads = _noted(read, cls.__getattr__, paths, tracer)
             if own is None:
                 stack.callback(delattr, cls, "__getattribute__")
             else:
@@ -137,7 +140,7 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
 
 
 def _noted(
-    read: Callable[[Any, str], Any],
+    read: Any,
     look_up: Callable[[Any, str], Any],
     paths: dict[int, str],
     tracer: Any,

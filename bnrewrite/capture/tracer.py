@@ -184,20 +184,36 @@ class OwnerTracer(fx.Tracer):
 
         return call, [self.root, *proxies]
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
         """Refuses operations in a context that a graph does not keep."""
-        for (name, now), (_, before) in zip(_context(), self._context, strict=True):
-            if now != before:
-                self.refuse(f"enters {name}")
-        node = super().create_node(*args, **kwargs)
+        now = _context()
+        if now != self._context:
+            changed = [
+                what
+                for what, one, two in zip(_CONTEXT, now, self._context, strict=True)
+                if one != two
+            ]
+            self.refuse(f"enters {changed[0]}")
+        # See passes/nodes.py about arguments.
+        node = super().create_node(kind, target, (), {}, name, type_expr)
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta["scope"] = self._scopes[-1]
         # fx can record whole stacks, which costs more than the trace; one line is what is read.
         frame = user_frame() if node.op in ("call_module", "call_function") else None
         if frame is not None:
             code = frame.f_code
-            node.stack_trace = (
-                f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
-            )
+            line = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+            node.meta["stack_trace"] = line
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -303,14 +319,19 @@ def arguments_of(forward: Callable, form: Form) -> list[str]:
     ]
 
 
-def _context() -> tuple[tuple[str, Any], ...]:
-    """What surrounds an operation and is lost in a graph."""
+_CONTEXT = (
+    "no_grad or enable_grad", "inference_mode", "autocast", "autocast",
+    "a checkpoint or saved-tensor hooks",
+)  # fmt: skip
+"""What surrounds an operation and is lost in a graph."""
+
+
+def _context() -> tuple[bool, ...]:
+    """What surrounds an operation now, in the order of its names."""
     return (
-        ("no_grad or enable_grad", torch.is_grad_enabled()),
-        ("inference_mode", torch.is_inference_mode_enabled()),
-        ("autocast", tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))),
-        (
-            "a checkpoint or saved-tensor hooks",
-            torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
-        ),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
     )

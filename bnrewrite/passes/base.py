@@ -96,11 +96,13 @@ class PassReport:
         """
         return PassReport(
             [
-                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
+                Rewrite(
+                    name_of(one.name, one.path, one.owner), owner, one.path, one.mode, one.where
+                )
                 for one in self.rewritten
             ],
             [
-                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
+                Skip(name_of(one.name, one.path, one.owner), one.reason, one.where, one.path, owner)
                 for one in self.skipped
             ],
         )

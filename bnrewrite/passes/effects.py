@@ -6,9 +6,8 @@ into memory that another one reads, two draw random numbers, two move the same r
 worst, so that a node moves only where nobody can notice.
 """
 
-import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import Attribute
+from bnrewrite.passes.writes import is_random, name_of, written_arguments
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import checked_input, has_hooks, is_site
 
@@ -38,13 +38,6 @@ _RANDOM_MODULES = (
     nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase,
 )  # fmt: skip
 
-_RANDOM_FUNCTIONS = frozenset((
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-    "feature_dropout", "rrelu", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d",
-    "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
-    "scaled_dot_product_attention", "multi_head_attention_forward",
-))  # fmt: skip
-
 _FRESH_MODULES = (
     nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -60,23 +53,6 @@ _FRESH_FUNCTIONS = frozenset((
     "adaptive_avg_pool2d", "adaptive_max_pool2d",
 ))  # fmt: skip
 """Functions and methods whose results never share memory with their arguments."""
-
-_IN_PLACE_OPERATORS = frozenset((
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
-    "ixor", "ilshift", "irshift", "setitem", "delitem",
-))  # fmt: skip
-
-_CONTAINER_METHODS = frozenset((
-    "append", "extend", "insert", "pop", "popitem", "update", "clear", "remove", "setdefault",
-    "sort", "reverse",
-))  # fmt: skip
-
-_KNOWN_HOMES = (
-    "builtins", "math", "torch", "torch.functional", "torch.nn.functional", "torch._tensor",
-    "torch._jit_internal", "torch._refs",
-)  # fmt: skip
-
-_EFFECTS = frozenset(("print", "setattr", "delattr", "next", "exec", "eval"))
 
 
 class Order:
@@ -95,12 +71,14 @@ class Order:
         self.before: dict[fx.Node, set[fx.Node]] = {}
         self.beside: dict[fx.Node, set[fx.Node]] = {}
         self.flags: dict[tuple[str, str], Any] = {}
+        self._states: set[fx.Node] = set()
         readers: dict[Hashable, list[fx.Node]] = {}
         writers: dict[Hashable, fx.Node] = {}
         for node in graph.nodes:
-            before = self.before[node] = set(node.all_input_nodes)
+            inputs = node.all_input_nodes
+            before = self.before[node] = set(inputs)
             beside = self.beside[node] = set()
-            reads, writes = self._uses(node)
+            reads, writes = self._uses(node, inputs)
             for thing in reads | writes:
                 if thing in writers and self._same_site(node, writers[thing]):
                     beside.add(writers[thing])
@@ -125,62 +103,62 @@ class Order:
             modules.append(below(self._owner, site.path))
         return modules[0] is modules[1]
 
-    def _uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
+    def _uses(self, node: fx.Node, inputs: list[fx.Node]) -> tuple[set[Hashable], set[Hashable]]:
         """What a node reads and writes, beyond the values that it is given and makes."""
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
-            return {_STATE} if self._is_state(node) else set(), set()
-        reads: set[Hashable] = set(map(self._memory.of, node.all_input_nodes))
+            if node.op == "placeholder" or not self._is_state(node):
+                return set(), set()
+            self._states.add(node)
+            return {_STATE}, set()
+        reads: set[Hashable] = set(map(self._memory.of, inputs))
         writes: set[Hashable] = set()
         if node.op == "call_module":
-            self._add_call(node, writes)
+            self._add_call(node, inputs, writes)
         elif node.op == "call_function" and node.target in _OURS:
             for value in _running(node):
                 writes |= {self._memory.of_value(value), ("site", _site_of(self._owner, value))}
         elif node.op in ("call_function", "call_method"):
-            self._add_function(node, writes)
-        if node.target not in _OURS and any(map(self._is_state, node.all_input_nodes)):
+            self._add_function(node, inputs, writes)
+        if node.target not in _OURS and not self._states.isdisjoint(inputs):
             reads.add(_STATE)
         return reads, writes
 
-    def _add_call(self, node: fx.Node, writes: set[Hashable]) -> None:
+    def _add_call(self, node: fx.Node, inputs: list[fx.Node], writes: set[Hashable]) -> None:
         module = below(self._owner, str(node.target))
         inside = module.modules() if module._modules else (module,)
         writes.update(("site", id(child)) for child in inside if is_site(child) or _moves(child))
         if not is_known_leaf(module):
             writes.update((_RANDOM, _OUTSIDE, _STATE))
-            writes.update(map(self._memory.of, node.all_input_nodes))
+            writes.update(map(self._memory.of, inputs))
         elif isinstance(module, _RANDOM_MODULES):
             writes.add(_RANDOM)
         if "inplace" in module.__dict__:
             self.flags[str(node.target), "inplace"] = module.inplace
         if getattr(module, "inplace", False):
-            writes.update(map(self._memory.of, node.all_input_nodes))
+            writes.update(map(self._memory.of, inputs))
 
-    def _add_function(self, node: fx.Node, writes: set[Hashable]) -> None:
-        written = _written_arguments(node)
+    def _add_function(self, node: fx.Node, inputs: list[fx.Node], writes: set[Hashable]) -> None:
+        written = self._memory.written(node)
         if written is None:
             writes.update((_RANDOM, _OUTSIDE, _STATE))
-            written = node.all_input_nodes
+            written = inputs
         for value in written:
             if isinstance(value, fx.Node):
                 writes.add(self._memory.of(value))
-                if self._is_state(value):
+                if value in self._states:
                     writes.add(_STATE)
-        if _is_random(node):
+        if is_random(node):
             writes.add(_RANDOM)
 
     def _is_state(self, node: fx.Node) -> bool:
         """Whether ``node`` reads a tensor that calls of modules may change, and is no parameter."""
-        if node.op != "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        home = below(self._owner, path)
+        if is_site(home) or isinstance(getattr(home, "_parameters", {}).get(name), nn.Parameter):
             return False
-        value = operator.attrgetter(str(node.target))(self._owner)
-        home = below(self._owner, str(node.target).rpartition(".")[0])
-        return (
-            isinstance(value, torch.Tensor)
-            and not isinstance(value, nn.Parameter)
-            and not is_site(home)
-        )
+        value = getattr(home, name)
+        return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
 class _Memory:
@@ -189,6 +167,7 @@ class _Memory:
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._tensors: set[fx.Node] = set()
+        self._written: dict[fx.Node, list[Any] | None] = {}
         self._first = first = {}
         for node in graph.nodes:
             self._parent[node] = node
@@ -213,6 +192,12 @@ class _Memory:
             return self.of(value)
         return self.of(self._first[value.path]) if value.path in self._first else value
 
+    def written(self, node: fx.Node) -> list[Any] | None:
+        """Arguments that a function or method writes in place; None if nobody knows."""
+        if node not in self._written:
+            self._written[node] = written_arguments(node)
+        return self._written[node]
+
     def _is_fresh(self, owner: nn.Module, node: fx.Node) -> bool:
         """Whether the result of ``node`` certainly shares no memory with its arguments."""
         if node.op == "call_module":
@@ -227,7 +212,7 @@ class _Memory:
         elif node.target in (*SITES, START_BATCH_NORM, FINISH_BATCH_NORM):
             fresh = True
         else:
-            fresh = _name(node) in _FRESH_FUNCTIONS and _written_arguments(node) == []
+            fresh = name_of(node) in _FRESH_FUNCTIONS and self.written(node) == []
             if node.target in (operator.add, operator.mul):
                 # Of lists they make a list of the same tensors; of a tensor, a new one.
                 fresh = fresh and not self._tensors.isdisjoint(node.all_input_nodes)
@@ -239,7 +224,7 @@ class _Memory:
         """Arguments whose memory the result of ``node`` may share."""
         first: Any = node.args[0] if node.args else None
         # What arithmetic in place reads besides, a tensor does not keep; a list would.
-        if _written_arguments(node) == [first] and first in self._tensors:
+        if self.written(node) == [first] and first in self._tensors:
             self._tensors.add(node)
             return [first]
         return node.all_input_nodes
@@ -261,71 +246,6 @@ def is_known_leaf(module: nn.Module) -> bool:
 
 def _moves(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _written_arguments(node: fx.Node) -> list[Any] | None:
-    """Arguments that a function or method writes in place; None if nobody knows."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    name = _name(node)
-    if node.op == "call_method":
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name in _CONTAINER_METHODS:
-            return [node.args[0]]
-        return [node.kwargs["out"]] if "out" in node.kwargs else []
-    function: Any = node.target
-    if isinstance(function, torch._ops.OpOverload):
-        return _written_by_schema(function, node)
-    home = getattr(function, "__module__", None) or type(function).__module__
-    if home in ("_operator", "operator"):
-        return [node.args[0]] if name in _IN_PLACE_OPERATORS else []
-    if (home not in _KNOWN_HOMES and not home.startswith("torch._C")) or name in _EFFECTS:
-        return None
-    written = [node.args[0]] if name.endswith("_") and not name.endswith("__") else []
-    if "out" in node.kwargs:
-        written.append(node.kwargs["out"])
-    if _in_place_flag(function, node) and node.args:
-        written.append(node.args[0])
-    elif _in_place_flag(function, node):
-        written.extend(node.all_input_nodes)
-    return written
-
-
-def _in_place_flag(function: Callable[..., Any], node: fx.Node) -> bool:
-    """Whether an argument called ``inplace`` is anything but False."""
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"] is not False
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return False
-    if "inplace" not in names or names.index("inplace") >= len(node.args):
-        return False
-    return node.args[names.index("inplace")] is not False
-
-
-def _written_by_schema(function: torch._ops.OpOverload, node: fx.Node) -> list[Any]:
-    written = []
-    for index, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            written.extend(value if isinstance(value, (list, tuple)) else [value])
-    return written
-
-
-def _is_random(node: fx.Node) -> bool:
-    name = _name(node)
-    if name in _RANDOM_FUNCTIONS:
-        return True
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    return packet is not None and any(
-        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
-        for overload in packet.overloads()
-    )
 
 
 def _running(node: fx.Node) -> Iterator[fx.Node | Attribute]:

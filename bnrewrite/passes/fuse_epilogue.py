@@ -30,6 +30,7 @@ from bnrewrite.passes.epilogues import (
     is_identity,
     writes_into,
 )
+from bnrewrite.passes.nodes import call_function
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_hooks
 
@@ -320,9 +321,8 @@ def _fuse(target: OwnerGraph, chain: _Chain) -> fx.Node:
     epilogue = (chain.residual, activation.name, activation.slope)
     with target.graph.inserting_before(last):
         arguments += (*epilogue, skip_nonfinite, chain.into)
-        new = target.graph.call_function(BATCH_NORM_ACT, tuple(arguments))
+        new = call_function(target.graph, BATCH_NORM_ACT, tuple(arguments))
     new.meta.update(site.meta)
-    new.stack_trace = site.stack_trace
     last.replace_all_uses_with(new)
     for node in reversed(chain.nodes):
         target.graph.erase_node(node)

@@ -23,6 +23,7 @@ from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, where
 from bnrewrite.passes.effects import is_known_leaf
+from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import communication
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_hooks
@@ -54,11 +55,10 @@ def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
             report.skipped.append(target.skip(name, reason, node, path))
             continue
         with target.graph.inserting_before(node):
-            site_group = target.graph.call_function(active_group, group)
+            site_group = call_function(target.graph, active_group, group)
             arguments = (Attribute(path), node.args[0], site_group)
-            new = target.graph.call_function(convolve, arguments)  # pyright: ignore[reportArgumentType]
+            new = call_function(target.graph, convolve, arguments)
         new.meta.update(node.meta)
-        new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)
         target.graph.erase_node(node)
         report.rewritten.append(Rewrite(name, target.name, path, None, where(new)))

@@ -10,7 +10,6 @@ other work, and it is waited for when nothing else is left to do. A site during 
 nothing could run stays one call.
 """
 
-import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport
 from bnrewrite.passes.effects import Order
+from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import Levels, group_of
 from bnrewrite.passes.schedule import independent, reorder
 from bnrewrite.passes.share_collectives import merge
@@ -37,13 +37,13 @@ def overlap_collectives(target: OwnerGraph, report: PassReport) -> None:
     """Puts work between the launch and the end of the collectives of one training graph."""
     if not target.training or not _may_gain(target):
         return
-    graph = copy.deepcopy(target.graph)
-    for node in list(graph.nodes):
-        if group_of(node) is not None:
-            merge(graph, [node])
+    graph = target.graph
+    before = list(graph.nodes)
+    parts = {merge(graph, [node]): node for node in before if group_of(node) is not None}
     order = Order(target.owner, graph)
     reorder(graph, order.before, (), _rank(order))
     gained = False
+    stands_for: dict[fx.Node, fx.Node] = {}
     for start, finish, works in _pairs(graph):
         sites = start.meta["sites"]
         if works:
@@ -55,10 +55,13 @@ def overlap_collectives(target: OwnerGraph, report: PassReport) -> None:
                 for site in sites
             )
             if len(sites) == 1:
-                _undo(graph, start, finish)
+                stands_for[parts[start]] = _undo(graph, start, finish)
     if gained:
-        target.graph = graph
         target.flags.update(order.flags)
+        return
+    *others, end = before
+    for node in others:
+        end.prepend(stands_for.get(node, node))
 
 
 def _may_gain(target: OwnerGraph) -> bool:
@@ -109,15 +112,16 @@ def _pairs(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, bool]]:
     return found
 
 
-def _undo(graph: fx.Graph, start: fx.Node, finish: fx.Node) -> None:
-    """Makes one ``batch_norm`` of a pair with a single site."""
+def _undo(graph: fx.Graph, start: fx.Node, finish: fx.Node) -> fx.Node:
+    """Makes one ``batch_norm`` of a pair with a single site; returns it."""
     num_arguments = len(BATCH_NORM._schema.arguments)
     columns: Any = finish.args[1 : 1 + num_arguments]
     with graph.inserting_before(finish):
-        node = graph.call_function(BATCH_NORM, tuple(column[0] for column in columns))
+        node = call_function(graph, BATCH_NORM, tuple(column[0] for column in columns))
     (result,) = finish.users
-    node.stack_trace = result.stack_trace
+    node.meta["stack_trace"] = result.stack_trace
     node.meta["site"] = start.meta["sites"][0]
     result.replace_all_uses_with(node)
     for old in (result, finish, start):
         graph.erase_node(old)
+    return node

@@ -29,6 +29,7 @@ from bnrewrite.passes.base import (
     Skip,
     where,
 )
+from bnrewrite.passes.nodes import call_function
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
@@ -68,12 +69,11 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
             arguments = _arguments(target, node, match)
             if isinstance(match.mode, Shuffle):
                 arguments += _shuffle_arguments(target, match, match.mode, group=arguments[-1])
-                new = target.graph.call_function(SHUFFLE_BATCH_NORM, arguments)
+                new = call_function(target.graph, SHUFFLE_BATCH_NORM, arguments)
             else:
                 skip = skips_nonfinite(match.mode)
-                new = target.graph.call_function(BATCH_NORM, (*arguments, skip))
+                new = call_function(target.graph, BATCH_NORM, (*arguments, skip))
         new.meta.update(node.meta)
-        new.stack_trace = node.stack_trace
         node.replace_all_uses_with(new)
         target.graph.erase_node(node)
         site = Rewrite(match.name, target.name, match.path, match.mode, where(new))
@@ -192,7 +192,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
         def attribute(name: str) -> Any:
             return Attribute(prefix + name)
 
-        input = graph.call_function(checked_input, (attribute("_check_input_dim"), input))
+        input = call_function(graph, checked_input, (attribute("_check_input_dim"), input))
         communicates = site.mode.communicates
         weight, bias, *running = SITE_TENSORS
         parameters = (
@@ -204,7 +204,7 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
         track, momentum, eps = map(attribute, ("track_running_stats", "momentum", "eps"))
     group = NO_GROUP
     if communicates:
-        group = graph.call_function(active_group, (site.group, training))
+        group = call_function(graph, active_group, (site.group, training))
     return (input, *parameters, training, track, momentum, eps, group)
 
 
@@ -220,11 +220,11 @@ def _shuffle_arguments(
     if group == NO_GROUP:
         place = place_in(NO_GROUP)
     else:
-        place = graph.call_function(place_in, (group,))
+        place = call_function(graph, place_in, (group,))
         if mode.schedule == "random":
             path = site.scope if site.path is None else site.path
             prefix = f"{path}." if path else ""
             number = graph.get_attr(f"{prefix}_bnrewrite_number")
             if site.index:
-                number = graph.call_function(operator.add, (number, site.index))
+                number = call_function(graph, operator.add, (number, site.index))
     return (place, number, *shuffle_options(mode))

@@ -73,15 +73,19 @@ class Levels:
     def of(cls, order: Order, weight: Callable[[fx.Node], int]) -> "Levels":
         """The levels of a graph whose nodes issue ``weight`` collectives forward."""
         nodes = list(order.before)
+        weights = {node: weight(node) for node in nodes}
         earliest: dict[fx.Node, int] = {}
         for node in nodes:
-            after = [earliest[source] for source in order.before[node] - order.beside[node]]
-            beside = [earliest[source] for source in order.beside[node]]
-            earliest[node] = max(max(after, default=0) + weight(node), max(beside, default=0))
+            beside = order.beside[node]
+            level = max([earliest[source] for source in order.before[node] - beside], default=0)
+            own = level + weights[node]
+            earliest[node] = max(own, *[earliest[source] for source in beside]) if beside else own
         total = max(earliest.values(), default=0)
         rest = dict.fromkeys(nodes, 0)
         for node in reversed(nodes):
+            after, own = rest[node], rest[node] + weights[node]
             for source in order.before[node]:
-                own = 0 if source in order.beside[node] else weight(node)
-                rest[source] = max(rest[source], rest[node] + own)
+                needed = after if source in order.beside[node] else own
+                if needed > rest[source]:
+                    rest[source] = needed
         return cls(total, {node: total - rest[node] for node in nodes})

@@ -16,6 +16,7 @@ from torch import fx
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Skip
 from bnrewrite.passes.effects import Order
+from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import Levels, communicates, group_of
 from bnrewrite.passes.schedule import independent, reorder
 
@@ -52,23 +53,24 @@ def _alone(target: OwnerGraph, node: fx.Node) -> Skip:
     return target.skip(site.name, reason, node, site.path)
 
 
-def merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Puts two nodes in place of neighbouring ``batch_norm`` nodes."""
+def merge(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """Puts two nodes in place of neighbouring ``batch_norm`` nodes; returns the first."""
     columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
     inputs, weight, bias, running_mean, running_var, *others, group, skip_nonfinite = columns
     checked = (inputs, weight, bias, running_mean, running_var)
     with graph.inserting_before(nodes[0]):
-        pending = graph.call_function(START_BATCH_NORM, (*checked, group))
+        pending = call_function(graph, START_BATCH_NORM, (*checked, group))
         # What follows the sites: nothing yet.
         epilogue = [[one] * len(nodes) for one in (None, -1, "identity", 0.0, "new")]
         rest = (*others, group, skip_nonfinite, *epilogue)
-        results = graph.call_function(FINISH_BATCH_NORM, (pending, *checked, *rest))
+        results = call_function(graph, FINISH_BATCH_NORM, (pending, *checked, *rest))
         for new in (pending, results):
-            new.stack_trace = nodes[0].stack_trace
+            new.meta["stack_trace"] = nodes[0].stack_trace
             new.meta["sites"] = [node.meta["site"] for node in nodes]
         for index, node in enumerate(nodes):
-            result = graph.call_function(operator.getitem, (results, index))
-            result.stack_trace = node.stack_trace
+            result = call_function(graph, operator.getitem, (results, index))
+            result.meta["stack_trace"] = node.stack_trace
             node.replace_all_uses_with(result)
     for node in nodes:
         graph.erase_node(node)
+    return pending
