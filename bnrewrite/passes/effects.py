@@ -29,8 +29,8 @@ SITES = (BATCH_NORM, BATCH_NORM_ACT, SHUFFLE_BATCH_NORM)
 _OURS = (checked_input, active_group, place_in, *SITES, START_BATCH_NORM, FINISH_BATCH_NORM)
 
 _RANDOM = ("random numbers",)
-_OUTSIDE = ("whatever a call may do besides",)
-_STATE = ("tensors of the module",)
+OUTSIDE = ("whatever a call may do besides",)
+STATE = ("tensors of the module",)
 
 _RANDOM_MODULES = (
     nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
@@ -91,7 +91,7 @@ class Order:
 
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self._owner = owner
-        self._memory = _Memory(owner, graph)
+        self.memory = _Memory(owner, graph)
         self.before: dict[fx.Node, set[fx.Node]] = {}
         self.beside: dict[fx.Node, set[fx.Node]] = {}
         self.flags: dict[tuple[str, str], Any] = {}
@@ -100,7 +100,7 @@ class Order:
         for node in graph.nodes:
             before = self.before[node] = set(node.all_input_nodes)
             beside = self.beside[node] = set()
-            reads, writes = self._uses(node)
+            reads, writes = self.uses(node)
             for thing in reads | writes:
                 if thing in writers and self._same_site(node, writers[thing]):
                     beside.add(writers[thing])
@@ -125,22 +125,22 @@ class Order:
             modules.append(below(self._owner, site.path))
         return modules[0] is modules[1]
 
-    def _uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
+    def uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
         """What a node reads and writes, beyond the values that it is given and makes."""
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
-            return {_STATE} if self._is_state(node) else set(), set()
-        reads: set[Hashable] = set(map(self._memory.of, node.all_input_nodes))
+            return {STATE} if self._is_state(node) else set(), set()
+        reads: set[Hashable] = set(map(self.memory.of, node.all_input_nodes))
         writes: set[Hashable] = set()
         if node.op == "call_module":
             self._add_call(node, writes)
         elif node.op == "call_function" and node.target in _OURS:
             for value in _running(node):
-                writes |= {self._memory.of_value(value), ("site", _site_of(self._owner, value))}
+                writes |= {self.memory.of_value(value), ("site", _site_of(self._owner, value))}
         elif node.op in ("call_function", "call_method"):
             self._add_function(node, writes)
         if node.target not in _OURS and any(map(self._is_state, node.all_input_nodes)):
-            reads.add(_STATE)
+            reads.add(STATE)
         return reads, writes
 
     def _add_call(self, node: fx.Node, writes: set[Hashable]) -> None:
@@ -148,25 +148,25 @@ class Order:
         inside = module.modules() if module._modules else (module,)
         writes.update(("site", id(child)) for child in inside if is_site(child) or _moves(child))
         if not is_known_leaf(module):
-            writes.update((_RANDOM, _OUTSIDE, _STATE))
-            writes.update(map(self._memory.of, node.all_input_nodes))
+            writes.update((_RANDOM, OUTSIDE, STATE))
+            writes.update(map(self.memory.of, node.all_input_nodes))
         elif isinstance(module, _RANDOM_MODULES):
             writes.add(_RANDOM)
         if "inplace" in module.__dict__:
             self.flags[str(node.target), "inplace"] = module.inplace
         if getattr(module, "inplace", False):
-            writes.update(map(self._memory.of, node.all_input_nodes))
+            writes.update(map(self.memory.of, node.all_input_nodes))
 
     def _add_function(self, node: fx.Node, writes: set[Hashable]) -> None:
         written = _written_arguments(node)
         if written is None:
-            writes.update((_RANDOM, _OUTSIDE, _STATE))
+            writes.update((_RANDOM, OUTSIDE, STATE))
             written = node.all_input_nodes
         for value in written:
             if isinstance(value, fx.Node):
-                writes.add(self._memory.of(value))
+                writes.add(self.memory.of(value))
                 if self._is_state(value):
-                    writes.add(_STATE)
+                    writes.add(STATE)
         if _is_random(node):
             writes.add(_RANDOM)
 
