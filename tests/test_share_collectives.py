@@ -352,3 +352,77 @@ def _compiled(rank: int, world_size: int) -> list[int]:
 
 def test_compiled_graphs_share_too(ranks: RankPool) -> None:
     assert ranks.run(_compiled, 2) == [[3, 3]] * 2
+
+
+UNREAD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "its result": lambda net, y: y,
+    "what follows it": lambda net, y: net.act(y) * 2,
+    "what it is added to": lambda net, y: y.add_(1).relu_(),
+    "more than its value": lambda net, y: y,
+}
+
+
+class Unread(nn.Module):
+    """Two branches that share their collective; what one of them computes nobody needs."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = UNREAD[self.what](self, self.bn1(self.conv1(x)))
+        z = self.bn2(self.conv2(x))
+        return z + y.detach() if self.what == "more than its value" else z
+
+
+def _unread(rank: int, world_size: int, what: str) -> list[list[bool]]:
+    found = []
+    for passes in ((), None):
+        torch.manual_seed(0)
+        model = bnrewrite.convert(Unread(what), passes=passes)
+        report = bnrewrite.report(model)
+        assert report.collectives_forward == (2 if passes == () else 1)
+        model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+        found.append([p.grad is not None for p in model.parameters()])
+    return found
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_nobody_reads_gets_no_gradient(what: str, ranks: RankPool) -> None:
+    """An optimizer moves a parameter with a gradient of zero, by weight decay and momentum."""
+    for apart, shared in ranks.run(_unread, 2, what):
+        assert apart == [False] * 4 + [True] * 4
+        assert shared == apart
+
+
+def _not_in_the_loss(rank: int, world_size: int, leaf: bool) -> list[list[bool]]:
+    found = []
+    for passes in ((), None):
+        torch.manual_seed(0)
+        model: Any = bnrewrite.convert(_Both(leaf), passes=passes)
+        model(torch.randn(2, 3, 5, 5))[1].square().sum().backward()
+        found.append(
+            [p.grad is not None for p in (*model.bn1.parameters(), *model.bn2.parameters())]
+        )
+    return found
+
+
+class _Both(nn.Module):
+    def __init__(self, leaf: bool) -> None:
+        super().__init__()
+        self.conv: Any = nn.Identity() if leaf else nn.Conv2d(3, 3, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv(x)
+        return self.bn1(x), self.bn2(x * x)
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_site_that_is_not_in_the_loss_gets_no_gradient(leaf: bool, ranks: RankPool) -> None:
+    for apart, shared in ranks.run(_not_in_the_loss, 2, leaf):
+        assert apart == [False, False, True, True]
+        assert shared == apart

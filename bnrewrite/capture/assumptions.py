@@ -4,14 +4,14 @@ import dataclasses
 import inspect
 from typing import Any
 
-import torch
 from torch import nn
 
+from bnrewrite.capture.reads import Outside, Reads
+from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import has_hooks
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -24,19 +24,21 @@ class Assumptions:
     """What the trace of one owner baked into its graph.
 
     Attributes:
-        constants: plain attributes that were read, with their values: numbers, names, functions,
-            and tuples, lists, sets and dicts of them.
-        objects: other attributes that were read; the same object stands for the same behaviour.
+        constants: plain attributes that were read, with their values.
+        objects: other attributes that were read, and what they looked like.
         absent: parameters, buffers and children that were read and are None.
         present: those that were read and are not None, by path.
         missing: names that were asked for and nothing had.
         inherited: what was read from a class, and could be hidden by an attribute.
-        lengths: modules whose children were enumerated, with how many there were.
-        containers: lists, sets and dicts that were read, with copies from before the trace.
+        children: modules whose children were enumerated, with their names.
+        tensors: modules whose parameters or buffers were enumerated, with what these looked like.
         reads_training: whether any ``training`` flag was read.
         reads_own_training: whether that of the owner was.
         classes: modules whose forwards became part of the graph, by path, with their classes.
-        layers: modules whose results were taken for tensors, by path, with their classes.
+        layers: modules whose results were taken for tensors, or that were asked for their type, by
+            path, with their classes.
+        instances: answers of ``isinstance`` about modules, by path and class.
+        outside: what the code read besides modules.
     """
 
     constants: dict[Place, Any] = dataclasses.field(default_factory=dict)
@@ -45,19 +47,23 @@ class Assumptions:
     present: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     missing: set[Place] = dataclasses.field(default_factory=set)
     inherited: dict[Place, Any] = dataclasses.field(default_factory=dict)
-    lengths: dict[str, int] = dataclasses.field(default_factory=dict)
-    containers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    children: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    tensors: dict[Place, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     reads_training: bool = False
     reads_own_training: bool = False
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     layers: dict[str, type] = dataclasses.field(default_factory=dict)
+    instances: dict[tuple[str, Any], bool] = dataclasses.field(default_factory=dict)
+    outside: Outside = dataclasses.field(default_factory=Outside)
 
-    def note(self, path: str, module: nn.Module, name: str, value: Any) -> None:
+    def note(self, path: str, module: nn.Module, name: str, value: Any, reads: Reads) -> None:
         """Notes that the traced code read the attribute ``name`` of ``module``."""
-        if name in _INTERNAL:
+        if name in ("_parameters", "_buffers"):
+            self.tensors[path, name] = _tensors(value)
+        if name in _INTERNAL or name.startswith("_bnrewrite"):
             return
         if name == "_modules":
-            self.lengths[path] = len(value)
+            self.children[path] = tuple(value)
         elif name == "training":
             self.reads_training = True
             if path:
@@ -65,17 +71,15 @@ class Assumptions:
             else:
                 self.reads_own_training = True
         elif name in module.__dict__:
-            if (path, name) in self.constants or (path, name) in self.objects:
-                # What the traced code has done to a container since is not what was read.
-                return
-            if isinstance(value, (list, dict, set)):
-                self.containers.append((value, value.copy()))
-            if _is_constant(value):
-                self.constants[path, name] = _copied(value)
-            else:
-                self.objects[path, name] = value
+            constant = isinstance(value, CONSTANTS) or inspect.isroutine(value)
+            # What it looks like is known at the end of the trace.
+            (self.constants if constant else self.objects)[path, name] = value
+            reads.see(value)
         elif not hasattr(nn.Module, name):
-            self.inherited[path, name] = getattr(original_class(module), name, None)
+            value = getattr(original_class(module), name, None)
+            self.inherited[path, name] = value
+            reads.see_in_class(original_class(module), name)
+            reads.see(value)
 
     def note_member(self, path: str, module: nn.Module, name: str) -> None:
         """Notes that the traced code asked for a parameter, buffer or child, which may be None."""
@@ -88,23 +92,42 @@ class Assumptions:
 
     def add(self, other: "Assumptions", path: str) -> None:
         """Adds what the trace in training of the module at ``path`` baked in."""
-        for name in ("constants", "objects", "inherited"):
+        for name in ("constants", "objects", "inherited", "tensors", "instances"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({(joined(path, at), what): value for (at, what), value in theirs.items()})
+        if path:
+            for name in ("objects", "inherited"):
+                for at, what in getattr(other, name):
+                    place = joined(path, at), what
+                    getattr(self, name)[place] = SeenBelow(path, getattr(self, name)[place])
         for name in ("absent", "missing"):
             getattr(self, name).update(
                 (joined(path, at), what) for at, what in getattr(other, name)
             )
-        for name in ("lengths", "classes", "layers"):
+        for name in ("children", "classes", "layers"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({joined(path, at): value for at, value in theirs.items()})
         for at, names in other.present.items():
             self.present.setdefault(joined(path, at), set()).update(names)
-        self.containers.extend(other.containers)
+        for name in ("values", "answers", "holders"):
+            getattr(self.outside, name).update(getattr(other.outside, name))
         self.reads_training |= other.reads_training
         if other.reads_own_training and path:
             self.constants[path, "training"] = True
         self.reads_own_training |= other.reads_own_training and not path
+
+    def finish(self, owner: nn.Module, reads: Reads) -> None:
+        """Notes, at the end of the trace, what that which it read looks like."""
+        looks = reads.looks({id(module): path for path, module in owner.named_modules()})
+        for places in (self.objects, self.inherited):
+            places.update({place: looks.of(value) for place, value in places.items()})
+        self.outside = reads.outside(looks)
+        if reads.asks_types:
+            for path, names in self.present.items():
+                for name in names:
+                    child = below(owner, path)._modules.get(name)
+                    if child is not None:
+                        self.layers[joined(path, name)] = original_class(child)
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether the graph still does what the forward of the owner would do.
@@ -121,7 +144,11 @@ class Assumptions:
                 return False
         for (path, name), before in self.constants.items():
             values = below(owner, path).__dict__
-            if name not in values or not _same(values[name], before):
+            if name not in values or not same(values[name], before):
+                return False
+        for (path, name), seen in self.objects.items():
+            values = below(owner, path).__dict__
+            if name not in values or not seen.matches(values[name], owner):
                 return False
         for path, name in self.absent:
             if getattr(below(owner, path), name) is not None:
@@ -133,53 +160,31 @@ class Assumptions:
         for path, name in self.missing:
             if hasattr(below(owner, path), name):
                 return False
-        for (path, name), before in self.inherited.items():
+        for (path, name), seen in self.inherited.items():
             module = below(owner, path)
-            value = getattr(type(module), name, None)
-            if name in module.__dict__ or (value is not before and value != before):
+            if name in module.__dict__ or not seen.matches(
+                getattr(type(module), name, None), owner
+            ):
                 return False
-        return all(len(below(owner, path)._modules) == n for path, n in self.lengths.items())
+        for (path, classes), answer in self.instances.items():
+            if isinstance(below(owner, path), classes) is not answer:
+                return False
+        for (path, name), before in self.tensors.items():
+            if _tensors(below(owner, path).__dict__[name]) != before:
+                return False
+        return all(
+            tuple(below(owner, path)._modules) == names for path, names in self.children.items()
+        )
 
     def hold_for_another(self, module: nn.Module) -> bool:
         """Whether a trace of ``module``, of the same class and structure, would be the same."""
         try:
-            return self.hold(module) and all(
-                below(module, path).__dict__.get(name) is value
-                for (path, name), value in self.objects.items()
-            )
+            return self.hold(module)
         except AttributeError:
             return False
 
-    def restore_containers(self) -> bool:
-        """Undoes what the traced code did to lists, sets and dicts; whether it did anything."""
-        changed = False
-        for live, before in self.containers:
-            if list(live) != list(before):
-                changed = True
-                live.clear()
-                (live.extend if isinstance(live, list) else live.update)(before)
-        return changed
 
-
-def _is_constant(value: Any) -> bool:
-    """Whether equal values of the type of ``value`` stand for the same behaviour."""
-    if type(value) is dict:
-        return all(map(_is_constant, value)) and all(map(_is_constant, value.values()))
-    if type(value) in (list, set):
-        return all(map(_is_constant, value))
-    if isinstance(value, tuple):
-        return all(_is_constant(one) and not isinstance(one, (list, set, dict)) for one in value)
-    return isinstance(value, _CONSTANTS) or inspect.isroutine(value)
-
-
-def _copied(value: Any) -> Any:
-    """A constant that stays as it is."""
-    if type(value) is dict:
-        return {key: _copied(one) for key, one in value.items()}
-    if type(value) is list:
-        return [_copied(one) for one in value]
-    return value.copy() if type(value) is set else value
-
-
-def _same(value: Any, before: Any) -> bool:
-    return value is before or (type(value) is type(before) and value == before)
+def _tensors(members: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(
+        (name, None if tensor is None else described(tensor)) for name, tensor in members.items()
+    )

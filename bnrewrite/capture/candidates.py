@@ -140,22 +140,23 @@ def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
     if value.__module__ is not None and value.__module__.startswith("torch."):
         return False
     seen[value.__code__] = depth
-    names = _names(value.__code__)
+    names = code_names(value.__code__)
     if any("batch_norm" in name and hasattr(torch, name) for name in names):
         return True
     return any(_reaches(helper, depth - 1, seen) for helper in _helpers(value, names))
 
 
-def _names(code: CodeType) -> set[str]:
+@functools.cache
+def code_names(code: CodeType) -> frozenset[str]:
     """The names that code and the functions inside it use."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names(constant)
-    return names
+            names |= code_names(constant)
+    return frozenset(names)
 
 
-def _helpers(function: FunctionType, names: set[str]) -> Iterator[Any]:
+def _helpers(function: FunctionType, names: frozenset[str]) -> Iterator[Any]:
     """What the code of ``function`` may call: what it closes over, and what its names stand for."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.reads import COMPILING
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
+from bnrewrite.sites.compiled import guard_answer
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
@@ -145,7 +147,7 @@ class Captured:
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all that was baked in is still as it was, and no site has grown a hook."""
-        if has_global_hooks():
+        if has_global_hooks() or not self._outside_holds():
             return False
         try:
             if not self.assumptions.hold(owner):
@@ -159,6 +161,12 @@ class Captured:
             return False
         return True
 
+    def _outside_holds(self) -> bool:
+        outside = self.assumptions.outside
+        if torch.compiler.is_compiling():
+            return outside.is_empty or _outside_holds_while_compiling(self.key)
+        return outside.holds()
+
 
 _keys = itertools.count()
 _living: "weakref.WeakValueDictionary[str, Captured]" = weakref.WeakValueDictionary()
@@ -170,6 +178,15 @@ def _compile_while_compiling(key: str) -> None:
     captured = _living.get(key)
     if captured is not None and captured.function is None:
         captured.compile()
+
+
+@torch.compiler.assume_constant_result
+def _outside_holds_while_compiling(key: str) -> bool:
+    """What a compiler need not look into; it looks again before each call of what it makes."""
+    captured = _living.get(key)
+    if captured is None or captured.assumptions.outside.answers.keys() & COMPILING:
+        return False
+    return guard_answer(captured.assumptions.outside.holds)
 
 
 def _spelled(node: fx.Node) -> tuple[Any, ...]:

@@ -107,7 +107,12 @@ _apply: Any = vars(torch.autograd.Function)["apply"].__func__
 def _is_instance(value: Any, classes: Any) -> bool:
     if type(value) is Proxy and value.tracer.recording and not _asked_by_torch():
         return value.tracer.passes_for(value, classes)
-    return _ask(value, classes)
+    answer = _ask(value, classes)
+    if _ask(value, nn.Module):
+        tracer = Tracing.tracer
+        if tracer is not None and tracer.recording and not _asked_by_torch():
+            tracer.note_instance(value, classes, answer)
+    return answer
 
 
 def _asked_by_torch() -> bool:
@@ -147,9 +152,12 @@ def _noted(
 ) -> Any:
     """Reads an attribute; ``look_up`` does where ``read`` finds nothing."""
     assumptions = tracer.assumptions
+    reads = tracer.reads
 
     def getattribute(module: nn.Module, name: str) -> Any:
         if not tracer.recording or name.startswith("__"):
+            if name == "__dict__" and tracer.recording and not _asked_by_torch():
+                tracer.refuse("reads the __dict__ of a module")
             return read(module, name)
         path = paths.get(id(module))
         try:
@@ -163,9 +171,11 @@ def _noted(
                 raise
             if path is not None:
                 assumptions.note_member(path, module, name)
-            return tracer.getattr(name, value, tracer.parameter_proxies)
+            with tracer.paused():
+                # It searches the parameters of all modules.
+                return tracer.getattr(name, value, tracer.parameter_proxies)
         if path is not None:
-            assumptions.note(path, module, name, value)
+            assumptions.note(path, module, name, value, reads)
         return value
 
     return getattribute

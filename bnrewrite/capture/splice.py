@@ -163,7 +163,7 @@ class _Splicer:
         """What the module at ``path`` does with ``args``."""
         self.assumptions.classes[path] = original_class(module)
         if _is_sequence_of_calls(module) and len(args) == 1:
-            self.assumptions.lengths[path] = len(module._modules)
+            self.assumptions.children[path] = tuple(module._modules)
             result = args[0]
             for name in module._modules:
                 result = self._next(f"{path}.{name}", path, result, call)

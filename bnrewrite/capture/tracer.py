@@ -28,6 +28,7 @@ from bnrewrite.capture.patches import (
     record_functions,
 )
 from bnrewrite.capture.proxy import Proxy
+from bnrewrite.capture.reads import Reads
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import Tracing
@@ -79,6 +80,7 @@ class OwnerTracer(fx.Tracer):
         self._scopes = [""]
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
+        self.reads = Reads(self)
         self.asked: set[str] = set()
         self.refusal: Refused | None = None
         self.recording = False
@@ -105,10 +107,12 @@ class OwnerTracer(fx.Tracer):
         forward = type(root).forward
         self._context = _context()
         paths = {module: name for name, module in root.named_modules()}
+        self.paths = paths
         before, Tracing.tracer = Tracing.tracer, self
         try:
             with (
                 patched(),
+                self.reads.noting(),
                 noting_reads(paths, self),
                 keeping_random_state(self),
                 RefuseEffects(self),
@@ -120,13 +124,16 @@ class OwnerTracer(fx.Tracer):
                 text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
                 self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{place}")
                 self.refusal.scope = self._scopes[-1]
-            self.assumptions.restore_containers()
+            self.reads.undo()
+            self.assumptions.finish(root, self.reads)
             self.refusal.assumptions = self.assumptions
             raise self.refusal from error
         finally:
             Tracing.tracer = before
-        if self.assumptions.restore_containers():
-            self.refusal = Refused("changes a list, set or dict that it keeps")
+        changed = self.reads.undo()
+        self.assumptions.finish(root, self.reads)
+        if changed:
+            self.note_refusal(changed)
         if self.refusal is not None:
             self.refusal.assumptions = self.assumptions
             raise self.refusal
@@ -140,7 +147,7 @@ class OwnerTracer(fx.Tracer):
         self.submodule_paths = paths
         self.tensor_attrs = {}
         self.graph = fx.Graph(tracer_cls=type(self))
-        self._record_functions(forward)
+        self._see_forward(root)
         function, arguments = self.create_args_for_root(forward, is_module=True)
         was_tracing, fx_trace._is_fx_tracing_flag = fx_trace._is_fx_tracing_flag, True
         try:
@@ -149,8 +156,10 @@ class OwnerTracer(fx.Tracer):
             fx_trace._is_fx_tracing_flag = was_tracing
         return self.graph
 
-    def _record_functions(self, forward: Callable) -> None:
-        record_functions(getattr(inspect.unwrap(forward), "__globals__", {}))
+    def _see_forward(self, module: nn.Module) -> None:
+        """Notes that the forward of a module becomes part of the graph, before it runs."""
+        self.reads.see_forward(original_class(module))
+        record_functions(getattr(inspect.unwrap(type(module).forward), "__globals__", {}))
 
     # What fx.Tracer asks of its subclasses
 
@@ -238,12 +247,12 @@ class OwnerTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """A call; what fx reads of the module on the way is not the forward's doing."""
-        with self._paused():
+        with self.paused():
             path = self.path_of_module(m)
             if path not in self._through:
                 return self.create_proxy("call_module", path, args, kwargs)
         self.assumptions.classes[path] = original_class(m)
-        self._record_functions(type(m).forward)
+        self._see_forward(m)
         self._scopes.append(path)
         result = forward(*args, **kwargs)
         # After an error the innermost scope is what it is about, so there is no "finally".
@@ -253,7 +262,8 @@ class OwnerTracer(fx.Tracer):
     # Watching the traced code
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
+        """What is read meanwhile is not the forward's doing."""
         recording, self.recording = self.recording, False
         try:
             yield
@@ -268,6 +278,12 @@ class OwnerTracer(fx.Tracer):
         if not self._is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
+
+    def note_instance(self, module: nn.Module, classes: Any, answer: bool) -> None:
+        """Notes what ``isinstance`` said of a module."""
+        path = self.paths.get(module)
+        if path is not None:
+            self.assumptions.instances[path, classes] = answer
 
     def _is_layer(self, node: fx.Node) -> bool:
         """Whether ``node`` calls a layer of torch's that makes a tensor."""

@@ -164,8 +164,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.between = between
         # Only to name the sites if a peer dies; a compiler has no use for it.
         ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
-        if between is not None:
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
@@ -225,6 +224,8 @@ def _backward(ctx, columns, between):
     for i in reversed(range(num)):
         _, from_site, act = ctx.scalars[i]
         first = _TENSORS * i
+        # Of what nobody reads, the parameters get no gradient, as if the site were alone.
+        is_read = grads[i] is not None
         needs_residual = needs[first + 3] or from_site is not None
         sums[i], ones[i] = _reduce(_gradient(grads[i], *others[i], act), write=needs_residual)
         if from_site is not None:
@@ -232,11 +233,11 @@ def _backward(ctx, columns, between):
             grads[from_site] = ones[i].grad
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
         grad_bias, grad_weight = sums[i].chunk(2)
-        if needs[first + 1]:
+        if needs[first + 1] and is_read:
             results[first + 1] = grad_weight.to(ones[i].weight.dtype)
-        if needs[first + 2]:
+        if needs[first + 2] and is_read:
             results[first + 2] = grad_bias.to(ctx.bias_dtypes[i])
-        if needs[first + 3]:
+        if needs[first + 3] and is_read:
             results[first + 3] = ones[i].grad
     wanted = [i for i in range(num) if needs[_TENSORS * i]]
     if wanted:

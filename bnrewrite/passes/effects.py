@@ -29,8 +29,8 @@ SITES = (BATCH_NORM, BATCH_NORM_ACT, SHUFFLE_BATCH_NORM)
 _OURS = (checked_input, active_group, place_in, *SITES, START_BATCH_NORM, FINISH_BATCH_NORM)
 
 _RANDOM = ("random numbers",)
-_OUTSIDE = ("whatever a call may do besides",)
-_STATE = ("tensors of the module",)
+OUTSIDE = ("whatever a call may do besides",)
+STATE = ("tensors of the module",)
 
 _RANDOM_MODULES = (
     nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
@@ -67,7 +67,7 @@ class Order:
 
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self._owner = owner
-        self._memory = _Memory(owner, graph)
+        self.memory = _Memory(owner, graph)
         self.before: dict[fx.Node, set[fx.Node]] = {}
         self.beside: dict[fx.Node, set[fx.Node]] = {}
         self.flags: dict[tuple[str, str], Any] = {}
@@ -78,7 +78,7 @@ class Order:
             inputs = node.all_input_nodes
             before = self.before[node] = set(inputs)
             beside = self.beside[node] = set()
-            reads, writes = self._uses(node, inputs)
+            reads, writes = self.uses(node)
             for thing in reads | writes:
                 if thing in writers and self._same_site(node, writers[thing]):
                     beside.add(writers[thing])
@@ -103,25 +103,26 @@ class Order:
             modules.append(below(self._owner, site.path))
         return modules[0] is modules[1]
 
-    def _uses(self, node: fx.Node, inputs: list[fx.Node]) -> tuple[set[Hashable], set[Hashable]]:
+    def uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
         """What a node reads and writes, beyond the values that it is given and makes."""
+        inputs = node.all_input_nodes
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
             if node.op == "placeholder" or not self._is_state(node):
                 return set(), set()
             self._states.add(node)
-            return {_STATE}, set()
-        reads: set[Hashable] = set(map(self._memory.of, inputs))
+            return {STATE}, set()
+        reads: set[Hashable] = set(map(self.memory.of, inputs))
         writes: set[Hashable] = set()
         if node.op == "call_module":
             self._add_call(node, inputs, writes)
         elif node.op == "call_function" and node.target in _OURS:
             for value in _running(node):
-                writes |= {self._memory.of_value(value), ("site", _site_of(self._owner, value))}
+                writes |= {self.memory.of_value(value), ("site", _site_of(self._owner, value))}
         elif node.op in ("call_function", "call_method"):
             self._add_function(node, inputs, writes)
         if node.target not in _OURS and not self._states.isdisjoint(inputs):
-            reads.add(_STATE)
+            reads.add(STATE)
         return reads, writes
 
     def _add_call(self, node: fx.Node, inputs: list[fx.Node], writes: set[Hashable]) -> None:
@@ -129,25 +130,25 @@ class Order:
         inside = module.modules() if module._modules else (module,)
         writes.update(("site", id(child)) for child in inside if is_site(child) or _moves(child))
         if not is_known_leaf(module):
-            writes.update((_RANDOM, _OUTSIDE, _STATE))
-            writes.update(map(self._memory.of, inputs))
+            writes.update((_RANDOM, OUTSIDE, STATE))
+            writes.update(map(self.memory.of, inputs))
         elif isinstance(module, _RANDOM_MODULES):
             writes.add(_RANDOM)
         if "inplace" in module.__dict__:
             self.flags[str(node.target), "inplace"] = module.inplace
         if getattr(module, "inplace", False):
-            writes.update(map(self._memory.of, inputs))
+            writes.update(map(self.memory.of, inputs))
 
     def _add_function(self, node: fx.Node, inputs: list[fx.Node], writes: set[Hashable]) -> None:
-        written = self._memory.written(node)
+        written = self.memory.written(node)
         if written is None:
-            writes.update((_RANDOM, _OUTSIDE, _STATE))
+            writes.update((_RANDOM, OUTSIDE, STATE))
             written = inputs
         for value in written:
             if isinstance(value, fx.Node):
-                writes.add(self._memory.of(value))
+                writes.add(self.memory.of(value))
                 if value in self._states:
-                    writes.add(_STATE)
+                    writes.add(STATE)
         if is_random(node):
             writes.add(_RANDOM)
 

@@ -29,7 +29,8 @@ from bnrewrite.passes.share_collectives import merge
 from bnrewrite.sites.floor import checked_input
 
 _TRIVIAL = (
-    operator.getitem, operator.eq, getattr, torch._assert, active_group, place_in, checked_input,
+    operator.getitem, operator.eq, getattr, torch._assert, torch.detach, active_group, place_in,
+    checked_input,
 )  # fmt: skip
 
 

@@ -11,11 +11,13 @@ result is made where it is needed. Nodes move where that is necessary and nobody
 import operator
 from collections import defaultdict
 
+import torch
 from torch import fx
 
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Skip
 from bnrewrite.passes.effects import Order
+from bnrewrite.passes.liveness import without_backward
 from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import Levels, communicates, group_of
 from bnrewrite.passes.schedule import independent, reorder
@@ -38,13 +40,25 @@ def share_collectives(target: OwnerGraph, report: PassReport) -> None:
     shared = [nodes for nodes in rounds.values() if len(nodes) > 1]
     if shared:
         target.flags.update(order.flags)
+        unread = without_backward(target.graph, order)
         reorder(target.graph, order.before, shared, lambda node, position: position)
+        for nodes in shared:
+            for node in nodes:
+                if node in unread:
+                    _detach_input(target.graph, node, before=nodes[0])
     for nodes in rounds.values():
         if len(nodes) > 1:
             report.rewritten.extend(node.meta["site"] for node in nodes)
             merge(target.graph, nodes)
         else:
             report.skipped.append(_alone(target, nodes[0]))
+
+
+def _detach_input(graph: fx.Graph, node: fx.Node, *, before: fx.Node) -> None:
+    """Keeps the backward that a site shares from giving zeros to what is before the site."""
+    with graph.inserting_before(before):
+        detached = graph.call_function(torch.detach, (node.args[0],))
+    node.update_arg(0, detached)
 
 
 def _alone(target: OwnerGraph, node: fx.Node) -> Skip:

@@ -61,6 +61,22 @@ def guard_graph() -> None:
     output.compiler_fn = compile_and_guard
 
 
+def guard_answer(ask: Callable[[], bool]) -> bool:
+    """What ``ask`` answers; the graph that Dynamo is tracing serves while it answers the same."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import CallFunctionNoArgsSource, GlobalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        # torch.export traces without Dynamo, once.
+        return ask()
+    source = CallFunctionNoArgsSource(GlobalSource(output.install_global("bnrewrite_asks", ask)))
+    install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+    return ask()
+
+
 _GUARDED = "_bnrewrite_guarded"
 
 

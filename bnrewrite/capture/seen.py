@@ -1,0 +1,220 @@
+"""What a value looked like when traced code read it, to tell later whether another looks the same.
+
+Not identity: modules of one structure share a graph, and copies of a model have copies of what its
+modules hold. Of an object only the attributes count that were read, of a list, set or dict all of
+it.
+"""
+
+import collections
+import dataclasses
+import enum
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnrewrite.sites.classes import below, original_class
+
+CONSTANTS = (
+    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, enum.Enum, np.generic, range, slice,
+)  # fmt: skip
+
+SEQUENCES = (list, tuple, collections.deque)
+SETS = (set, frozenset)
+CONTAINERS = (*SEQUENCES, *SETS, dict, types.SimpleNamespace, functools.partial)
+
+MISSING = enum.Enum("MISSING", "MISSING").MISSING
+"""Stands for an attribute that was asked for and is not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A value that stands for itself: a constant, a function, or what nobody can look into."""
+
+    value: Any
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        """Whether ``value`` looks the same; paths of modules begin at ``owner``."""
+        return same(value, self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenParts(Seen):
+    """A container or an object: ``value`` is its class; parts are elements, and attributes."""
+
+    keys: tuple[Any, ...] = ()
+    elements: tuple[Seen, ...] = ()
+    attributes: tuple[tuple[str, Seen], ...] = ()
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        if type(value) is not self.value:
+            return False
+        keys, elements = parts(value)
+        if len(elements) != len(self.elements) or not same_keys(keys, self.keys):
+            return False
+        for seen, element in zip(self.elements, elements, strict=True):
+            if not seen.matches(element, owner):
+                return False
+        for name, seen in self.attributes:
+            if not seen.matches(getattr(value, name, MISSING), owner):
+                return False
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenTensor(Seen):
+    """A tensor, whose values a trace cannot read: ``value`` is what it can."""
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        return isinstance(value, Tensor) and described(value) == self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenArray(Seen):
+    """An array of numpy: ``value`` is its dtype, shape and bytes."""
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        # For a compiler it is a tensor, whose values it does not know.
+        compiling = torch.compiler.is_compiling()
+        return not compiling and isinstance(value, np.ndarray) and _of_array(value) == self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenModule(Seen):
+    """A module: ``value`` is its path below the owner, or the class of one that is not there."""
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        if isinstance(self.value, str):
+            return owner is not None and below(owner, self.value) is value
+        return isinstance(value, nn.Module) and original_class(value) is self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenBelow(Seen):
+    """What a module saw whose graph became part of an owner's: ``value`` is its path."""
+
+    seen: Seen
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        """Whether ``value`` looks the same; paths of modules begin below ``owner``."""
+        return self.seen.matches(value, None if owner is None else below(owner, self.value))
+
+
+class Looks:
+    """Makes :class:`Seen` of values.
+
+    Args:
+        paths: of the modules below the owner, by identity.
+        attributes: what was read of objects, by identity and name.
+        copies: of containers, by identity, from before the trace.
+    """
+
+    def __init__(
+        self, paths: dict[int, str], attributes: dict[int, dict[str, Any]], copies: dict[int, Any]
+    ) -> None:
+        self._paths = paths
+        self._attributes = attributes
+        self._copies = copies
+        self._open: set[int] = set()
+
+    def of(self, value: Any) -> Seen:
+        """What ``value`` looked like."""
+        if isinstance(value, Tensor):
+            return _SeenTensor(described(value))
+        if isinstance(value, nn.Module):
+            return _SeenModule(self._paths.get(id(value), original_class(value)))
+        if isinstance(value, np.ndarray):
+            return _SeenArray(_of_array(value))
+        read = self._attributes.get(id(value), {})
+        if not (isinstance(value, CONTAINERS) or read):
+            return Seen(value)
+        if id(value) in self._open:
+            return _SeenParts(type(value), *_empty(value))
+        self._open.add(id(value))
+        keys, elements = self._copies.get(id(value)) or parts(value)
+        seen = _SeenParts(
+            type(value),
+            keys,
+            tuple(map(self.of, elements)),
+            tuple((name, self.of(one)) for name, one in read.items()),
+        )
+        self._open.remove(id(value))
+        return seen
+
+
+def parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What tells the elements of a container apart, if anything does, and the elements.
+
+    Of anything else, nothing.
+    """
+    if isinstance(value, dict):
+        return tuple(value), tuple(value.values())
+    if isinstance(value, SEQUENCES):
+        return (), tuple(value)
+    if isinstance(value, SETS):
+        return (frozenset(value),), ()
+    if isinstance(value, types.SimpleNamespace):
+        return tuple(vars(value)), tuple(vars(value).values())
+    if isinstance(value, functools.partial):
+        return (), (value.func, value.args, value.keywords)
+    return (), ()
+
+
+def _empty(value: Any) -> tuple[Any, ...]:
+    """Of a container inside itself nothing more is compared."""
+    keys, elements = parts(value)
+    return keys, (_ANYTHING,) * len(elements)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anything(Seen):
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        return True
+
+
+_ANYTHING = _Anything(None)
+
+
+def same_keys(keys: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Whether two containers have the same keys in the same order."""
+    return len(keys) == len(before) and all(map(same, keys, before))
+
+
+def same(value: Any, before: Any) -> bool:
+    """Whether ``value`` is, or equals and has the same type as, what was there before."""
+    return value is before or (type(value) is type(before) and bool(value == before))
+
+
+def described(tensor: Tensor) -> tuple[Any, ...]:
+    """What a trace can read of a tensor."""
+    return tensor.dtype, tuple(tensor.shape), tensor.device, tensor.requires_grad
+
+
+def _of_array(array: np.ndarray) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.tobytes()
+
+
+def is_library(module: Any) -> bool:
+    """Whether code of the module of this name is not looked into."""
+    return str(module).partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "bnrewrite"}
+
+
+def routines(value: Any) -> Iterable[Any]:
+    """Functions that code may call by calling ``value``, or by reading it from a class."""
+    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        return (value.__func__,)
+    if isinstance(value, property):
+        return tuple(one for one in (value.fget,) if one is not None)
+    if isinstance(value, functools.partial):
+        return (value.func,)
+    return (value,) if inspect.isfunction(value) else ()
