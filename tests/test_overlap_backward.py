@@ -306,7 +306,8 @@ def _kept_alive(rank: int, world_size: int) -> list[int]:
 
 def test_partial_gradients_leave_nothing_behind(ranks: RankPool) -> None:
     for sizes in ranks.run(_kept_alive, 2):
-        assert len(set(sizes)) == 1
+        # An activation has 6,144 values and more. A collective's eight may still be with gloo.
+        assert max(sizes) - min(sizes) < 1000
 
 
 class _GivesNone(torch.autograd.Function):
