@@ -116,9 +116,9 @@ class Assumptions:
             self.constants[path, "training"] = True
         self.reads_own_training |= other.reads_own_training and not path
 
-    def finish(self, owner: nn.Module, reads: Reads) -> None:
+    def finish(self, owner: nn.Module, paths: dict[nn.Module, str], reads: Reads) -> None:
         """Notes, at the end of the trace, what that which it read looks like."""
-        looks = reads.looks({id(module): path for path, module in owner.named_modules()})
+        looks = reads.looks({id(module): path for module, path in paths.items()})
         for places in (self.objects, self.inherited):
             places.update({place: looks.of(value) for place, value in places.items()})
         self.outside = reads.outside(looks)

@@ -125,13 +125,13 @@ class OwnerTracer(fx.Tracer):
                 self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{place}")
                 self.refusal.scope = self._scopes[-1]
             self.reads.undo()
-            self.assumptions.finish(root, self.reads)
+            self.assumptions.finish(root, paths, self.reads)
             self.refusal.assumptions = self.assumptions
             raise self.refusal from error
         finally:
             Tracing.tracer = before
         changed = self.reads.undo()
-        self.assumptions.finish(root, self.reads)
+        self.assumptions.finish(root, paths, self.reads)
         if changed:
             self.note_refusal(changed)
         if self.refusal is not None:

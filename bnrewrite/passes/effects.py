@@ -62,6 +62,7 @@ class Order:
         before: for each node those that must run before it.
         beside: for each node those of ``before`` that may run at the same time, as long as their
             effects come first: earlier evaluations of the same BatchNorm module.
+        writes: for each node what it writes, in the names of ``memory`` and of this module.
         flags: ``inplace`` flags that were looked at, by path and name, with their values.
     """
 
@@ -70,6 +71,7 @@ class Order:
         self.memory = _Memory(owner, graph)
         self.before: dict[fx.Node, set[fx.Node]] = {}
         self.beside: dict[fx.Node, set[fx.Node]] = {}
+        self.writes: dict[fx.Node, set[Hashable]] = {}
         self.flags: dict[tuple[str, str], Any] = {}
         self._states: set[fx.Node] = set()
         readers: dict[Hashable, list[fx.Node]] = {}
@@ -78,7 +80,8 @@ class Order:
             inputs = node.all_input_nodes
             before = self.before[node] = set(inputs)
             beside = self.beside[node] = set()
-            reads, writes = self.uses(node)
+            reads, writes = self._uses(node, inputs)
+            self.writes[node] = writes
             for thing in reads | writes:
                 if thing in writers and self._same_site(node, writers[thing]):
                     beside.add(writers[thing])
@@ -103,9 +106,8 @@ class Order:
             modules.append(below(self._owner, site.path))
         return modules[0] is modules[1]
 
-    def uses(self, node: fx.Node) -> tuple[set[Hashable], set[Hashable]]:
+    def _uses(self, node: fx.Node, inputs: list[fx.Node]) -> tuple[set[Hashable], set[Hashable]]:
         """What a node reads and writes, beyond the values that it is given and makes."""
-        inputs = node.all_input_nodes
         if node.op in ("placeholder", "get_attr"):
             # They name a tensor; what reads it are their users. A call may put another one there.
             if node.op == "placeholder" or not self._is_state(node):

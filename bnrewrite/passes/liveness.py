@@ -16,7 +16,7 @@ def without_backward(graph: fx.Graph, order: Order) -> set[fx.Node]:
     # Memory, by its names in ``order``, that a live node reads.
     read: set[object] = set()
     for node in reversed(graph.nodes):
-        writes = set() if node.target in SITES else order.uses(node)[1]
+        writes = frozenset() if node.target in SITES else order.writes[node]
         if (
             node.op == "output"
             or not read.isdisjoint(writes)
