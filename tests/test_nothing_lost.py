@@ -1,6 +1,7 @@
 """After ``convert`` everything that worked on the model still works, and still means the same."""
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable, Sequence
@@ -230,6 +231,60 @@ class Sized(nn.Module):
         if "gain" in self.wanted:
             x = x * self.options["gain"]
         return x.cumsum(self.options["axes"][0])
+
+
+@dataclasses.dataclass
+class Options:
+    """Held by a module that reads it."""
+
+    gain: float = 2.0
+    steps: int = 0
+
+    @property
+    def shift(self) -> float:
+        """A value computed of another."""
+        return self.gain / 4
+
+
+class Configured(nn.Module):
+    """Reads an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.options = Options()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) + self.options.shift
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["own graph", "inlined"])
+def test_changing_an_object_that_a_forward_reads_takes_effect(twice: bool) -> None:
+    torch.manual_seed(0)
+    plain = Branches([Configured(), Configured()] if twice else [Configured()]).double()
+    converted: Any = copy.deepcopy(bnrewrite.convert(copy.deepcopy(plain)))
+    owner = converted if twice else converted.branches[0]
+    captured = owner._bnrewrite_owner.train
+    assert "__getattribute__" not in vars(Options)
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    for block in converted.branches:
+        # Nobody reads it.
+        block.options.steps = 1
+    assert captured.holds(owner)
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
+    changes: list[Callable[[Any], None]] = [
+        lambda block: setattr(block.options, "gain", 8.0),
+        lambda block: setattr(block, "options", Options(3.0)),
+    ]
+    for change in changes:
+        for model in (plain, converted):
+            for block in model.branches:
+                change(block)
+        assert not captured.holds(owner)
+        torch.testing.assert_close(converted(x), plain(x), rtol=1e-10, atol=1e-12)
+    for block in converted.branches:
+        block.options = Options()
+    assert captured.holds(owner)
 
 
 VALUES: dict[str, Callable[[Any], None]] = {

@@ -27,6 +27,7 @@ class Assumptions:
         constants: plain attributes that were read, with their values: numbers, names, functions,
             and tuples, lists, sets and dicts of them.
         objects: other attributes that were read; the same object stands for the same behaviour.
+        held: plain attributes of these that were read, by path, name and attribute.
         absent: parameters, buffers and children that were read and are None.
         present: those that were read and are not None, by path.
         missing: names that were asked for and nothing had.
@@ -41,6 +42,7 @@ class Assumptions:
 
     constants: dict[Place, Any] = dataclasses.field(default_factory=dict)
     objects: dict[Place, Any] = dataclasses.field(default_factory=dict)
+    held: dict[tuple[str, str, str], Any] = dataclasses.field(default_factory=dict)
     absent: set[Place] = dataclasses.field(default_factory=set)
     present: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     missing: set[Place] = dataclasses.field(default_factory=set)
@@ -77,6 +79,11 @@ class Assumptions:
         elif not hasattr(nn.Module, name):
             self.inherited[path, name] = getattr(original_class(module), name, None)
 
+    def note_held(self, place: Place, attribute: str, value: Any) -> None:
+        """Notes that the traced code read an attribute of the object at ``place``."""
+        if _is_constant(value):
+            self.held.setdefault((*place, attribute), _copied(value))
+
     def note_member(self, path: str, module: nn.Module, name: str) -> None:
         """Notes that the traced code asked for a parameter, buffer or child, which may be None."""
         for table in _TABLES:
@@ -91,6 +98,8 @@ class Assumptions:
         for name in ("constants", "objects", "inherited"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({(joined(path, at), what): value for (at, what), value in theirs.items()})
+        for (at, what, attribute), value in other.held.items():
+            self.held[joined(path, at), what, attribute] = value
         for name in ("absent", "missing"):
             getattr(self, name).update(
                 (joined(path, at), what) for at, what in getattr(other, name)
@@ -122,6 +131,10 @@ class Assumptions:
         for (path, name), before in self.constants.items():
             values = below(owner, path).__dict__
             if name not in values or not _same(values[name], before):
+                return False
+        for (path, name, attribute), before in self.held.items():
+            values = below(owner, path).__dict__
+            if name not in values or not _same(getattr(values[name], attribute), before):
                 return False
         for path, name in self.absent:
             if getattr(below(owner, path), name) is not None:

@@ -19,6 +19,7 @@ import torch.fx._symbolic_trace as fx_trace
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnrewrite.capture.assumptions import Place
 from bnrewrite.capture.proxy import Proxy
 from bnrewrite.sites.floor import Tracing
 
@@ -121,10 +122,28 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
     Parameters and buffers become proxies, and ``isinstance`` asks the tracer about proxies.
     """
     paths = {id(module): path for module, path in modules.items()}
+    places: dict[int, Place] = {}
     with contextlib.ExitStack() as stack:
+
+        def watch(value: Any, place: Place) -> None:
+            cls = type(value)
+            if id(value) in places or not _is_watchable(cls):
+                return
+            places[id(value)] = place
+            own = vars(cls).get("__getattribute__")
+            if own is not None and own.__name__ == _read_of_held.__name__:
+                return
+            reads = _read_of_held(cls.__getattribute__, places, tracer)
+            with contextlib.suppress(TypeError, AttributeError):
+                cls.__getattribute__ = reads
+                if own is None:
+                    stack.callback(delattr, cls, "__getattribute__")
+                else:
+                    stack.callback(setattr, cls, "__getattribute__", own)
+
         # All are made before the first is set: a class must not find that of its base.
         noted: dict[Any, Any] = {
-            cls: _noted(cls.__getattribute__, cls.__getattr__, paths, tracer)
+            cls: _noted(cls.__getattribute__, cls.__getattr__, paths, tracer, watch)
             for cls in dict.fromkeys(map(type, modules))
         }
         for cls, reads in noted.items():
@@ -144,6 +163,7 @@ def _noted(
     look_up: Callable[[Any, str], Any],
     paths: dict[int, str],
     tracer: Any,
+    watch: Callable[[Any, Place], None],
 ) -> Any:
     """Reads an attribute; ``look_up`` does where ``read`` finds nothing."""
     assumptions = tracer.assumptions
@@ -166,9 +186,35 @@ def _noted(
             return tracer.getattr(name, value, tracer.parameter_proxies)
         if path is not None:
             assumptions.note(path, module, name, value)
+            if (path, name) in assumptions.objects:
+                watch(value, (path, name))
         return value
 
     return getattribute
+
+
+def _is_watchable(cls: type) -> bool:
+    """Whether objects of ``cls``, a configuration for one, may tell what is read of them."""
+    heap_type = 1 << 9
+    return bool(
+        cls.__flags__ & heap_type
+        and cls.__dictoffset__
+        and not issubclass(cls, (type, nn.Module, torch.Tensor))
+        and not cls.__module__.startswith("torch.")
+    )
+
+
+def _read_of_held(read: Any, places: dict[int, Place], tracer: Any) -> Any:
+    """Reads an attribute of an object that a module holds."""
+
+    def _read_of_held(held: Any, attribute: str) -> Any:
+        value = read(held, attribute)
+        place = places.get(id(held)) if tracer.recording else None
+        if place is not None and attribute in read(held, "__dict__"):
+            tracer.assumptions.note_held(place, attribute, value)
+        return value
+
+    return _read_of_held
 
 
 @contextlib.contextmanager
