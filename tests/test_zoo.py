@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity import seed
+from tests.parity import seed, tensors
 from tests.ranks import RankPool
 from tests.zoo.export import mild_statistics
 from tests.zoo.numbers import (
@@ -22,6 +22,7 @@ from tests.zoo.numbers import (
 from tests.zoo.spec import MissingPackage, Spec
 from tests.zoo.suites import specs_of
 from tests.zoo.sweep import sweep
+from tests.zoo.transformers_models import _ENTRIES
 
 COUNTED = {
     "torchvision": (
@@ -143,3 +144,16 @@ def test_a_detector_chooses_positions_by_the_image_and_not_by_rounding(name: str
     best = scores_NS.sort(-1, descending=True).values[:, : model.config.num_queries + 1]
     # Rounding changes a score by about 1e-5.
     assert -best.diff().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [entry.name for entry in _ENTRIES if entry.gain])
+def test_the_output_of_an_amplified_model_depends_on_the_image(name: str) -> None:
+    amplified = dataclasses.replace(spec("transformers", name), device="cpu")
+    seed(0)
+    model = mild_statistics(amplified.build()).eval()
+    args, kwargs = amplified.call(model)
+    with torch.no_grad():
+        out = tensors(model(*args, **kwargs))[0]
+    assert (out[0] - out[1]).abs().max() > 1e-3 * out.abs().max()
