@@ -433,6 +433,29 @@ def test_checkpoints_of_plain_and_converted_models_are_exchangeable() -> None:
     Net().double().load_state_dict(converted.state_dict())
 
 
+def test_evaluation_under_vmap() -> None:
+    plain, converted = pair()
+    x = torch.stack([batch(2), batch(2)])
+    evaluate = [torch.func.vmap(model.eval()) for model in (plain, converted)]
+    torch.testing.assert_close(evaluate[1](x), evaluate[0](x))
+
+
+def test_gradients_of_single_samples() -> None:
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.eval()
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+
+        def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+            out = torch.func.functional_call(model, parameters, (image[None],))
+            return out.square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+
+    images = batch(3)
+    plain, converted = map(gradients, pair())
+    torch.testing.assert_close(converted, plain)
+
+
 def test_lazy_batch_norm_converts_at_its_first_call() -> None:
     def make() -> Any:
         torch.manual_seed(0)

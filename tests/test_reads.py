@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import itertools
+import os
 import pickle
 import random
 import types
@@ -37,6 +38,14 @@ COUNTS: list[int] = []
 def double(x: Tensor) -> Tensor:
     """A function of this file."""
     return 2 * x
+
+
+def scaled(x: Tensor, positional: list[float], *, keyword: float = 2.0) -> Tensor:
+    """A function whose defaults may change."""
+    return x * positional[0] * keyword
+
+
+scaled.__defaults__ = ([2.0],)
 
 
 class Kind(enum.Enum):
@@ -226,6 +235,18 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Any], Change]] = {
     "function of a file": (
         lambda _, x: double(x),
         lambda _, patch: patch.setattr(f"{HERE}.double", torch.neg),
+    ),
+    "default of a function": (
+        lambda _, x: scaled(x),  # pyright: ignore[reportCallIssue]
+        lambda _, patch: patch.setattr(scaled, "__defaults__", ([3.0],)),
+    ),
+    "default of a keyword": (
+        lambda _, x: scaled(x, [2.0]),
+        lambda _, patch: patch.setitem(scaled.__kwdefaults__ or {}, "keyword", 3.0),
+    ),
+    "variable of the environment": (
+        lambda _, x: x * float(os.environ.get("TEST_READS", "2")),
+        lambda _, patch: patch.setenv("TEST_READS", "3"),
     ),
     "namespace of a file": (
         lambda _, x: x * NAMESPACE.scale,

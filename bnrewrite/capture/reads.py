@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import operator
+import os
 import random
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
@@ -51,6 +52,9 @@ ASKED: dict[str, Callable[[], Any]] = {
     "get_default_dtype": torch.get_default_dtype,
     "get_default_device": torch.get_default_device,
     "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+    "get_num_threads": torch.get_num_threads,
+    "environ": lambda: dict(os.environ),
+    "getenv": lambda: dict(os.environ),
     "is_compiling": torch.compiler.is_compiling,
     "is_exporting": torch.compiler.is_exporting,
     "is_tracing": torch.jit.is_tracing,
@@ -59,7 +63,7 @@ ASKED: dict[str, Callable[[], Any]] = {
     "get_rank": lambda: dist.get_rank() if dist.is_initialized() else None,
     "get_world_size": lambda: dist.get_world_size() if dist.is_initialized() else None,
 }
-"""What code may ask torch for, by the names of the functions."""
+"""What code may ask torch or the system for, by the names of the functions."""
 
 _TRACING = frozenset(("is_fx_tracing", "is_fx_symbolic_tracing"))
 """Those with another answer in a trace than in a call."""
@@ -74,7 +78,7 @@ class Outside:
 
     Attributes:
         values: by the holder and the name there, what was found. Holders are dictionaries of
-            globals, classes and cells.
+            globals and of defaults, classes, functions and cells.
         answers: of torch, by the name of the question.
     """
 
@@ -104,6 +108,8 @@ def _read(holder: Any, name: str) -> Any:
         return holder.get(name, MISSING)
     if isinstance(holder, type):
         return vars(holder).get(name, MISSING)
+    if isinstance(holder, FunctionType):
+        return holder.__defaults__
     try:
         return holder.cell_contents
     except ValueError:
@@ -115,6 +121,8 @@ def _write(holder: Any, name: str, value: Any) -> None:
         holder[name] = value
     elif isinstance(holder, type):
         setattr(holder, name, value)
+    elif isinstance(holder, FunctionType):
+        holder.__defaults__ = value
     else:
         holder.cell_contents = value
 
@@ -238,9 +246,10 @@ class Reads:
             self._name(function.__globals__, name, names)
         for cell in function.__closure__ or ():
             self._name(cell, "", names)
-        for default in (function.__defaults__ or (), (function.__kwdefaults__ or {}).values()):
-            for value in default:
-                self.see(value)
+        for name in function.__kwdefaults__ or {}:
+            self._name(function.__kwdefaults__, name, names)
+        if function.__defaults__:
+            self._name(function, "", names)
 
     def _name(self, holder: Any, name: str, names: frozenset[str]) -> None:
         """Notes one value that code names, and what it may read of that by ``names``."""
@@ -257,6 +266,7 @@ class Reads:
         elif isinstance(value, type):
             for one in names:
                 self.see_in_class(value, one)
+                self.see_in_class(type(value), one)
         else:
             if isinstance(value, FunctionType):
                 for one in names & vars(value).keys():

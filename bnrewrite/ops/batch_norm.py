@@ -12,7 +12,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.checkpointing import communicate_once
-from bnrewrite.ops.library import LIBRARY
+from bnrewrite.ops.library import LIBRARY, define_composite
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import normalize_sites
 from bnrewrite.ops.sites import Site, dense, memory_format
@@ -128,6 +128,6 @@ def _check_statistics(site: Site, group: str) -> None:
         )
 
 
-LIBRARY.impl("batch_norm", batch_norm, "CompositeImplicitAutograd")
+define_composite("batch_norm", batch_norm)
 
 BATCH_NORM = torch.ops.bnrewrite.batch_norm.default

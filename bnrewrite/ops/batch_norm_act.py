@@ -10,7 +10,7 @@ from torch import Tensor
 from bnrewrite import activations
 from bnrewrite.ops.batch_norm import batch_norm, evaluate_site
 from bnrewrite.ops.epilogue import compose, joins_phases
-from bnrewrite.ops.library import LIBRARY
+from bnrewrite.ops.library import LIBRARY, define_composite
 from bnrewrite.ops.sites import Site
 
 LIBRARY.define(
@@ -63,6 +63,6 @@ def _batch_norm_act(
     return evaluate_site(site, group)
 
 
-LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeImplicitAutograd")
+define_composite("batch_norm_act", _batch_norm_act)
 
 BATCH_NORM_ACT = torch.ops.bnrewrite.batch_norm_act.default

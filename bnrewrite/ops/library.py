@@ -8,6 +8,13 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("bnrewrite", "DEF")
 
+
+def define_composite(name: str, function: Callable[..., Any]) -> None:
+    """Registers an op that is made of others, of which ``torch.func.vmap`` sees these, too."""
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    LIBRARY.impl(name, function, "FuncTorchBatched")
+
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context in which ops run without their autograd kernels, as inside ``autograd.Function``."""
 

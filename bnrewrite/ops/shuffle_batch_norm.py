@@ -21,7 +21,7 @@ from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.ops.library import LIBRARY, below_autograd
+from bnrewrite.ops.library import LIBRARY, below_autograd, define_composite
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
@@ -154,7 +154,7 @@ def _shuffle_batch_norm(
     )
 
 
-LIBRARY.impl("shuffle_batch_norm", _shuffle_batch_norm, "CompositeImplicitAutograd")
+define_composite("shuffle_batch_norm", _shuffle_batch_norm)
 
 SHUFFLE_BATCH_NORM = torch.ops.bnrewrite.shuffle_batch_norm.default
 
