@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bnrewrite import reference
+from bnrewrite import permutations
 
 Peers = Callable[[int, int], list[int]]
 
@@ -32,7 +32,7 @@ def random_peers(world_size: int) -> Peers:
     def peers(layer: int, trial: int) -> list[int]:
         step = torch.tensor(trial)
         return [
-            int(reference.shuffle_peers(step, layer, 0, rank, world_size)[0])
+            int(permutations.shuffle_peers(step, layer, 0, rank, world_size)[0])
             for rank in range(world_size)
         ]
 

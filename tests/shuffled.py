@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnrewrite
-from bnrewrite import reference
+from bnrewrite import permutations, reference
 
 Peers = Callable[[str, int], list[int]]
 """For the name of a site and a step: the peer of every rank."""
@@ -26,7 +26,7 @@ def random_peers(world_size: int, seed: int = 0) -> Peers:
         key = zlib.crc32(site.encode())
         counter = torch.tensor(step)
         return [
-            int(reference.shuffle_peers(counter, key, seed, rank, world_size)[0])
+            int(permutations.shuffle_peers(counter, key, seed, rank, world_size)[0])
             for rank in range(world_size)
         ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bnrewrite
-from bnrewrite import Shuffle, reference
+from bnrewrite import Shuffle, permutations, reference
 from tests.ranks import RankPool
 from tests.shuffled import (
     Peers,
@@ -150,7 +150,7 @@ def test_gradient_penalty(ranks: RankPool, mode: Shuffle) -> None:
 def test_random_peers_are_one_cycle_without_fixed_points(world_size: int) -> None:
     for step in range(20):
         pairs = [
-            reference.shuffle_peers(torch.tensor(step), 7, 1, rank, world_size).tolist()
+            permutations.shuffle_peers(torch.tensor(step), 7, 1, rank, world_size).tolist()
             for rank in range(world_size)
         ]
         seen, rank = [], 0
@@ -169,7 +169,7 @@ def test_random_peers_are_evenly_distributed_over_steps_sites_and_seeds() -> Non
         counts = torch.zeros(8, dtype=torch.int64)
         for index in range(num):
             step, site, seed = (index if vary == which else 3 for which in range(3))
-            counts[reference.shuffle_peers(torch.tensor(step), site, seed, 2, 8)[0]] += 1
+            counts[permutations.shuffle_peers(torch.tensor(step), site, seed, 2, 8)[0]] += 1
         assert counts[2] == 0
         # 300 expected, standard deviation 16: five of them.
         assert (counts[[0, 1, 3, 4, 5, 6, 7]] - num // 7).abs().max() < 80

@@ -214,3 +214,21 @@ class RefuseEffects(TorchDispatchMode):
         if self._tracer.recording:
             self._tracer.refuse(f"computes {func} on tensors of its own")
         return func(*args, **(kwargs or {}))
+
+
+CONTEXT = (
+    "no_grad or enable_grad", "inference_mode", "autocast", "autocast",
+    "a checkpoint or saved-tensor hooks",
+)  # fmt: skip
+"""What surrounds an operation and is lost in a graph."""
+
+
+def context() -> tuple[bool, ...]:
+    """What surrounds an operation now, in the order of its names."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
+    )

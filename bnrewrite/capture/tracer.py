@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.capture.patches import (
+    CONTEXT,
     RefuseEffects,
+    context,
     keeping_random_state,
     noting_reads,
     patched,
@@ -105,7 +107,7 @@ class OwnerTracer(fx.Tracer):
             Refused: the forward cannot be traced, or its graph would not do the same.
         """
         forward = type(root).forward
-        self._context = _context()
+        self._context = context()
         paths = {module: name for name, module in root.named_modules()}
         self.paths = paths
         before, Tracing.tracer = Tracing.tracer, self
@@ -203,11 +205,11 @@ class OwnerTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Refuses operations in a context that a graph does not keep."""
-        now = _context()
+        now = context()
         if now != self._context:
             changed = [
                 what
-                for what, one, two in zip(_CONTEXT, now, self._context, strict=True)
+                for what, one, two in zip(CONTEXT, now, self._context, strict=True)
                 if one != two
             ]
             self.refuse(f"enters {changed[0]}")
@@ -333,21 +335,3 @@ def arguments_of(forward: Callable, form: Form) -> list[str]:
             and parameter.default is parameter.empty
         )
     ]
-
-
-_CONTEXT = (
-    "no_grad or enable_grad", "inference_mode", "autocast", "autocast",
-    "a checkpoint or saved-tensor hooks",
-)  # fmt: skip
-"""What surrounds an operation and is lost in a graph."""
-
-
-def _context() -> tuple[bool, ...]:
-    """What surrounds an operation now, in the order of its names."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
-    )

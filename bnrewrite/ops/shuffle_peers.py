@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bnrewrite import reference
+from bnrewrite import permutations
 from bnrewrite.ops.library import define_phase
 
 
@@ -12,9 +12,9 @@ def _fake(step: Tensor, *_: object) -> Tensor:
 
 SHUFFLE_PEERS = define_phase(
     "shuffle_peers(Tensor step, SymInt site, int seed, int rank, int world_size) -> Tensor",
-    cpu=reference.shuffle_peers,
-    cuda=reference.shuffle_peers,
+    cpu=permutations.shuffle_peers,
+    cuda=permutations.shuffle_peers,
     fake=_fake,
-    definition=reference.shuffle_peers,
+    definition=permutations.shuffle_peers,
 )
-"""See :func:`bnrewrite.reference.shuffle_peers`."""
+"""See :func:`bnrewrite.permutations.shuffle_peers`."""
