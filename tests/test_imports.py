@@ -26,9 +26,12 @@ LAYERS = (
     ("kernels", "collectives"),
     ("watch",),
     ("agreement", "naming"),
-    ("activations", "groups", "reference", "modes", "settings", "commandline", "differences"),
+    (
+        "activations", "groups", "reference", "permutations", "modes", "settings", "commandline",
+        "differences",
+    ),
     ("errors",),
-)
+)  # fmt: skip
 """From top to bottom: a part imports from its own layer and from those below it."""
 
 MAX_LINES = 350
