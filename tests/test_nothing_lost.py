@@ -258,6 +258,33 @@ class Configured(nn.Module):
         return self.bn(x) + self.options.shift
 
 
+class Table:
+    """Compares element by element, and so has no truth."""
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("the truth of a table is ambiguous")
+
+
+class WithTable(nn.Module):
+    """Asks for an object that cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.table: Table | None = Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) if self.table is None else self.bn(x) * 2
+
+
+def test_a_copy_of_what_cannot_be_compared_runs() -> None:
+    model = bnrewrite.convert(WithTable())
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
 @pytest.mark.parametrize("twice", [False, True], ids=["own graph", "inlined"])
 def test_changing_an_object_that_a_forward_reads_takes_effect(twice: bool) -> None:
     torch.manual_seed(0)

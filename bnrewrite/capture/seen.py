@@ -188,8 +188,18 @@ def same_keys(keys: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
 
 
 def same(value: Any, before: Any) -> bool:
-    """Whether ``value`` is, or equals and has the same type as, what was there before."""
-    return value is before or (type(value) is type(before) and bool(value == before))
+    """Whether ``value`` is, or equals and has the same type as, what was there before.
+
+    What refuses to be compared, as tables do that compare element by element, is another one.
+    """
+    if value is before:
+        return True
+    if type(value) is not type(before):
+        return False
+    try:
+        return bool(value == before)
+    except Exception:
+        return False
 
 
 def described(tensor: Tensor) -> tuple[Any, ...]:
