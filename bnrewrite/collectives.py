@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.groups import NO_GROUP, find_group, place_in
-from bnrewrite.watch import can_watch, finish, is_watched, launch, peer_error
+from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
 
 def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
@@ -56,7 +56,7 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         group: a name from :func:`active_group`, not ``NO_GROUP``.
         site: as :func:`all_reduce_sum` takes it.
     """
-    if not torch.compiler.is_compiling() and can_watch(packed):
+    if not torch.compiler.is_compiling() and runs_unseen(packed):
         reduced = packed.clone()
         return launch(
             "all-reduce", reduced, find_group(group), site, lambda to: to.allreduce([reduced])
@@ -119,7 +119,7 @@ def send_around(
     num_sent, num_received = [0] * size, [0] * size
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
-    if not torch.compiler.is_compiling() and can_watch(values):
+    if not torch.compiler.is_compiling() and runs_unseen(values):
         received = torch.empty_like(values)
         begin = lambda to: to.alltoall_base(received, values, num_received, num_sent)  # noqa: E731
         return finish(launch("exchange", received, find_group(group), site, begin))
@@ -145,7 +145,7 @@ def all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...
 
     Not differentiable; see :func:`receive_from`.
     """
-    if not torch.compiler.is_compiling() and can_watch(values):
+    if not torch.compiler.is_compiling() and runs_unseen(values):
         table = values.new_empty(world_size * values.numel())
         begin = lambda to: to._allgather_base(table, values)  # noqa: E731
         finish(launch("all-gather", table, find_group(group), site, begin))
