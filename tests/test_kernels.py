@@ -15,15 +15,15 @@ from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.kernels.triton.plan import plan
 from bnrewrite.ops import batch_norm_act as batch_norm_act_module
 from bnrewrite.ops import sites
-from bnrewrite.ops.library import LIBRARY
+from bnrewrite.ops.library import CPU_KERNELS, LIBRARY
 from tests import interpreter as harness
 from tests.interpreter import Interpreter, kernels_on_cpu_tensors
+from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
 
 # Without types: cases pass arguments on in groups.
 gpu: Any = gpu_kernels
 reference: Any = definition
 batch_norm_act: Any = batch_norm_act_module
-EPS = 1e-3
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAYOUTS = ["contiguous", "channels-last"]
 SHAPES = [
@@ -51,72 +51,11 @@ PHASES = (
 run = pytest.fixture(scope="module", name="run")(harness.fixture)
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """``x`` (N, C, *) in another order in memory."""
-    if layout == "contiguous":
-        return x.contiguous()
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _case(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, offset: float = 1.0
-) -> dict[str, Tensor]:
-    """Consistent arguments of all kernels, statistics from the reference."""
-    device = harness.device()
-    acc = reference.accumulate_dtype(dtype)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=torch.float64).to(device)
-
-    x, grad, residual = (
-        _laid_out(values.to(dtype), layout)
-        for values in (draw(*shape) * 2 + offset, draw(*shape), draw(*shape))
-    )
-    totals = reference.moments(x)
-    stats = reference.statistics(totals, EPS, acc)
-    C = shape[1]
-    return {
-        "x": x,
-        "grad": grad,
-        "residual": residual,
-        "totals": totals,
-        "stats": stats,
-        "weight": draw(C).to(acc),
-        "bias": draw(C).to(acc),
-        "sums": reference.normalize_backward_reduce(grad, x, stats),
-    }
-
-
-def _close(result: Tensor, exact: Tensor, what: str, *, terms: float = 1.0) -> None:
-    """``result`` is ``exact`` (float64) to its own rounding and that of accumulation.
-
-    Each is allowed a few units in the last place of the largest value; ``terms`` is how many times
-    larger the terms are than what they add up to.
-    """
-    acc = reference.accumulate_dtype(result.dtype)
-    scale = max(exact.abs().max().item(), 1.0) if exact.numel() else 1.0
-    unit = torch.finfo(result.dtype).eps if result.dtype.is_floating_point else 0.0
-    allowed = scale * (unit + 16 * terms * torch.finfo(acc).eps)
-    error = (result.double() - exact).abs().max().item() if exact.numel() else 0.0
-    assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
-    assert result.shape == exact.shape, what
-
-
 def _check_moments(shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: float) -> None:
-    x = _case(shape, layout, dtype, offset=offset)["x"]
+    x = case(shape, layout, dtype, harness.device(), offset=offset)["x"]
     with kernels_on_cpu_tensors():
         packed = gpu.moments(x)
-    count, mean, var = reference.finalize(packed)
-    values = x.double().movedim(1, 0).flatten(1)
-    assert packed.dtype == torch.float64
-    assert count.item() == values.size(1)
-    unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
-    std = values.std(1, correction=0).clamp_min(1e-3)
-    # What packing costs in float64.
-    packing = 4 * torch.finfo(torch.float64).eps * ((values.mean(1) / std) ** 2 + 1)
-    assert ((mean - values.mean(1)).abs() <= std * (8 * unit + packing)).all()
-    error = (var - values.var(1, correction=0)).abs() / std**2
-    assert (error <= 16 * unit + packing).all(), error.max()
+    check_moments(packed, x)
 
 
 class TestMoments:
@@ -153,7 +92,7 @@ def _check_drift(layout: str) -> None:
     """The mean jumps by a thousand deviations after the first of many tiles."""
     x = torch.randn(1, 2, 90, 90, device=harness.device())
     x[:, :, 12:] += 1000
-    x = _laid_out(x, layout)
+    x = laid_out(x, layout)
     with kernels_on_cpu_tensors():
         _, mean, var = reference.finalize(gpu.moments(x))
     values = x.double().movedim(1, 0).flatten(1)
@@ -162,7 +101,7 @@ def _check_drift(layout: str) -> None:
 
 
 def _check_bad_value(value: float, layout: str) -> None:
-    t = _case((3, 4, 13, 11), layout, torch.float32)
+    t = case((3, 4, 13, 11), layout, torch.float32, harness.device())
     x = t["x"]
     with kernels_on_cpu_tensors():
         clean, _ = gpu.normalize(x, gpu.moments(x), None, None, EPS, *[None] * 4)
@@ -177,7 +116,7 @@ def _check_bad_value(value: float, layout: str) -> None:
 def _check_forward(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    t = _case(shape, layout, dtype)
+    t = case(shape, layout, dtype, harness.device())
     residual = t["residual"] if options.get("residual") else None
     weight, bias = (t[name] if name in options["affine"] else None for name in ("weight", "bias"))
     activation = options.get("activation", "identity")
@@ -191,12 +130,12 @@ def _check_forward(
     assert y.dtype == dtype
     assert y.stride() == t["x"].stride()
     assert stats.dtype == t["stats"].dtype
-    _close(y, exact, "y")
-    _close(stats, exact_stats, "stats")
+    check_close(y, exact, "y")
+    check_close(stats, exact_stats, "stats")
 
 
 def _check_running(shape: tuple[int, ...], dtype: torch.dtype, momentum: float | None) -> None:
-    t = _case(shape, "contiguous", torch.float32)
+    t = case(shape, "contiguous", torch.float32, harness.device())
     C = shape[1]
     device = harness.device()
     running: list[Tensor] = [
@@ -232,7 +171,7 @@ def _check_nobody_holds_a_value(momentum: float | None) -> None:
         changes = packed is totals
         assert tracked.item() == (count if changes else 0)
         assert (not torch.equal(running[0], torch.zeros_like(running[0]))) == changes
-        _close(stats, reference.statistics(packed, EPS, torch.float64), "stats")
+        check_close(stats, reference.statistics(packed, EPS, torch.float64), "stats")
 
 
 class TestNormalize:
@@ -277,7 +216,9 @@ def _check_two(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """Against the reference for y, and against two normalisations for all that moves."""
-    first, second = (_case(shape, layout, dtype, offset=offset) for offset in (1.0, -2.0))
+    first, second = (
+        case(shape, layout, dtype, harness.device(), offset=offset) for offset in (1.0, -2.0)
+    )
     acc = reference.accumulate_dtype(dtype)
     affine = ("weight", "bias")
     ones, running = [], []
@@ -302,7 +243,7 @@ def _check_two(
     assert y.dtype == dtype
     assert stats.dtype == other_stats.dtype == acc
     assert y.stride() == second["x"].stride()
-    _close(y, exact, "y", terms=4.0)
+    check_close(y, exact, "y", terms=4.0)
     for mine, its in zip(running, copies, strict=True):
         for a, b in zip(mine, its, strict=True):
             assert torch.equal(a, b)
@@ -366,7 +307,7 @@ class TestNormalizeTwo:
 def _check_two_layouts() -> None:
     x, other = (torch.randn(2, 3, 4, 8, device=harness.device()) for _ in range(2))
     totals, other_totals = reference.moments(x), reference.moments(other)
-    mixed = _laid_out(other, "channels-last")
+    mixed = laid_out(other, "channels-last")
     nothing = [None] * 4
     with kernels_on_cpu_tensors():
         ys = [
@@ -382,7 +323,7 @@ def _check_two_layouts() -> None:
 def _check_backward(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    t = _case(shape, layout, dtype)
+    t = case(shape, layout, dtype, harness.device())
     activation = options.get("activation", "identity")
     affine = [t[name] if name in options["affine"] else None for name in ("weight", "bias")]
     act = (activation, SLOPE)
@@ -418,14 +359,14 @@ def _check_backward(
     assert nothing.numel() == 0
     assert inner.dtype == dx.dtype == dtype
     assert inner.stride() == dx.stride() == t["x"].stride()
-    _close(inner, exact_inner, "gradient of the residual")
+    check_close(inner, exact_inner, "gradient of the residual")
     # A sum of M terms of order one, each rounded to float32 before it is added.
     terms = (t["x"].numel() / shape[1]) ** 0.5
     unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
     assert (sums - exact).abs().max().item() <= 16 * terms * unit
     # rstd is up to 1 / sqrt(eps) where the values of a channel are nearly equal.
     terms = t["stats"][1].max().item() * 4 + 1
-    _close(dx, exact_dx, "dx", terms=terms)
+    check_close(dx, exact_dx, "dx", terms=terms)
     # inner is rounded to its dtype before it is scaled.
     unit = torch.finfo(dtype).eps
     difference = (dx_of_inner.double() - exact_dx).abs().max().item()
@@ -467,7 +408,7 @@ def _check_strides() -> None:
     device = harness.device()
     memory = torch.randn(2 * 3 * 4 * 8 + 1, device=device)
     x = memory[1:].view(2, 3, 4, 8)
-    grad = _laid_out(torch.randn(2, 3, 4, 8, device=device), "channels-last")
+    grad = laid_out(torch.randn(2, 3, 4, 8, device=device), "channels-last")
     with kernels_on_cpu_tensors():
         totals = gpu.moments(x)
         stats = reference.statistics(totals, EPS, torch.float32)
@@ -486,6 +427,7 @@ def _check_ops(activation: str, with_residual: bool) -> None:
     if device.type == "cpu":
         for name in PHASES:
             LIBRARY.impl(name, getattr(gpu, name), "CPU", allow_override=True)
+            CPU_KERNELS[id(getattr(torch.ops.bnrewrite, name).default)] = getattr(gpu, name)
     args = [
         torch.randn(size, dtype=torch.float64, device=device).requires_grad_()
         for size in ((3, 2, 5), 2, 2, (3, 2, 5))

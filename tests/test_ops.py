@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
-from bnrewrite.kernels import cpu, cpu_local
+from bnrewrite.kernels import aten, cpu_local
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_local import BATCH_NORM_LOCAL, BATCH_NORM_LOCAL_BACKWARD
@@ -373,7 +373,7 @@ class TestNumbers:
     @pytest.mark.parametrize("shape", LONG, ids=str)
     def test_long_shapes_are_long(self, shape: tuple[int, ...]) -> None:
         x = torch.empty(shape)
-        assert cpu.has_long_rows(x, least=cpu_local.LEAST)
+        assert aten.has_long_rows(x, least=cpu_local.LEAST)
 
     @pytest.mark.parametrize("shape", SHAPES + LONG, ids=str)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)

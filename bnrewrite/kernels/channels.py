@@ -60,8 +60,7 @@ def pack_rows(rows: Tensor, size: int) -> Tensor:
 def statistics_table(totals: Tensor, eps: float, acc: torch.dtype) -> Tensor:
     """Mean, rstd, biased and unbiased variance, (4, C) in ``acc``, of packed sums.
 
-    See :func:`bnrewrite.kernels.statistics.statistics_table`. Ranks with an empty batch come here
-    too: other arithmetic would give their running statistics other last bits.
+    See :func:`bnrewrite.kernels.statistics.statistics_table`.
     """
     packed = totals.numpy()
     C = (packed.size - 1) // 2

@@ -1,7 +1,7 @@
 """CPU kernels of a whole BatchNorm, for sites that share statistics with nobody.
 
-ATen's own kernels, once each way, but where the chunked phases of :mod:`bnrewrite.kernels.cpu`
-are faster: with long rows in float32 and float64, which ATen walks with scalar loops.
+ATen's own kernels, once each way, but where the phases of :mod:`bnrewrite.kernels.cpu` are faster:
+with long rows in float32 and float64, which ATen walks with scalar loops.
 
 Bytes per element of x, in units of its item size: forward reads x twice and writes y; backward
 reads g and x twice and writes dx.
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.kernels import cpu
+from bnrewrite.kernels import aten, cpu, native
 from bnrewrite.kernels.statistics import lerp, recomputes
 
 _aten = torch.ops.aten
 
 LEAST = 160_000
-"""Values that pay for the calls by which the phases differ from one call of ATen's kernel."""
+"""Values that pay for the calls by which ATen's phases differ from one call of its kernel."""
+
+LEAST_IN_C = 100_000
+"""The same for phases in C."""
 
 
 def batch_norm_local(
@@ -38,7 +41,7 @@ def batch_norm_local(
         return torch.empty_like(x), zero, torch.full_like(zero, eps).rsqrt_()
     if recomputes():
         running_mean = running_var = num_batches_tracked = None
-    if cpu.has_long_rows(x, least=LEAST) or skip_nonfinite:
+    if _goes_by_phases(x) or skip_nonfinite:
         running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
         y, stats = cpu.normalize(x, cpu.moments(x), weight, bias, eps, *running)
         # Results of an op share no memory.
@@ -48,7 +51,7 @@ def batch_norm_local(
     if running_mean is None or running_var is None:
         if weight is None and bias is None and acc != x.dtype:
             # Without any argument in it, ATen would round the statistics to the dtype of x.
-            weight = cpu.ones(x.size(1), acc)
+            weight = aten.ones(x.size(1), acc)
         return _aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     if running_mean.dtype == running_var.dtype == acc:
         return _aten.native_batch_norm(
@@ -60,6 +63,13 @@ def batch_norm_local(
     lerp(running_mean, batch[0], factor)
     lerp(running_var, batch[1], factor)
     return results
+
+
+def _goes_by_phases(x: Tensor) -> bool:
+    """Whether a forward by phases is faster; in C a backward is, too."""
+    if native.takes(x):
+        return aten.walks_rows(x) and x.numel() >= LEAST_IN_C
+    return aten.has_long_rows(x, least=LEAST)
 
 
 def _count(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
@@ -82,6 +92,13 @@ def batch_norm_local_backward(
     """See :func:`bnrewrite.reference.batch_norm_local_backward`."""
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+    if native.takes(x) and _goes_by_phases(x):
+        stats = torch.stack([mean, rstd])
+        sums = cpu.normalize_backward_reduce(grad, x, stats)
+        count = torch.tensor([x.numel() // x.size(1)], dtype=torch.float64)
+        dx = cpu.normalize_backward(grad, x, stats, count, weight, sums)
+        grad_bias, grad_weight = sums.chunk(2)
+        return dx, grad_weight.to(mean.dtype, copy=True), grad_bias.to(mean.dtype, copy=True)
     # eps is inside of rstd already.
     return _aten.native_batch_norm_backward(
         grad, x, _as(mean.dtype, weight), None, None, mean, rstd, True, 0.0, [True, True, True]

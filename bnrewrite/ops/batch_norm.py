@@ -12,7 +12,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.checkpointing import communicate_once
-from bnrewrite.ops.library import LIBRARY, define_composite
+from bnrewrite.ops.library import LIBRARY, define_composite, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import normalize_sites
 from bnrewrite.ops.sites import Site, dense, memory_format
@@ -112,7 +112,7 @@ def evaluate_site(site: Site, group: str) -> Tensor:
         (x,),
         (site.running_mean,),
         group,
-        lambda: all_reduce_sum(MOMENTS(x), group, site.per_channel),
+        lambda: all_reduce_sum(run(MOMENTS, x), group, site.per_channel),
     )
     return normalize_sites([site], [x], totals, group)[0]
 

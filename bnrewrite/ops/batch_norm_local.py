@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cpu_local
-from bnrewrite.ops.library import below_autograd, define_phase
+from bnrewrite.ops.library import below_autograd, define_phase, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
@@ -86,7 +86,7 @@ class _LocalBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, running, memory_format):
         with below_autograd():
-            y, mean, rstd = BATCH_NORM_LOCAL(x, weight, bias, eps, *running)
+            y, mean, rstd = run(BATCH_NORM_LOCAL, x, weight, bias, eps, *running)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
         ctx.memory_format = memory_format
@@ -109,7 +109,7 @@ def _gradients(ctx, grad, x, mean, rstd, weight):
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = None
     if needs_x:
-        grad_x, grad_weight, grad_bias = BATCH_NORM_LOCAL_BACKWARD(grad, x, mean, rstd, weight)
+        grad_x, grad_weight, grad_bias = run(BATCH_NORM_LOCAL_BACKWARD, grad, x, mean, rstd, weight)
     else:
         sums = NORMALIZE_BACKWARD_REDUCE(grad, x, torch.stack([mean, rstd]))
         grad_bias, grad_weight = sums.chunk(2)

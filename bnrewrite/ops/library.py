@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrewrite.watch import runs_unseen
+
 LIBRARY = torch.library.Library("bnrewrite", "DEF")
 
 
@@ -17,6 +19,28 @@ def define_composite(name: str, function: Callable[..., Any]) -> None:
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context in which ops run without their autograd kernels, as inside ``autograd.Function``."""
+
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+CPU_KERNELS: dict[int, Callable[..., Any]] = {}
+"""The CPU kernel of each phase, by the id of the op, whose own hash takes long."""
+
+
+def run(phase: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
+    """``phase(x, *args)``.
+
+    A dispatch takes as long as a kernel does for some ten thousand values. So below autograd, on
+    the CPU, where no mode or profiler looks at ops, the kernel is called itself.
+    """
+    kernel = CPU_KERNELS.get(id(phase))
+    if (
+        kernel is not None
+        and runs_unseen(x)
+        and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        and not torch._C._autograd._profiler_enabled()
+    ):
+        return kernel(x, *args)
+    return phase(x, *args)
 
 
 def define_phase(
@@ -50,6 +74,7 @@ def define_phase(
     torch.library.register_fake(f"bnrewrite::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.bnrewrite, name).default
     LIBRARY.impl(name, _autograd_kernel(op, definition), "Autograd")
+    CPU_KERNELS[id(op)] = cpu
     return op
 
 

@@ -22,7 +22,7 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.hand_over import HandOver, runs
-from bnrewrite.ops.library import below_autograd
+from bnrewrite.ops.library import below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
@@ -88,8 +88,8 @@ class _Gradient(NamedTuple):
     def of(self, sums: Tensor) -> Tensor:
         arguments = (self.grad, self.x, self.stats, self.totals, self.weight, sums)
         if self.act[0] == "identity":
-            return NORMALIZE_BACKWARD(*arguments)
-        return NORMALIZE_BACKWARD(*arguments, self.bias, self.kept, *self.act)
+            return run(NORMALIZE_BACKWARD, *arguments)
+        return run(NORMALIZE_BACKWARD, *arguments, self.bias, self.kept, *self.act)
 
 
 class _EndCollective(torch.autograd.Function):
@@ -147,9 +147,9 @@ class _BatchNorm(torch.autograd.Function):
                     # Nobody reads it, and it is normalised where its sum is.
                     y, stat = xs[i].new_empty(0), None
                 elif from_site in inside:
-                    y, stat, stats[from_site] = NORMALIZE_TWO(*ones[from_site], *one, *act)
+                    y, stat, stats[from_site] = run(NORMALIZE_TWO, *ones[from_site], *one, *act)
                 else:
-                    y, stat = NORMALIZE(*one, other, *act)
+                    y, stat = run(NORMALIZE, *one, other, *act)
                 ys.append(y)
                 stats.append(stat)
                 kept.append(_kept(one[0], y, other, act[0]))
@@ -232,7 +232,7 @@ def _backward(ctx, columns, between):
             # Nobody else reads the result of that site, which comes before this one.
             grads[from_site] = ones[i].grad
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-        grad_bias, grad_weight = sums[i].chunk(2)
+        grad_bias, grad_weight = sums[i].to(ones[i].stats.dtype).chunk(2)
         if needs[first + 1] and is_read:
             results[first + 1] = grad_weight.to(ones[i].weight.dtype)
         if needs[first + 2] and is_read:
@@ -257,11 +257,10 @@ def _gradient(grad: Tensor | None, x: Tensor, *others: Any) -> _Gradient:
 def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
     """The sums of a site; ``write``: its gradient is wanted behind the activation, too."""
     if one.act[0] == "identity":
-        return NORMALIZE_BACKWARD_REDUCE(one.grad, one.x, one.stats), one
+        return run(NORMALIZE_BACKWARD_REDUCE, one.grad, one.x, one.stats), one
     write = write or not site_arguments.prefers_recomputing(one.x)
-    sums, inner = ACTIVATION_BACKWARD_REDUCE(
-        one.grad, one.x, one.stats, one.weight, one.bias, one.kept, *one.act, write
-    )
+    arguments = (one.grad, one.x, one.stats, one.weight, one.bias, one.kept, *one.act, write)
+    sums, inner = run(ACTIVATION_BACKWARD_REDUCE, *arguments)
     return sums, one._replace(grad=inner, act=_IDENTITY) if write else one
 
 

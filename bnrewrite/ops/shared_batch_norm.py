@@ -23,7 +23,7 @@ from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.checkpointing import communicate_once
 from bnrewrite.ops.epilogue import compose, joins_phases
-from bnrewrite.ops.library import LIBRARY, below_autograd
+from bnrewrite.ops.library import LIBRARY, below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import join, normalize_sites
 from bnrewrite.ops.sites import Site, check, dense
@@ -75,7 +75,7 @@ def _start_batch_norm(
     name = group[taking_part[0]]
 
     def launch() -> Tensor:
-        packed = join([MOMENTS(dense(x)) for x in inputs])
+        packed = join([run(MOMENTS, dense(x)) for x in inputs])
         sites = (t for i in taking_part for t in (weight[i], bias[i], running_mean[i]))
         return start_all_reduce_sum(packed, name, tuple(sites))
 

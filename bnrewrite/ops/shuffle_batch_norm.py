@@ -21,7 +21,7 @@ from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.ops.library import LIBRARY, below_autograd, define_composite
+from bnrewrite.ops.library import LIBRARY, below_autograd, define_composite, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
@@ -177,16 +177,16 @@ class _ShuffleBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, running, plan):
         with below_autograd():
-            own = MOMENTS(x)
+            own = run(MOMENTS, x)
             peer, peers, everyone = _borrow(own, x, running[2], plan)
             # Only the device knows whether the peer holds anything.
             alone = peer[:1] == 0
             used = torch.where(alone, _substitute(own, x, everyone, plan), peer)
             if plan.follow_group:
-                y, stats = NORMALIZE(x, used, weight, bias, eps, None, None, None, None, False)
+                y, stats = run(NORMALIZE, x, used, weight, bias, eps, None, None, None, None, False)
                 UPDATE_RUNNING(everyone, *running)
             else:
-                y, stats = NORMALIZE(x, used, weight, bias, eps, *running)
+                y, stats = run(NORMALIZE, x, used, weight, bias, eps, *running)
         if plan.detach:
             alone = peers = None
         ctx.save_for_backward(x, weight, stats, own, alone, peers)
@@ -245,7 +245,7 @@ def _receive(values: Tensor, peers: Tensor | None, plan: _Plan, shift: int) -> T
 
 def _backward(ctx, grad, x, weight, stats, own, alone, peers):
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    sums = NORMALIZE_BACKWARD_REDUCE(grad, x, stats)
+    sums = run(NORMALIZE_BACKWARD_REDUCE, grad, x, stats)
     num_channels = sums.numel() // 2
     # Gradients of weight and bias stay local: DistributedDataParallel averages them.
     grad_weight = sums[num_channels:].to(weight.dtype) if needs_weight else None
@@ -257,5 +257,5 @@ def _backward(ctx, grad, x, weight, stats, own, alone, peers):
             lent = _receive(sums, peers, ctx.plan, -1)
             # A rank whose peer holds nothing has borrowed from itself, too.
             lent = torch.where(alone, lent + sums, lent)
-        grad_x = SHUFFLE_BACKWARD(grad, x, stats, own, weight, lent, ctx.eps)
+        grad_x = run(SHUFFLE_BACKWARD, grad, x, stats, own, weight, lent, ctx.eps)
     return grad_x, grad_weight, grad_bias, None, None, None

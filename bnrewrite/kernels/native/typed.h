@@ -1,0 +1,270 @@
+/* The kernels for one type of values. native.c includes this file once for each, after defining
+
+     NAME(f)       f with the suffix of the type
+     T             type of a value in memory
+     A             type of arithmetic and of statistics: float, or double for double
+     V             LANES values of A
+     LOAD(p)       one value as A
+     LOAD_V(p)     LANES values as V
+     STORE(p, a)   one value
+
+   Lanes are summed apart, so the order of a sum is the same on every machine and for any number of
+   threads. What a chunk sums in A is added up in double. */
+
+/* Contiguous tensors: rows of S values of one channel. Sums along a row need lanes of their own; the
+   other loops the compiler turns into vectors by itself. */
+
+static ALWAYS_INLINE A NAME(sum_of)(V v) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+static ALWAYS_INLINE A NAME(mean_of)(const T *x, int64_t size) {
+    V sum = {0};
+    A rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sum += LOAD_V(x + i);
+    for (; i < size; i++) rest += LOAD(x + i);
+    return (NAME(sum_of)(sum) + rest) / (A)size;
+}
+
+/* One pass over each chunk, centred by the mean of its first eighth. That can be no further from
+   the mean of the chunk than some deviations of the chunk, so few digits are lost, whatever the
+   values are. Of a chunk with an infinite value the mean is that, as it should be. */
+CLONES static void NAME(rows_moments)(const void *x_NCS, struct shape d, int64_t first, int64_t end,
+                                      double *sums) {
+    for (int64_t n = 0; n < d.N; n++)
+        for (int64_t c = first; c < end; c++) {
+            const T *row = (const T *)x_NCS + (n * d.C + c) * d.S;
+            for (int64_t start = 0; start < d.S; start += CHUNK) {
+                const T *x = row + start;
+                int64_t size = smaller(d.S - start, CHUNK), i = 0;
+                A centre = NAME(mean_of)(x, smaller(size, larger(size / 8, 2 * LANES)));
+                if (!isfinite(centre)) centre = 0;
+                V r0 = {0}, r1 = {0}, q0 = {0}, q1 = {0};
+                A r = 0, q = 0;
+                for (; i + 2 * LANES <= size; i += 2 * LANES) {
+                    V d0 = LOAD_V(x + i) - centre, d1 = LOAD_V(x + i + LANES) - centre;
+                    r0 += d0, r1 += d1, q0 += d0 * d0, q1 += d1 * d1;
+                }
+                for (; i < size; i++) {
+                    A distance = LOAD(x + i) - centre;
+                    r += distance, q += distance * distance;
+                }
+                add_moments(size, centre, NAME(sum_of)(r0 + r1) + r, NAME(sum_of)(q0 + q1) + q,
+                            sums + c, sums + d.C + c);
+            }
+        }
+}
+
+/* The gradient behind the activation of `size` values from `offset` on; g itself without one. */
+static ALWAYS_INLINE const T *NAME(inner)(const void *g_all, struct behind b, int64_t offset,
+                                          int64_t size) {
+    if (!b.result) return (const T *)g_all + offset;
+    const T *restrict g = (const T *)g_all + offset, *restrict y = (const T *)b.result + offset;
+    T *restrict inner = (T *)b.inner + offset;
+    A slope = (A)b.act.slope, top = (A)b.act.top;
+    for (int64_t i = 0; i < size; i++) {
+        A grad = LOAD(g + i), result = LOAD(y + i);
+        A below = slope == 0 ? 0 : grad * slope;
+        /* The derivative at NaN is what torch takes it for. */
+        int is_below = b.act.is_leaky ? !(result > 0) : result <= 0;
+        STORE(inner + i, is_below ? below : result >= top ? 0 : grad);
+    }
+    return inner;
+}
+
+CLONES static void NAME(rows_gradients)(const void *g_NCS, const void *x_NCS, struct behind b,
+                                        struct shape d, int64_t first, int64_t end,
+                                        const void *means, double *sums) {
+    for (int64_t n = 0; n < d.N; n++)
+        for (int64_t c = first; c < end; c++) {
+            int64_t row = (n * d.C + c) * d.S;
+            const T *g_row = NAME(inner)(g_NCS, b, row, d.S);
+            A mean = ((const A *)means)[c];
+            for (int64_t start = 0; start < d.S; start += CHUNK) {
+                const T *g = g_row + start, *x = (const T *)x_NCS + row + start;
+                int64_t size = smaller(d.S - start, CHUNK), i = 0;
+                V s0 = {0}, s1 = {0}, p0 = {0}, p1 = {0};
+                A s = 0, p = 0;
+                for (; i + 2 * LANES <= size; i += 2 * LANES) {
+                    V g0 = LOAD_V(g + i), g1 = LOAD_V(g + i + LANES);
+                    s0 += g0, s1 += g1;
+                    p0 += g0 * (LOAD_V(x + i) - mean);
+                    p1 += g1 * (LOAD_V(x + i + LANES) - mean);
+                }
+                for (; i < size; i++) {
+                    A grad = LOAD(g + i);
+                    s += grad, p += grad * (LOAD(x + i) - mean);
+                }
+                sums[c] += NAME(sum_of)(s0 + s1) + s;
+                sums[d.C + c] += NAME(sum_of)(p0 + p1) + p;
+            }
+        }
+}
+
+/* Channels-last tensors: chunks of rows of C values, one of each channel. `scratch` holds 3C A.
+   One row after the other: several at once load and store sums less often, and were faster in
+   cache, but half as fast from memory. */
+
+CLONES static void NAME(chunk_moments)(const void *x_RC, int64_t C, int64_t first, int64_t end,
+                                       void *scratch, double *sums) {
+    A *restrict centre = scratch, *restrict rest = centre + C, *restrict m2 = rest + C;
+    int64_t size = end - first, eighth = larger(size / 8, 1);
+    memset(scratch, 0, 3 * C * sizeof(A));
+    for (int64_t r = first; r < first + eighth; r++) {
+        const T *restrict x = (const T *)x_RC + r * C;
+        for (int64_t c = 0; c < C; c++) centre[c] += LOAD(x + c);
+    }
+    for (int64_t c = 0; c < C; c++) {
+        A mean = centre[c] / (A)eighth;
+        centre[c] = isfinite(mean) ? mean : 0;
+    }
+    for (int64_t r = first; r < end; r++) {
+        const T *restrict x = (const T *)x_RC + r * C;
+        for (int64_t c = 0; c < C; c++) {
+            A distance = LOAD(x + c) - centre[c];
+            rest[c] += distance, m2[c] += distance * distance;
+        }
+    }
+    for (int64_t c = 0; c < C; c++)
+        add_moments(size, centre[c], rest[c], m2[c], sums + c, sums + C + c);
+}
+
+CLONES static void NAME(chunk_gradients)(const void *g_RC, const void *x_RC, struct behind b,
+                                         int64_t C, int64_t first, int64_t end, const void *means,
+                                         void *scratch, double *sums) {
+    const A *restrict mean = means;
+    A *restrict sum = scratch, *restrict product = sum + C;
+    memset(scratch, 0, 2 * C * sizeof(A));
+    for (int64_t r = first; r < end; r++) {
+        const T *restrict g = NAME(inner)(g_RC, b, r * C, C);
+        const T *restrict x = (const T *)x_RC + r * C;
+        for (int64_t c = 0; c < C; c++) {
+            A grad = LOAD(g + c);
+            sum[c] += grad, product[c] += grad * (LOAD(x + c) - mean[c]);
+        }
+    }
+    for (int64_t c = 0; c < C; c++) sums[c] += sum[c], sums[C + c] += product[c];
+}
+
+/* Value by value. Rows of contiguous tensors have one coefficient, those of channels-last tensors
+   one for each value. */
+
+static ALWAYS_INLINE A NAME(activate)(A z, struct activation act) {
+    /* NaN stays; -inf * 0 must not become it. */
+    A below = act.slope == 0 ? (z == z ? 0 : z) : z * (A)act.slope;
+    return z > 0 ? (z > (A)act.top ? (A)act.top : z) : below;
+}
+
+CLONES static void NAME(normalize)(const void *x_all, const void *residual_all, void *y_all,
+                                   struct shape d, int64_t first, int64_t end, const void *table,
+                                   struct activation act) {
+    const A *restrict scale = table, *restrict offset = scale + d.C;
+    int64_t size = d.last ? d.C : d.S;
+    for (int64_t row = first; row < end; row++) {
+        const T *restrict x = (const T *)x_all + row * size;
+        const T *restrict residual = residual_all ? (const T *)residual_all + row * size : NULL;
+        T *restrict y = (T *)y_all + row * size;
+#define EACH(VALUE) \
+    for (int64_t i = 0; i < size; i++) STORE(y + i, VALUE)
+#define FINISH(Z)                                                                       \
+    if (act.is_identity && !residual) EACH(Z);                                          \
+    else if (act.is_identity) EACH((Z) + LOAD(residual + i));                           \
+    else if (!residual) EACH(NAME(activate)(Z, act));                                   \
+    else EACH(NAME(activate)((Z) + LOAD(residual + i), act))
+        if (d.last) {
+            FINISH(LOAD(x + i) * scale[i] + offset[i]);
+        } else {
+            A s = scale[row % d.C], o = offset[row % d.C];
+            FINISH(LOAD(x + i) * s + o);
+        }
+#undef FINISH
+#undef EACH
+    }
+}
+
+/* dx = scale * g - slope * x + offset */
+CLONES static void NAME(apply)(const void *g_all, const void *x_all, void *dx_all, struct shape d,
+                               int64_t first, int64_t end, const void *table) {
+    const A *restrict scale = table, *restrict slope = scale + d.C, *restrict offset = slope + d.C;
+    int64_t size = d.last ? d.C : d.S;
+    for (int64_t row = first; row < end; row++) {
+        const T *restrict g = (const T *)g_all + row * size;
+        const T *restrict x = (const T *)x_all + row * size;
+        T *restrict dx = (T *)dx_all + row * size;
+        if (d.last) {
+            for (int64_t i = 0; i < size; i++)
+                STORE(dx + i, scale[i] * LOAD(g + i) - slope[i] * LOAD(x + i) + offset[i]);
+        } else {
+            A s = scale[row % d.C], sl = slope[row % d.C], o = offset[row % d.C];
+            for (int64_t i = 0; i < size; i++)
+                STORE(dx + i, s * LOAD(g + i) - sl * LOAD(x + i) + o);
+        }
+    }
+}
+
+/* From a to b; exact at both ends. */
+static ALWAYS_INLINE A NAME(lerp)(A a, A b, A factor) {
+    return factor < (A)0.5 ? a + factor * (b - a) : b - (b - a) * (1 - factor);
+}
+
+/* Statistics of packed sums: mean and rstd, (2, C), and unless it is NULL the biased variance; the
+   running ones move. */
+static void NAME(statistics)(const double *totals, int64_t C, double eps, void *stats,
+                             void *variance, struct running run) {
+    A *mean = stats, *rstd = mean + C;
+    A *running_mean = run.mean, *running_var = run.var, factor = (A)run.factor;
+    double count = totals[0], divisor = count > 1 ? count : 1;
+    double correction = count / (count > 2 ? count - 1 : 1);
+    for (int64_t c = 0; c < C; c++) {
+        double m = totals[1 + c] / divisor, var = totals[1 + C + c] / divisor - m * m;
+        var = var < 0 ? 0 : var;
+        mean[c] = (A)m;
+        rstd[c] = (A)(1 / sqrt(var + eps));
+        if (variance) ((A *)variance)[c] = (A)var;
+        if (!running_mean) continue;
+        running_mean[c] = NAME(lerp)(running_mean[c], mean[c], factor);
+        running_var[c] = NAME(lerp)(running_var[c], (A)(var * correction), factor);
+    }
+}
+
+/* The coefficients of `normalize`: scale and offset, (2, C).
+
+   scale = weight * rstd      offset = bias - scale * mean, of the mean that is not rounded */
+static void NAME(normalize_coefficients)(const double *totals, int64_t C, const void *stats,
+                                         const void *weight, const void *bias, void *table) {
+    const A *rstd = (const A *)stats + C;
+    A *scale = table, *offset = scale + C;
+    double divisor = totals[0] > 1 ? totals[0] : 1;
+    for (int64_t c = 0; c < C; c++) {
+        scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
+        offset[c] = (A)((bias ? ((const A *)bias)[c] : 0) - totals[1 + c] / divisor * scale[c]);
+    }
+}
+
+/* The coefficients of `apply`: scale, slope and offset, (3, C).
+
+   scale = weight * rstd      slope = scale * rstd * sum_g_xhat / n
+   offset = slope * mean - scale * sum_g / n */
+static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
+                                     const void *weight, const double *sums, void *table) {
+    const A *mean = stats, *rstd = mean + C;
+    A *scale = table, *slope = scale + C, *offset = slope + C;
+    for (int64_t c = 0; c < C; c++) {
+        scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
+        slope[c] = (A)(sums[C + c] / count * rstd[c] * scale[c]);
+        offset[c] = (A)((double)slope[c] * mean[c] - scale[c] * sums[c] / count);
+    }
+}
+
+/* Sums of g * (x - mean) to sums of g * xhat. */
+static void NAME(scale_products)(const void *stats, int64_t C, double *sums) {
+    const A *rstd = (const A *)stats + C;
+    for (int64_t c = 0; c < C; c++) sums[C + c] *= rstd[c];
+}
+
+static const struct kernels NAME(kernels) = {
+    sizeof(A), NAME(rows_moments), NAME(chunk_moments), NAME(rows_gradients),
+    NAME(chunk_gradients), NAME(normalize), NAME(apply), NAME(statistics),
+    NAME(normalize_coefficients), NAME(apply_coefficients), NAME(scale_products),
+};

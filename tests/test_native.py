@@ -1,0 +1,358 @@
+"""The CPU kernels in C against the reference in float64, and what happens where they do not run."""
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnrewrite import reference as definition
+from bnrewrite.activations import ACTIVATIONS, activate, activation_backward
+from bnrewrite.kernels import aten as aten_kernels
+from bnrewrite.kernels import cpu as cpu_kernels
+from bnrewrite.kernels import native as native_kernels
+from bnrewrite.kernels.native import load
+from bnrewrite.kernels.statistics import statistics_table, track
+from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
+
+# Without types: cases pass arguments on in groups.
+native: Any = native_kernels
+aten: Any = aten_kernels
+cpu: Any = cpu_kernels
+reference: Any = definition
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+LAYOUTS = ["contiguous", "channels-last"]
+FUSED = ["identity", "relu", "relu6", "leaky_relu"]
+SLOPE = 0.25
+SHAPES = [
+    (1, 1),
+    (5, 3),
+    (41, 70),
+    (2, 3, 7),
+    (1, 2, 1, 2),
+    (3, 1, 9, 5),
+    (3, 7, 7, 9),
+    (7, 63, 1, 1),
+    (2, 5, 3, 4, 5),
+    (2, 3, 70, 90),
+    (3, 130, 31, 33),
+]
+"""Odd sizes: tails of vectors, rows and chunks; rows of more than one chunk; several groups."""
+
+needs_library = pytest.mark.skipif(native.library() is None, reason="the kernels were not built")
+
+
+def test_the_library_was_built_if_there_is_a_compiler() -> None:
+    assert native.library() is not None or shutil.which("cc") is None
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Threads that torch has, of which a kernel uses all, however small its tensors are."""
+    monkeypatch.setattr(native, "_VALUES_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    # Of other dimensions torch knows no such memory format.
+    [(s, lay) for s in SHAPES for lay in LAYOUTS if lay == "contiguous" or len(s) in (2, 4, 5)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestEveryInput:
+    """Each kernel on every shape, layout and dtype."""
+
+    def test_moments(
+        self, shape: tuple[int, ...], layout: str, dtype: torch.dtype, threads: int
+    ) -> None:
+        x = case(shape, layout, dtype, CPU)["x"]
+        check_moments(native.moments(x), x)
+
+    @pytest.mark.parametrize("offset", [2e4, -2e4])
+    def test_moments_of_a_mean_of_ten_thousand_deviations(
+        self, shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: float
+    ) -> None:
+        x = case(shape, layout, dtype, CPU, offset=offset)["x"]
+        check_moments(native.moments(x), x)
+
+    @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+    @pytest.mark.parametrize("activation", FUSED)
+    def test_normalize(
+        self,
+        shape: tuple[int, ...],
+        layout: str,
+        dtype: torch.dtype,
+        residual: bool,
+        activation: str,
+        threads: int,
+    ) -> None:
+        t = case(shape, layout, dtype, CPU)
+        other = t["residual"] if residual else None
+        args = (t["weight"], t["bias"], EPS)
+        end = (other, activation, SLOPE)
+        y, stats = native.normalize(t["x"], t["totals"], *args, *[None] * 4, False, *end)
+        exact, exact_stats = reference.normalize(t["x"].double(), t["totals"], *args, *end)
+        assert y.dtype == dtype
+        assert y.stride() == t["x"].stride()
+        # rstd is up to 1 / sqrt(eps) where the values of a channel are nearly equal.
+        check_close(y, exact, "y", terms=t["stats"][1].max().item() * 4 + 1)
+        check_close(stats, exact_stats, "stats")
+
+    @pytest.mark.parametrize("activation", FUSED)
+    def test_backward(
+        self,
+        shape: tuple[int, ...],
+        layout: str,
+        dtype: torch.dtype,
+        activation: str,
+        threads: int,
+    ) -> None:
+        t = case(shape, layout, dtype, CPU)
+        kept = laid_out(torch.randn(shape).to(dtype), layout)
+        grad, x, stats, weight = (t[name] for name in ("grad", "x", "stats", "weight"))
+        wide = [tensor.double() for tensor in (grad, x, stats, weight)]
+        act = (activation, SLOPE)
+        inner = grad
+        if activation == "identity":
+            sums = native.normalize_backward_reduce(grad, x, stats)
+        else:
+            sums, inner = native.activation_backward_reduce(
+                grad, x, stats, weight, t["bias"], kept, *act, True
+            )
+            check_close(inner, activation_backward(wide[0], kept.double(), *act), "inner")
+        exact = reference.normalize_backward_reduce(inner.double(), *wide[1:3])
+        # A sum of M terms of order one, each rounded before it is added, times rstd.
+        terms = (x.numel() / shape[1]) ** 0.5
+        rstd = max(stats[1].max().item(), 1.0)
+        unit = torch.finfo(stats.dtype).eps
+        assert (sums - exact).abs().max().item() <= 16 * terms * rstd * unit
+        dx = native.normalize_backward(inner, x, stats, t["totals"], weight, exact)
+        assert dx.dtype == dtype
+        assert dx.stride() == x.stride()
+        exact_dx = reference.normalize_backward(
+            inner.double(), *wide[1:3], t["totals"], wide[3], exact
+        )
+        check_close(dx, exact_dx, "dx", terms=rstd * 4 + 1)
+
+
+@needs_library
+class TestNumbers:
+    """What is hard about the numbers."""
+
+    @pytest.mark.parametrize("first", [12, 1])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_beginning_unlike_the_rest(self, layout: str, first: int) -> None:
+        """The mean jumps by a thousand deviations, after many chunks or inside of the first."""
+        x = torch.randn(1, 2, 90, 90)
+        x[:, :, first:] += 1000
+        x = laid_out(x, layout)
+        _, mean, var = reference.finalize(native.moments(x))
+        values = x.double().movedim(1, 0).flatten(1)
+        torch.testing.assert_close(mean, values.mean(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(var, values.var(1, correction=0), rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_bad_value_spoils_its_channel_and_no_other(self, value: float, layout: str) -> None:
+        t = case((3, 4, 13, 11), layout, torch.float32, CPU)
+        x, nothing = t["x"], (None, None, EPS, *[None] * 4)
+        clean, _ = native.normalize(x, native.moments(x), *nothing)
+        x[1, 1, 2, 3] = value
+        y, _ = native.normalize(x, native.moments(x), *nothing)
+        sums = native.normalize_backward_reduce(t["grad"], x, t["stats"])
+        assert y[:, 1].isnan().all()
+        assert torch.equal(y[:, ::2], clean[:, ::2])
+        assert sums.isfinite().tolist() == [True, True, True, True, True, False, True, True]
+
+    @pytest.mark.parametrize("activation", FUSED[1:])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_activations_of_extreme_values_are_those_of_torch(
+        self, activation: str, dtype: torch.dtype
+    ) -> None:
+        values = [0.0, -0.0, 6.0, 7.0, -7.0, math.inf, -math.inf, math.nan, 1e-38, -1e-38]
+        z = torch.tensor(values, dtype=dtype).view(1, 1, -1)
+        # Mean zero and rstd one: the kernel adds the values to zeros and activates them.
+        totals = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+        args = (torch.zeros_like(z), totals, None, None, 0.0, *[None] * 4, False)
+        y, _ = native.normalize(*args, z, activation, SLOPE)
+        assert torch.equal(y.nan_to_num(3.5), activate(z, activation, SLOPE).nan_to_num(3.5))
+        if activation == "relu6":
+            # There torch's own derivative at NaN is one or zero by dtype and place.
+            z = z.nan_to_num(3.5)
+        for grad in (torch.full_like(z, 2.0), torch.full_like(z, math.inf)):
+            stats = torch.ones(2, 1, dtype=reference.accumulate_dtype(dtype))
+            _, inner = native.activation_backward_reduce(
+                grad, z, stats, None, None, z, activation, SLOPE, True
+            )
+            expected = activation_backward(grad, z, activation, SLOPE)
+            assert torch.equal(inner.nan_to_num(3.5), expected.nan_to_num(3.5))
+
+    def test_bfloat16_is_rounded_as_torch_rounds_it(self) -> None:
+        """Ties, their neighbours, denormals and overflow, each of them the bias of a channel."""
+        halves = torch.arange(-(1 << 15), 1 << 15, 5, dtype=torch.int32) << 16
+        bits = torch.cat([halves + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+        bias = bits.view(torch.float32)
+        x = torch.zeros(1, bias.numel(), 1, dtype=torch.bfloat16)
+        totals = torch.ones(2 * bias.numel() + 1, dtype=torch.float64)
+        totals[1 : bias.numel() + 1] = 0
+        y, _ = native.normalize(x, totals, None, bias, 0.0, *[None] * 4)
+        expected = bias.bfloat16().view(-1)
+        assert torch.equal(y.view(-1).isnan(), expected.isnan())
+        assert torch.equal(y.view(-1).nan_to_num(3.5), expected.nan_to_num(3.5))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_threads_do_not_change_results(
+        self, layout: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(native, "_VALUES_PER_THREAD", 1)
+        t = case((4, 130, 40, 40), layout, torch.float32, CPU)
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            totals = native.moments(t["x"])
+            y, stats = native.normalize(t["x"], totals, t["weight"], None, EPS, *[None] * 4)
+            sums = native.normalize_backward_reduce(t["grad"], t["x"], stats)
+            dx = native.normalize_backward(t["grad"], t["x"], stats, totals, t["weight"], sums)
+            results.append([totals, y, stats, sums, dx])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+class TestRunningStatistics:
+    """They move as ``track`` moves them, which has tests of its own against torch."""
+
+    @pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, 0.0, None])
+    @pytest.mark.parametrize("tracked", [False, True], ids=["no counter", "counter"])
+    @pytest.mark.parametrize("skip", [False, True], ids=["any", "skip_nonfinite"])
+    @pytest.mark.parametrize("bad", [False, True], ids=["finite", "nan"])
+    @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=str)
+    def test_every_combination(
+        self, momentum: float | None, tracked: bool, skip: bool, bad: bool, held: torch.dtype
+    ) -> None:
+        t = case((3, 4, 5), "contiguous", torch.float32, CPU)
+        x, totals = t["x"], t["totals"]
+        if bad:
+            totals[2] = math.nan
+
+        def fresh() -> list[Tensor | None]:
+            counter = torch.tensor(3) if tracked else None
+            return [torch.full((4,), 0.5).to(held), torch.full((4,), 2.0).to(held), counter]
+
+        ours, expected = fresh(), fresh()
+        versions = [tensor._version for tensor in ours if tensor is not None]
+        native.normalize(x, totals, None, None, EPS, *ours, momentum, skip)
+        table = statistics_table(totals, EPS, torch.float32, known_nonempty=True)
+        mean, var, counter = expected
+        track(table, totals, (mean, var, counter, momentum, skip), known_nonempty=True)
+        for mine, its in zip(ours, expected, strict=True):
+            if mine is not None and its is not None:
+                # One rounding of either, of which bfloat16 may make one of its own.
+                unit = torch.finfo(held).eps if mine.is_floating_point() else 0.0
+                torch.testing.assert_close(mine, its, rtol=2 * unit, atol=0, equal_nan=True)
+        # As every write in place, so that autograd notices.
+        changed = [tensor._version for tensor in ours if tensor is not None]
+        assert all(a < b for a, b in zip(versions, changed, strict=True))
+
+    def test_a_group_without_values_moves_nothing(self) -> None:
+        x = torch.randn(2, 3)
+        running = [torch.ones(3), torch.ones(3), torch.tensor(3)]
+        native.normalize(x, torch.zeros(7, dtype=torch.float64), None, None, EPS, *running, 0.1)
+        assert [tensor.tolist() for tensor in running] == [[1, 1, 1], [1, 1, 1], 3]
+
+
+def _declined() -> dict[str, tuple[Any, ...]]:
+    """Calls that the kernels leave to others: a function and its arguments."""
+    t = case((2, 3, 4, 5), "contiguous", torch.float32, CPU)
+    x, grad, stats, totals, sums = (t[k] for k in ("x", "grad", "stats", "totals", "sums"))
+    last = grad.contiguous(memory_format=torch.channels_last)
+    running = (None, None, None, 0.1, False)
+    end = (x, stats, totals)
+    return {
+        "float16": (native.moments, x.half()),
+        "empty": (native.moments, x[:0]),
+        "not dense": (native.moments, x[:, :, ::2]),
+        "totals of another size": (native.normalize, x, totals[1:], None, None, EPS, *running),
+        "weight of another size": (
+            native.normalize, x, totals, torch.ones(2), None, EPS, *running,
+        ),
+        "weight of more precision": (
+            native.normalize, x, totals, torch.ones(3).double(), None, EPS, *running,
+        ),
+        "bias that is not dense": (
+            native.normalize, x, totals, None, torch.ones(6)[::2], EPS, *running,
+        ),
+        "counter of floats": (
+            native.normalize, x, totals, None, None, EPS, None, None, torch.tensor(0.0), 0.1,
+        ),
+        "residual laid out otherwise": (
+            native.normalize, x, totals, None, None, EPS, *running, last,
+        ),
+        "activation": (native.normalize, x, totals, None, None, EPS, *running, None, "silu"),
+        "gradient laid out otherwise": (native.normalize_backward_reduce, last, x, stats),
+        "gradient of another dtype": (native.normalize_backward_reduce, grad.double(), x, stats),
+        "statistics of another dtype": (native.normalize_backward_reduce, grad, x, stats.double()),
+        "sums of another size": (native.normalize_backward, grad, *end, None, sums[1:]),
+        "activation backward": (
+            native.normalize_backward, grad, *end, None, sums, None, grad, "relu",
+        ),
+        "nothing kept": (
+            native.activation_backward_reduce, grad, x, stats, None, None, None, "relu", 0.0, True,
+        ),
+        "nothing written": (
+            native.activation_backward_reduce, grad, x, stats, None, None, x, "relu", 0.0, False,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _declined())
+def test_what_the_kernels_do_not_take_they_leave_alone(name: str) -> None:
+    function, *args = _declined()[name]
+    assert function(*args) is None
+
+
+@needs_library
+def test_other_activations_go_to_aten() -> None:
+    t = case((2, 3, 4, 5), "contiguous", torch.float32, CPU)
+    args = (t["x"], t["totals"], None, None, EPS, None, None, None, 0.1, False, t["residual"])
+    for activation in ACTIVATIONS:
+        both = [kernels.normalize(*args, activation, SLOPE)[0] for kernels in (cpu, aten)]
+        torch.testing.assert_close(both[0], both[1])
+
+
+class TestWithoutTheLibrary:
+    """The package works without a compiler, or when told to leave these kernels out."""
+
+    @pytest.fixture(autouse=True)
+    def _forget(self) -> Iterator[None]:
+        native.library.cache_clear()
+        yield
+        native.library.cache_clear()
+
+    def test_a_setting_leaves_the_kernels_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BNREWRITE_KERNELS", "aten")
+        x = torch.randn(2, 3, 4)
+        assert native.library() is None
+        assert native.moments(x) is None
+        assert torch.equal(cpu.moments(x), aten.moments(x))
+
+    @needs_library
+    def test_a_library_of_other_sources_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(load, "_ABI", -1)
+        assert native.library() is None
+
+    def test_a_file_that_is_no_library_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: find_spec("bnrewrite"))
+        assert native.library() is None
