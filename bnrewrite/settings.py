@@ -2,7 +2,7 @@
 
 BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
 BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
-BNREWRITE_KERNELS=aten       uses ATen's kernels on GPUs, not those in Triton
+BNREWRITE_KERNELS=aten       uses ATen's kernels, not those in C (CPU) and Triton (GPU)
 BNREWRITE_CHECK=0            ranks do not compare what they communicate before they start
 TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
 """
@@ -48,7 +48,7 @@ def dump_directory() -> Path | None:
 
 
 def kernels_setting() -> str:
-    """Which kernels to use on GPUs: "auto" or "aten".
+    """Which kernels to use: "auto" or "aten".
 
     Raises:
         ValueError: BNREWRITE_KERNELS is something else.

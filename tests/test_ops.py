@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from bnrewrite import UnsupportedBatchNorm, reference
-from bnrewrite.kernels import aten, cpu_local
+from bnrewrite.kernels import aten, cpu_local, native
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_local import BATCH_NORM_LOCAL, BATCH_NORM_LOCAL_BACKWARD
@@ -30,10 +30,17 @@ LONG = [(2, 3, 27500), (3, 5, 126, 97), (2, 4, 26, 35, 23)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["alone", "in a group of one"])
-def group(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Group argument of the op: without one it is one op each way, with one phases."""
-    if request.param == "alone":
+@pytest.fixture(
+    params=["alone", "in a group of one", "alone, by ATen", "in a group of one, by ATen"]
+)
+def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Group argument of the op: without one it is one op each way, with one phases.
+
+    By ATen is how a package computes that was installed without a compiler of C.
+    """
+    if request.param.endswith("by ATen"):
+        monkeypatch.setattr(native, "library", lambda: None)
+    if request.param.startswith("alone"):
         yield ""
         return
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
