@@ -241,3 +241,24 @@ def test_a_flag_that_changes_on_one_rank_in_compiled_code(backend: str) -> None:
         assert re.search(r"First difference: bn2\. .*rank 1: it evaluates", message), message
         # A compilation is part of it.
         assert seconds < 40
+
+
+def _waits_for_a_late_rank(worlds: Worlds) -> tuple[float, float]:
+    """Seconds that rank 0 waited for rank 1, and CPU seconds that it took meanwhile."""
+    worlds.join("first", [0, 1])
+    model = bnrewrite.convert(nn.BatchNorm1d(2))
+    x = torch.randn(4, 2)
+    model(x)
+    dist.barrier()
+    if worlds.rank == 1:
+        time.sleep(1)
+    start, start_cpu = time.monotonic(), time.process_time()
+    model(x)
+    return time.monotonic() - start, time.process_time() - start_cpu
+
+
+def test_a_rank_that_waits_for_long_sleeps() -> None:
+    """At first it offers its core to others without sleeping."""
+    (waited_s, cpu_s), _ = run(_waits_for_a_late_rank, 2, timeout_s=60.0)
+    assert waited_s > 0.5
+    assert cpu_s < waited_s / 4
