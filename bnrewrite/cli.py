@@ -95,7 +95,10 @@ def _report(args: argparse.Namespace) -> int:
 def _env(args: argparse.Namespace) -> int:
     from bnrewrite import environment
 
-    checks = environment.self_check()
+    try:
+        checks = environment.self_check()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if args.json:
         print(json.dumps(environment.to_dict(checks), indent=2))
     else:

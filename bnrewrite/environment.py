@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnrewrite.convert import convert
-from bnrewrite.kernels import native
+from bnrewrite.kernels.native.load import whence
 
 _PACKAGES = ("bnrewrite", "torch", "triton", "onnx", "onnxscript", "onnxruntime", "torchvision")
 _BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
@@ -45,10 +45,7 @@ def versions() -> dict[str, str]:
 
 def devices() -> list[str]:
     """The CPU and the GPUs, with what decides about speed."""
-    kernels = (
-        "in C" if native.library() is not None else "of ATen: those in C are not built or left out"
-    )
-    found = [f"cpu, {torch.get_num_threads()} threads, kernels {kernels}"]
+    found = [f"cpu, {torch.get_num_threads()} threads, kernels {whence()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

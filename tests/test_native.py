@@ -2,14 +2,19 @@
 
 import importlib.util
 import math
+import os
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from bnrewrite import cli
 from bnrewrite import reference as definition
 from bnrewrite.activations import ACTIVATIONS, activate, activation_backward
 from bnrewrite.kernels import aten as aten_kernels
@@ -17,6 +22,8 @@ from bnrewrite.kernels import cpu as cpu_kernels
 from bnrewrite.kernels import native as native_kernels
 from bnrewrite.kernels.native import load
 from bnrewrite.kernels.statistics import statistics_table, track
+from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.settings import kernels_setting
 from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
 
 # Without types: cases pass arguments on in groups.
@@ -48,8 +55,10 @@ SHAPES = [
 needs_library = pytest.mark.skipif(native.library() is None, reason="the kernels were not built")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a compiler may lack OpenMP")
+@pytest.mark.skipif(kernels_setting() == "aten", reason="BNREWRITE_KERNELS leaves them out")
 def test_the_library_was_built_if_there_is_a_compiler() -> None:
-    assert native.library() is not None or shutil.which("cc") is None
+    assert load.whence() == "in C" or shutil.which("gcc") is None
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
@@ -290,9 +299,6 @@ def _declined() -> dict[str, tuple[Any, ...]]:
         "weight of more precision": (
             native.normalize, x, totals, torch.ones(3).double(), None, EPS, *running,
         ),
-        "bias that is not dense": (
-            native.normalize, x, totals, None, torch.ones(6)[::2], EPS, *running,
-        ),
         "counter of floats": (
             native.normalize, x, totals, None, None, EPS, None, None, torch.tensor(0.0), 0.1,
         ),
@@ -316,6 +322,7 @@ def _declined() -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+@needs_library
 @pytest.mark.parametrize("name", _declined())
 def test_what_the_kernels_do_not_take_they_leave_alone(name: str) -> None:
     function, *args = _declined()[name]
@@ -331,26 +338,166 @@ def test_other_activations_go_to_aten() -> None:
         torch.testing.assert_close(both[0], both[1])
 
 
+@needs_library
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_ranks_hold_the_same_bits_whatever_their_tensors_look_like(
+    held: torch.dtype, momentum: float | None
+) -> None:
+    """Some go through C alone, some through ATen, which takes the statistics from C if it can."""
+    t = case((4, 3, 5, 6), "contiguous", torch.float32, CPU, offset=3.0)
+    x, totals = t["x"], t["totals"]
+    results = []
+    for mine, activation in (
+        (x, "identity"),
+        (x, "silu"),
+        (laid_out(x, "channels-last"), "identity"),
+        (x.half(), "identity"),
+        (x.bfloat16(), "relu"),
+        (x[:0], "identity"),
+    ):
+        running = [torch.linspace(0.3, 1.7, 3).to(held) for _ in range(2)]
+        running.append(torch.tensor(6))
+        end = (momentum, False, None, activation, 0.0)
+        cpu.normalize(mine, totals, None, None, EPS, *running, *end)
+        results.append(running)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+class Doubled(Tensor):
+    """A subclass that stands for twice what it holds, at no address."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Doubled":
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [2 * arg.held if isinstance(arg, Doubled) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
+@needs_library
+class TestArgumentsThatAreNoMemory:
+    """Values that do not lie at the address of their tensor, in the op, which may skip dispatch."""
+
+    @pytest.fixture(params=["alone", "in a group of one"])
+    def group(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        """Sites that share and sites that do not, of a size for which both are in C."""
+        if request.param == "alone":
+            yield ""
+            return
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+        yield torch.distributed.group.WORLD.group_name  # pyright: ignore
+        torch.distributed.destroy_process_group()
+
+    def test_a_subclass(self, group: str) -> None:
+        t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
+        for place in (1, 2):
+            args: list[Any] = [t["x"], t["weight"], t["bias"]]
+            expected = [*args]
+            args[place] = Doubled(args[place])
+            expected[place] = 2 * expected[place]
+            ys = [
+                BATCH_NORM(*some, None, None, None, True, True, 0.1, EPS, group)
+                for some in (args, expected)
+            ]
+            torch.testing.assert_close(*ys)
+
+    def test_a_negative_view(self, group: str) -> None:
+        t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
+        results = []
+        for negate in (torch._neg_view, torch.neg):
+            x, weight = negate(t["x"]).requires_grad_(), negate(t["weight"])
+            y = BATCH_NORM(x, weight, t["bias"], *[None] * 3, True, True, 0.1, EPS, group)
+            results.append([y, *torch.autograd.grad(y, x, negate(t["grad"]))])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_freed_memory_is_an_error(self, group: str) -> None:
+        t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
+        flat = torch.ones(16)
+        weight = flat[8:]
+        flat.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            BATCH_NORM(t["x"], weight, None, None, None, None, True, True, 0.1, EPS, group)
+
+    def test_batched_gradients(self) -> None:
+        t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
+        x = t["x"].requires_grad_()
+        y = BATCH_NORM(x, t["weight"], t["bias"], None, None, None, True, True, 0.1, EPS, "")
+        grads = torch.stack([t["grad"], 2 * t["grad"]])
+        (both,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        for one, grad in zip(both, grads, strict=True):
+            (alone,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+            torch.testing.assert_close(one, alone)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(2, 70000), (40, 5000), (3, 2049, 5, 7)], ids=str)
+def test_many_channels(shape: tuple[int, ...]) -> None:
+    """Blocks of channels, of which the last is not whole."""
+    t = case(shape, "channels-last", torch.float32, CPU)
+    check_moments(native.moments(t["x"]), t["x"])
+    sums = native.normalize_backward_reduce(t["grad"], t["x"], t["stats"])
+    rstd = t["stats"][1].max().item()
+    torch.testing.assert_close(sums, t["sums"], rtol=1e-5, atol=1e-5 * (1 + rstd))
+
+
 class TestWithoutTheLibrary:
     """The package works without a compiler, or when told to leave these kernels out."""
 
     @pytest.fixture(autouse=True)
     def _forget(self) -> Iterator[None]:
-        native.library.cache_clear()
+        load._loaded.cache_clear()
         yield
-        native.library.cache_clear()
+        load._loaded.cache_clear()
 
     def test_a_setting_leaves_the_kernels_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BNREWRITE_KERNELS", "aten")
         x = torch.randn(2, 3, 4)
         assert native.library() is None
+        assert "BNREWRITE_KERNELS" in load.whence()
         assert native.moments(x) is None
         assert torch.equal(cpu.moments(x), aten.moments(x))
+
+    def test_a_setting_that_is_none(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("BNREWRITE_KERNELS", "fast")
+        assert cli.main(["env"]) == 2
+        error = capsys.readouterr().err
+        assert "BNREWRITE_KERNELS must be 'auto' or 'aten', but it is 'fast'." in error
+        assert len(error.splitlines()) == 1
 
     @needs_library
     def test_a_library_of_other_sources_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(load, "_ABI", -1)
         assert native.library() is None
+        assert "of another version" in load.whence()
+
+    @needs_library
+    def test_a_library_older_than_its_sources_is_not_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        built = importlib.util.find_spec("bnrewrite.kernels.native._library")
+        assert built is not None
+        assert built.origin is not None
+        copy = tmp_path / Path(built.origin).name
+        shutil.copy(built.origin, copy)
+        (tmp_path / "native.c").write_text("")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: mock.Mock(origin=str(copy)))
+        os.utime(copy, (1, 1))
+        with pytest.warns(UserWarning, match=r"older than the sources .* install bnrewrite again"):
+            assert native.library() is None
+        os.utime(tmp_path / "native.c", (0, 0))
+        load._loaded.cache_clear()
+        assert native.library() is not None
 
     def test_a_file_that_is_no_library_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         find_spec = importlib.util.find_spec

@@ -66,10 +66,13 @@ def batch_norm_local(
 
 
 def _goes_by_phases(x: Tensor) -> bool:
-    """Whether a forward by phases is faster; in C a backward is, too."""
-    if native.takes(x):
-        return aten.walks_rows(x) and x.numel() >= LEAST_IN_C
-    return aten.has_long_rows(x, least=LEAST)
+    """Whether a forward by phases is faster."""
+    return _goes_by_c(x) or (not native.takes(x) and aten.has_long_rows(x, least=LEAST))
+
+
+def _goes_by_c(x: Tensor) -> bool:
+    """Whether both directions by phases in C are faster."""
+    return aten.walks_rows(x) and x.numel() >= LEAST_IN_C and native.takes(x)
 
 
 def _count(momentum: float | None, num_batches_tracked: Tensor | None) -> float:
@@ -92,7 +95,7 @@ def batch_norm_local_backward(
     """See :func:`bnrewrite.reference.batch_norm_local_backward`."""
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
-    if native.takes(x) and _goes_by_phases(x):
+    if _goes_by_c(x):
         stats = torch.stack([mean, rstd])
         sums = cpu.normalize_backward_reduce(grad, x, stats)
         count = torch.tensor([x.numel() // x.size(1)], dtype=torch.float64)

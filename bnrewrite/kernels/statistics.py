@@ -72,9 +72,10 @@ def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bo
     if finite is not None:
         mean = torch.where(finite, mean, running_mean.to(mean.dtype))
         unbiased = torch.where(finite, unbiased, running_var.to(mean.dtype))
-    factor = _factor(momentum, num_batches_tracked, table.dtype)
+    factor = _factor(momentum, num_batches_tracked)
     if not known_nonempty:
-        factor = (totals[0] > 0).to(table.dtype) * factor
+        # In float64, as a momentum is: other ranks may know that there are values.
+        factor = (totals[0] > 0).double() * factor
     if isinstance(factor, float) and running_mean.dtype == running_var.dtype == table.dtype:
         torch._foreach_lerp_((running_mean, running_var), (mean, unbiased), factor)
     else:
@@ -82,20 +83,18 @@ def track(table: Tensor, totals: Tensor, running: Running, *, known_nonempty: bo
         lerp(running_var, unbiased, factor)
 
 
-def _factor(
-    momentum: float | None, num_batches_tracked: Tensor | None, acc: torch.dtype
-) -> float | Tensor:
+def _factor(momentum: float | None, num_batches_tracked: Tensor | None) -> float | Tensor:
     if momentum is not None:
         return momentum
     if num_batches_tracked is None:
         return 0.0
-    return num_batches_tracked.clamp_min(1).to(acc).reciprocal_()
+    return num_batches_tracked.clamp_min(1).double().reciprocal_()
 
 
 def lerp(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
     """Moves ``running`` towards ``batch`` in place, whatever the dtypes of the two."""
     if running.dtype == batch.dtype:
-        running.lerp_(batch, factor)
+        running.lerp_(batch, factor.to(batch.dtype) if isinstance(factor, Tensor) else factor)
         return
     # Running statistics of another precision: compute in the wider one and round once.
     wide = torch.promote_types(running.dtype, batch.dtype)

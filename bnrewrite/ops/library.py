@@ -22,6 +22,9 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
+"""Types of arguments that no dispatch changes."""
+
 CPU_KERNELS: dict[int, Callable[..., Any]] = {}
 """The CPU kernel of each phase, by the id of the op, whose own hash takes long."""
 
@@ -30,13 +33,18 @@ def run(phase: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
     """``phase(x, *args)``.
 
     A dispatch takes as long as a kernel does for some ten thousand values. So below autograd, on
-    the CPU, where no mode or profiler looks at ops, the kernel is called itself.
+    the CPU, where no mode, transform or profiler looks at ops and no argument is a subclass that
+    would, the kernel is called itself.
     """
     kernel = CPU_KERNELS.get(id(phase))
     if (
         kernel is not None
         and runs_unseen(x)
+        and _PLAIN.issuperset(map(type, args))
         and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        # What is_grads_batched makes is none of functorch's.
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
         and not torch._C._autograd._profiler_enabled()
     ):
         return kernel(x, *args)

@@ -126,19 +126,20 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scalars, totals, group, between, *tensors):
-        xs, weights, biases, residuals = (tensors[i::_TENSORS] for i in range(_TENSORS))
+        xs, weights = tensors[::_TENSORS], tensors[1::_TENSORS]
+        biases, residuals = tensors[2::_TENSORS], tensors[3::_TENSORS]
         ys: list[Any] = []
         stats: list[Any] = []
         kept: list[Tensor | None] = []
         with below_autograd():
-            parts = split(totals, [2 * x.size(1) + 1 for x in xs])
+            parts = _totals_of(totals, xs)
             ones = [
                 (x, total, weight, bias, eps, *running)
                 for x, total, weight, bias, (eps, running, *_) in zip(
                     xs, parts, weights, biases, scalars, strict=True
                 )
             ]
-            inside = _inside_of_others(xs, scalars)
+            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else ()
             for i, (one, residual, (_, _, from_site, act)) in enumerate(
                 zip(ones, residuals, scalars, strict=True)
             ):
@@ -172,18 +173,23 @@ class _BatchNorm(torch.autograd.Function):
         num = len(grads)
         totals, *saved = ctx.saved_tensors
         xs, weights, biases, stats, kept = (saved[i * num : (i + 1) * num] for i in range(5))
-        sizes = [2 * x.size(1) + 1 for x in xs]
         if not torch.is_grad_enabled():
             with below_autograd():
-                columns = (grads, xs, stats, split(totals, sizes), weights, biases, kept)
+                columns = (grads, xs, stats, _totals_of(totals, xs), weights, biases, kept)
                 return _backward(ctx, columns, ctx.between)
         # create_graph: the statistics depend on x too, and every phase is differentiable.
-        parts = split(all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites), sizes)
+        totals = all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites)
+        parts = _totals_of(totals, xs)
         stats = [
             reference.statistics(total, eps, stat.dtype)
             for total, (eps, _, _), stat in zip(parts, ctx.scalars, stats, strict=True)
         ]
         return _backward(ctx, (grads, xs, stats, parts, weights, biases, kept), None)
+
+
+def _totals_of(totals: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The packed sums of each site."""
+    return (totals,) if len(xs) == 1 else totals.split([2 * x.size(1) + 1 for x in xs])
 
 
 def _inside_of_others(xs: Sequence[Tensor], scalars: Sequence[Any]) -> set[int]:
@@ -281,7 +287,10 @@ def _input_gradients(ctx, ones, sums, between):
 
 def named_by(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> tuple[Any, ...]:
     """Tensors by which an error finds the names of the sites."""
-    return (*tensors, *(tensor for _, running, *_ in scalars for tensor in running[:3]))
+    named = list(tensors)
+    for scalar in scalars:
+        named += scalar[1][:3]
+    return tuple(named)
 
 
 def join(vectors: list[Tensor]) -> Tensor:

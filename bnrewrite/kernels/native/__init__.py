@@ -66,9 +66,11 @@ def statistics(
         return None
     table = torch.empty((3, C), dtype=acc)
     stats, variance = table[:2], table[2]
-    library().bnrewrite_statistics(
-        _DTYPES[acc], C, totals.data_ptr(), eps, *map(_address, moving), *_factor(running),
-        stats.data_ptr(), variance.data_ptr(),
+    _check(
+        library().bnrewrite_statistics(
+            _DTYPES[acc], C, totals.data_ptr(), eps, *map(_address, moving), *_factor(running),
+            stats.data_ptr(), variance.data_ptr(),
+        )
     )  # fmt: skip
     _note_moved(running, moving)
     return stats, variance
@@ -100,8 +102,8 @@ def normalize(
     if not (
         moving is not None
         and _is_vector(totals, 2 * C + 1, torch.float64)
-        and (weight is None or _is_vector(weight, C, acc))
-        and (bias is None or _is_vector(bias, C, acc))
+        and _is_parameter(weight, C, acc)
+        and _is_parameter(bias, C, acc)
         and (residual is None or _is_like(x, residual))
     ):
         return None
@@ -126,10 +128,12 @@ def _moving(running: Running, C: int, acc: torch.dtype) -> tuple[Tensor | None, 
         return (None, None, None)
     mean, var, tracked = _widened(running[0], acc), _widened(running[1], acc), running[2]
     if (
-        (mean is None or _is_vector(mean, C, acc))
-        and (var is None or _is_vector(var, C, acc))
+        _is_parameter(mean, C, acc)
+        and _is_parameter(var, C, acc)
         and (mean is None) == (var is None)
-        and (tracked is None or _is_vector(tracked, 1, torch.int64))
+        and _is_parameter(tracked, 1, torch.int64)
+        # Nobody may write to buffers made in inference mode outside of it, as torch says.
+        and (mean is None or not mean.is_inference() or torch.is_inference_mode_enabled())
     ):
         return mean, var, tracked
     return None
@@ -142,11 +146,13 @@ def _factor(running: Running) -> tuple[float, bool]:
 
 def _note_moved(running: Running, moving: tuple[Tensor | None, ...]) -> None:
     """Tells autograd of the writes; where a kernel has moved a wider copy, narrows it."""
+    written = []
     for held, moved in zip(running, moving, strict=False):
         if held is moved and moved is not None:
-            increment_version(moved)
+            written.append(moved)
         elif isinstance(held, Tensor) and moved is not None:
             held.copy_(moved)
+    increment_version(written)
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor | None:
@@ -220,7 +226,7 @@ def normalize_backward(
     if not (
         _is_like(x, grad)
         and _are_statistics(stats, x)
-        and (weight is None or _is_vector(weight, C, stats.dtype))
+        and _is_parameter(weight, C, stats.dtype)
         and _is_vector(sums, 2 * C, torch.float64)
         and totals.dtype == torch.float64
         and totals.is_cpu
@@ -240,7 +246,7 @@ def normalize_backward(
 def _sizes(x: Tensor) -> tuple[int, int, int, int, bool] | None:
     """dtype, N, C, S and whether channels are last, for native.c; None if it does not take x."""
     dtype, values = _DTYPES.get(x.dtype), x.numel()
-    if dtype is None or values == 0 or not x.is_cpu or library() is None:
+    if dtype is None or values == 0 or library() is None or not _is_memory(x):
         return None
     N, C = x.size(0), x.size(1)
     S = values // (N * C)
@@ -258,27 +264,40 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int, bool] | None:
 def _is_like(x: Tensor, other: Tensor) -> bool:
     """Whether ``other`` has a value for each of ``x``, at the same place."""
     return (
-        other.dtype == x.dtype
+        other.dtype is x.dtype
         and other.shape == x.shape
         and other.stride() == x.stride()
-        and other.is_cpu
+        and _is_memory(other)
     )
 
 
 def _widened(vector: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """A vector of less precision in ``acc``: that holds all of its values."""
-    if vector is None or vector.dtype not in (torch.float16, torch.bfloat16):
+    """A vector as kernels take it: dense, and of less precision in ``acc``, which holds it all."""
+    if vector is None or (vector.dtype is acc and vector.is_contiguous()):
         return vector
-    return vector.to(acc)
+    if vector.dtype in (torch.float16, torch.bfloat16):
+        vector = vector.to(acc)
+    return vector.contiguous()
 
 
 def _is_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> bool:
+    """Whether a vector that phases hand on is one."""
     return (
-        tensor.dtype == dtype
+        tensor.dtype is dtype
         and tensor.numel() == size
         and tensor.is_contiguous()
         and tensor.is_cpu
     )
+
+
+def _is_parameter(tensor: Tensor | None, size: int, dtype: torch.dtype) -> bool:
+    """Whether a vector of the caller's, or None, is one that kernels take."""
+    return tensor is None or (_is_vector(tensor, size, dtype) and _is_memory(tensor))
+
+
+def _is_memory(tensor: Tensor) -> bool:
+    """Whether the values of a tensor lie at its address: not if it is a negative view or freed."""
+    return tensor.is_cpu and not tensor.is_neg() and tensor.untyped_storage().nbytes() > 0
 
 
 def _are_statistics(stats: Tensor, x: Tensor) -> bool:

@@ -3,7 +3,9 @@
 import ctypes
 import functools
 import importlib.util
+import warnings
 from ctypes import c_double, c_int, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
 
 from bnrewrite.settings import kernels_setting
@@ -32,19 +34,40 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 """Arguments of the functions in native.c, each of which returns an int."""
 
 
-@functools.cache
 def library() -> Any:
-    """The library with the kernels, or None: it was not built, or BNREWRITE_KERNELS is ``aten``."""
+    """The library with the kernels; None for the reason that :func:`whence` gives."""
+    return _loaded()[0]
+
+
+def whence() -> str:
+    """Which kernels CPU tensors get, and if they are not those in C, why."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    if kernels_setting() == "aten":
+        return None, "of ATen: BNREWRITE_KERNELS leaves out those in C"
     spec = importlib.util.find_spec(f"{__package__}._library")
-    if spec is None or spec.origin is None or kernels_setting() == "aten":
-        return None
+    if spec is None or spec.origin is None:
+        return None, "of ATen: those in C were not built, install again with a C compiler (gcc)"
+    path = Path(spec.origin)
+    again = "install bnrewrite again"
+    if any(source.stat().st_mtime > path.stat().st_mtime for source in path.parent.glob("*.[ch]")):
+        warnings.warn(
+            f"{path.name} is older than the sources beside it and is not used: {again}, or "
+            "BatchNorm on the CPU runs on torch's own kernels, slower.",
+            stacklevel=2,
+        )
+        return None, f"of ATen: those in C are older than their sources, {again}"
     try:
         found = ctypes.CDLL(spec.origin)
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes = arguments
             function.restype = c_int
-    except (OSError, AttributeError):
-        # Built for another machine, or from other sources.
-        return None
-    return found if found.bnrewrite_abi() == _ABI else None
+    except (OSError, AttributeError) as error:
+        return None, f"of ATen: those in C cannot be loaded, {again} ({error})"
+    if found.bnrewrite_abi() != _ABI:
+        return None, f"of ATen: those in C are of another version, {again}"
+    return found, "in C"

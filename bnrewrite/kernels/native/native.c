@@ -25,7 +25,7 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 /* One copy of each kernel for every width of vectors; the loader takes what the machine has. */
-#if defined(__x86_64__) && defined(__linux__) && !defined(BNREWRITE_ONE_TARGET)
+#if defined(__x86_64__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONES
@@ -36,6 +36,11 @@ enum { LANES = 8, CHUNK = 4096 };
 struct shape {
     int64_t N, C, S;
     int last;
+};
+
+/* `width` channels from `first` on, of rows of C. */
+struct block {
+    int64_t C, first, width;
 };
 
 /* slope * z below zero and at most `top`, which is NaN for no limit: identity, ReLU, ReLU6 and leaky
@@ -60,11 +65,11 @@ struct running {
 struct kernels {
     size_t statistic;
     void (*rows_moments)(const void *, struct shape, int64_t, int64_t, double *);
-    void (*chunk_moments)(const void *, int64_t, int64_t, int64_t, void *, double *);
+    void (*chunk_moments)(const void *, struct block, int64_t, int64_t, void *, double *);
     void (*rows_gradients)(const void *, const void *, struct behind, struct shape, int64_t,
                            int64_t, const void *, double *);
-    void (*chunk_gradients)(const void *, const void *, struct behind, int64_t, int64_t, int64_t,
-                            const void *, void *, double *);
+    void (*chunk_gradients)(const void *, const void *, struct behind, struct block, int64_t,
+                            int64_t, const void *, void *, double *);
     void (*normalize)(const void *, const void *, void *, struct shape, int64_t, int64_t,
                       const void *, struct activation);
     void (*apply)(const void *, const void *, void *, struct shape, int64_t, int64_t, const void *);
@@ -93,17 +98,18 @@ typedef VECTOR(double) double_V;
 typedef VECTOR(uint16_t) half_V;
 typedef VECTOR(uint32_t) bits_V;
 
-static ALWAYS_INLINE float_V load_float_V(const float *p) {
-    float_V v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static ALWAYS_INLINE double_V load_double_V(const double *p) {
-    double_V v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
+/* Macros, since a function that gets or returns a vector has another ABI on each target. */
+#define LOAD_VECTOR(type, p)         \
+    ({                               \
+        type loaded;                 \
+        memcpy(&loaded, p, sizeof loaded); \
+        loaded;                      \
+    })
+#define SUM_OF(v)                                                         \
+    ({                                                                    \
+        __typeof__(v) all = v;                                            \
+        ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7])); \
+    })
 
 /* bfloat16 is the upper half of a float. */
 static ALWAYS_INLINE float load_bfloat16(const uint16_t *p) {
@@ -113,11 +119,8 @@ static ALWAYS_INLINE float load_bfloat16(const uint16_t *p) {
     return value;
 }
 
-static ALWAYS_INLINE float_V load_bfloat16_V(const uint16_t *p) {
-    half_V half;
-    memcpy(&half, p, sizeof half);
-    return (float_V)(__builtin_convertvector(half, bits_V) << 16);
-}
+#define LOAD_BFLOAT16_V(p) \
+    ((float_V)(__builtin_convertvector(LOAD_VECTOR(half_V, p), bits_V) << 16))
 
 /* To the nearest, ties to even. */
 static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
@@ -134,7 +137,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define A float
 #define V float_V
 #define NAME(f) f##_float
-#define LOAD_V(p) load_float_V(p)
+#define LOAD_V(p) LOAD_VECTOR(float_V, p)
 #include "typed.h"
 #undef T
 #undef A
@@ -146,7 +149,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define A double
 #define V double_V
 #define NAME(f) f##_double
-#define LOAD_V(p) load_double_V(p)
+#define LOAD_V(p) LOAD_VECTOR(double_V, p)
 #include "typed.h"
 #undef T
 #undef A
@@ -161,38 +164,33 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define V float_V
 #define NAME(f) f##_bfloat16
 #define LOAD(p) load_bfloat16(p)
-#define LOAD_V(p) load_bfloat16_V(p)
+#define LOAD_V(p) LOAD_BFLOAT16_V(p)
 #define STORE(p, a) store_bfloat16(p, a)
 #include "typed.h"
 
 static const struct kernels *const KERNELS[] = {&kernels_float, &kernels_double, &kernels_bfloat16};
 
-/* Channels-last tensors are reduced in groups of rows, which depend on the shape alone, and these in
-   chunks that stay in cache and are short enough to be summed one after the other. */
-enum { MAX_GROUPS = 16, GROUP = 1 << 17 };
+/* Channels-last tensors are reduced in tasks that depend on the shape alone: a group of rows, for a
+   block of channels whose sums stay in cache. A task works through chunks of rows that are short
+   enough to be summed one after the other. */
+enum { MAX_GROUPS = 16, GROUP = 1 << 17, BLOCK = 2048, LEAST_ROWS = 32, MOST_ROWS = 256 };
 
-struct rows {
-    int64_t num, chunk, groups;
+struct tasks {
+    int64_t rows, chunk, groups, blocks;
 };
 
-static struct rows rows_of(struct shape d) {
-    int64_t num = d.N * d.S;
-    return (struct rows){num, larger(32, smaller(256, 16384 / d.C)),
-                         larger(1, smaller(MAX_GROUPS, num * d.C / GROUP))};
-}
-
-/* Adds up what the groups have summed, in their order. */
-static void add_groups(const double *parts, int64_t groups, int64_t size, double *sums) {
-    memset(sums, 0, size * sizeof(double));
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t i = 0; i < size; i++) sums[i] += parts[g * size + i];
+static struct tasks tasks_of(struct shape d) {
+    int64_t rows = d.N * d.S;
+    int64_t groups = smaller(MAX_GROUPS, smaller(rows * d.C / GROUP, rows / LEAST_ROWS));
+    int64_t chunk = larger(LEAST_ROWS, smaller(MOST_ROWS, 16384 / d.C));
+    return (struct tasks){rows, chunk, larger(1, groups), (d.C + BLOCK - 1) / BLOCK};
 }
 
 /* One of the two reductions, of x or of g and x: (2, C) sums. */
 static int reduce(const struct kernels *k, const void *g, const void *x, struct behind b,
                   struct shape d, const void *means, double *sums, int threads) {
+    memset(sums, 0, 2 * d.C * sizeof(double));
     if (!d.last) {
-        memset(sums, 0, 2 * d.C * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (int t = 0; t < threads; t++) {
             int64_t first = d.C * t / threads, end = d.C * (t + 1) / threads;
@@ -203,26 +201,30 @@ static int reduce(const struct kernels *k, const void *g, const void *x, struct 
         }
         return 0;
     }
-    struct rows rows = rows_of(d);
-    size_t part = 2 * d.C * sizeof(double), scratch = 3 * d.C * k->statistic;
-    char *memory = calloc(rows.groups, part + scratch);
+    struct tasks all = tasks_of(d);
+    size_t part = 2 * d.C * sizeof(double), scratch = 3 * BLOCK * sizeof(double);
+    char *memory = calloc(all.groups * part + threads * scratch, 1);
     if (!memory) return 1;
-    double *parts = (double *)memory;
-    char *scratches = memory + rows.groups * part;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t group = 0; group < rows.groups; group++) {
-        int64_t first = rows.num * group / rows.groups, end = rows.num * (group + 1) / rows.groups;
-        double *own = parts + group * 2 * d.C;
-        for (int64_t start = first; start < end; start += rows.chunk) {
-            int64_t stop = smaller(end, start + rows.chunk);
-            if (g)
-                k->chunk_gradients(g, x, b, d.C, start, stop, means, scratches + group * scratch,
-                                   own);
-            else
-                k->chunk_moments(x, d.C, start, stop, scratches + group * scratch, own);
+    for (int t = 0; t < threads; t++) {
+        void *own = memory + all.groups * part + t * scratch;
+        for (int64_t task = t; task < all.groups * all.blocks; task += threads) {
+            int64_t group = task / all.blocks, channel = task % all.blocks * BLOCK;
+            int64_t first = all.rows * group / all.groups;
+            int64_t end = all.rows * (group + 1) / all.groups;
+            struct block block = {d.C, channel, smaller(BLOCK, d.C - channel)};
+            double *into = (double *)(memory + group * part) + channel;
+            for (int64_t start = first; start < end; start += all.chunk) {
+                int64_t stop = smaller(end, start + all.chunk);
+                if (g)
+                    k->chunk_gradients(g, x, b, block, start, stop, means, own, into);
+                else
+                    k->chunk_moments(x, block, start, stop, own, into);
+            }
         }
     }
-    add_groups(parts, rows.groups, 2 * d.C, sums);
+    for (int64_t group = 0; group < all.groups; group++)
+        for (int64_t i = 0; i < 2 * d.C; i++) sums[i] += ((double *)(memory + group * part))[i];
     free(memory);
     return 0;
 }

@@ -14,17 +14,13 @@
 /* Contiguous tensors: rows of S values of one channel. Sums along a row need lanes of their own; the
    other loops the compiler turns into vectors by itself. */
 
-static ALWAYS_INLINE A NAME(sum_of)(V v) {
-    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-}
-
 static ALWAYS_INLINE A NAME(mean_of)(const T *x, int64_t size) {
     V sum = {0};
     A rest = 0;
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) sum += LOAD_V(x + i);
     for (; i < size; i++) rest += LOAD(x + i);
-    return (NAME(sum_of)(sum) + rest) / (A)size;
+    return (SUM_OF(sum) + rest) / (A)size;
 }
 
 /* One pass over each chunk, centred by the mean of its first eighth. That can be no further from
@@ -50,7 +46,7 @@ CLONES static void NAME(rows_moments)(const void *x_NCS, struct shape d, int64_t
                     A distance = LOAD(x + i) - centre;
                     r += distance, q += distance * distance;
                 }
-                add_moments(size, centre, NAME(sum_of)(r0 + r1) + r, NAME(sum_of)(q0 + q1) + q,
+                add_moments(size, centre, SUM_OF(r0 + r1) + r, SUM_OF(q0 + q1) + q,
                             sums + c, sums + d.C + c);
             }
         }
@@ -96,55 +92,57 @@ CLONES static void NAME(rows_gradients)(const void *g_NCS, const void *x_NCS, st
                     A grad = LOAD(g + i);
                     s += grad, p += grad * (LOAD(x + i) - mean);
                 }
-                sums[c] += NAME(sum_of)(s0 + s1) + s;
-                sums[d.C + c] += NAME(sum_of)(p0 + p1) + p;
+                sums[c] += SUM_OF(s0 + s1) + s;
+                sums[d.C + c] += SUM_OF(p0 + p1) + p;
             }
         }
 }
 
-/* Channels-last tensors: chunks of rows of C values, one of each channel. `scratch` holds 3C A.
+/* Channels-last tensors: chunks of rows of C values, one of each channel, for a block of channels.
+   `scratch` holds three A for each of them; `sums` is where the block begins in (2, C).
    One row after the other: several at once load and store sums less often, and were faster in
    cache, but half as fast from memory. */
 
-CLONES static void NAME(chunk_moments)(const void *x_RC, int64_t C, int64_t first, int64_t end,
+CLONES static void NAME(chunk_moments)(const void *x_RC, struct block b, int64_t first, int64_t end,
                                        void *scratch, double *sums) {
-    A *restrict centre = scratch, *restrict rest = centre + C, *restrict m2 = rest + C;
-    int64_t size = end - first, eighth = larger(size / 8, 1);
-    memset(scratch, 0, 3 * C * sizeof(A));
+    int64_t width = b.width, size = end - first, eighth = larger(size / 8, 1);
+    A *restrict centre = scratch, *restrict rest = centre + width, *restrict m2 = rest + width;
+    memset(scratch, 0, 3 * width * sizeof(A));
     for (int64_t r = first; r < first + eighth; r++) {
-        const T *restrict x = (const T *)x_RC + r * C;
-        for (int64_t c = 0; c < C; c++) centre[c] += LOAD(x + c);
+        const T *restrict x = (const T *)x_RC + r * b.C + b.first;
+        for (int64_t c = 0; c < width; c++) centre[c] += LOAD(x + c);
     }
-    for (int64_t c = 0; c < C; c++) {
+    for (int64_t c = 0; c < width; c++) {
         A mean = centre[c] / (A)eighth;
         centre[c] = isfinite(mean) ? mean : 0;
     }
     for (int64_t r = first; r < end; r++) {
-        const T *restrict x = (const T *)x_RC + r * C;
-        for (int64_t c = 0; c < C; c++) {
+        const T *restrict x = (const T *)x_RC + r * b.C + b.first;
+        for (int64_t c = 0; c < width; c++) {
             A distance = LOAD(x + c) - centre[c];
             rest[c] += distance, m2[c] += distance * distance;
         }
     }
-    for (int64_t c = 0; c < C; c++)
-        add_moments(size, centre[c], rest[c], m2[c], sums + c, sums + C + c);
+    for (int64_t c = 0; c < width; c++)
+        add_moments(size, centre[c], rest[c], m2[c], sums + c, sums + b.C + c);
 }
 
-CLONES static void NAME(chunk_gradients)(const void *g_RC, const void *x_RC, struct behind b,
-                                         int64_t C, int64_t first, int64_t end, const void *means,
-                                         void *scratch, double *sums) {
-    const A *restrict mean = means;
-    A *restrict sum = scratch, *restrict product = sum + C;
-    memset(scratch, 0, 2 * C * sizeof(A));
+CLONES static void NAME(chunk_gradients)(const void *g_RC, const void *x_RC, struct behind act,
+                                         struct block b, int64_t first, int64_t end,
+                                         const void *means, void *scratch, double *sums) {
+    int64_t width = b.width;
+    const A *restrict mean = (const A *)means + b.first;
+    A *restrict sum = scratch, *restrict product = sum + width;
+    memset(scratch, 0, 2 * width * sizeof(A));
     for (int64_t r = first; r < end; r++) {
-        const T *restrict g = NAME(inner)(g_RC, b, r * C, C);
-        const T *restrict x = (const T *)x_RC + r * C;
-        for (int64_t c = 0; c < C; c++) {
+        const T *restrict g = NAME(inner)(g_RC, act, r * b.C + b.first, width);
+        const T *restrict x = (const T *)x_RC + r * b.C + b.first;
+        for (int64_t c = 0; c < width; c++) {
             A grad = LOAD(g + c);
             sum[c] += grad, product[c] += grad * (LOAD(x + c) - mean[c]);
         }
     }
-    for (int64_t c = 0; c < C; c++) sums[c] += sum[c], sums[C + c] += product[c];
+    for (int64_t c = 0; c < width; c++) sums[c] += sum[c], sums[b.C + c] += product[c];
 }
 
 /* Value by value. Rows of contiguous tensors have one coefficient, those of channels-last tensors
