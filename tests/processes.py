@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -72,7 +71,7 @@ def run(
     finally:
         for process in processes:
             if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             process.join()
 
 

@@ -139,7 +139,7 @@ class _BatchNorm(torch.autograd.Function):
                     xs, parts, weights, biases, scalars, strict=True
                 )
             ]
-            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else ()
+            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else set[int]()
             for i, (one, residual, (_, _, from_site, act)) in enumerate(
                 zip(ones, residuals, scalars, strict=True)
             ):
