@@ -11,10 +11,15 @@ from bnrewrite.watch import runs_unseen
 LIBRARY = torch.library.Library("bnrewrite", "DEF")
 
 
+_COMPOSITES: dict[int, Callable[..., Any]] = {}
+"""The function of each composite, by the id of the op, whose own hash takes long."""
+
+
 def define_composite(name: str, function: Callable[..., Any]) -> None:
     """Registers an op that is made of others, of which ``torch.func.vmap`` sees these, too."""
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     LIBRARY.impl(name, function, "FuncTorchBatched")
+    _COMPOSITES[id(getattr(torch.ops.bnrewrite, name).default)] = function
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -39,16 +44,33 @@ def run(phase: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
     kernel = CPU_KERNELS.get(id(phase))
     if (
         kernel is not None
-        and runs_unseen(x)
-        and _PLAIN.issuperset(map(type, args))
         and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        and _needs_no_dispatch(x, args)
+    ):
+        return kernel(x, *args)
+    return phase(x, *args)
+
+
+def run_composite(composite: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
+    """``composite(x, *args)``, as its function where a dispatch would do no more than call it."""
+    if (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_function_stack() == 0
+        and _needs_no_dispatch(x, args)
+    ):
+        return _COMPOSITES[id(composite)](x, *args)
+    return composite(x, *args)
+
+
+def _needs_no_dispatch(x: Tensor, args: tuple[Any, ...]) -> bool:
+    return (
+        runs_unseen(x)
+        and _PLAIN.issuperset(map(type, args))
         and torch._C._functorch.peek_interpreter_stack() is None
         # What is_grads_batched makes is none of functorch's.
         and not torch._C._functorch.is_legacy_batchedtensor(x)
         and not torch._C._autograd._profiler_enabled()
-    ):
-        return kernel(x, *args)
-    return phase(x, *args)
+    )
 
 
 def define_phase(

@@ -8,6 +8,7 @@ from torch import Tensor
 from bnrewrite.groups import place_in
 from bnrewrite.modes import Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.library import run_composite
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 
 
@@ -34,4 +35,4 @@ def evaluate(mode: Mode, number: int, group: str, arguments: tuple[Any, ...]) ->
         return SHUFFLE_BATCH_NORM(
             *arguments, group, place_in(group), number, *shuffle_options(mode)
         )
-    return BATCH_NORM(*arguments, group, skips_nonfinite(mode))
+    return run_composite(BATCH_NORM, *arguments, group, skips_nonfinite(mode))
