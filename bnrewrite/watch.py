@@ -24,9 +24,8 @@ _SUSPICIOUS_S = 2.0
 """How long a collective takes before its rank looks what the others are doing."""
 
 _YIELDING_S = 0.005
-"""How long a rank offers its core to others before it sleeps. To be woken costs more than most
-collectives: a step of ResNet-18 of two ranks on two cores takes 0.93 of the time that it takes with
-sleep alone, of four ranks 0.92."""
+"""How long a rank offers its core to others before it sleeps: to be woken may cost more than most
+collectives take."""
 
 _WORK = "_bnrewrite_work"
 

@@ -13,7 +13,9 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import bnrewrite
 from bnrewrite import cli
 from bnrewrite import reference as definition
 from bnrewrite.activations import ACTIVATIONS, activate, activation_backward
@@ -409,13 +411,17 @@ class TestArgumentsThatAreNoMemory:
             ]
             torch.testing.assert_close(*ys)
 
-    def test_a_negative_view(self, group: str) -> None:
+    @pytest.mark.parametrize("name", ["x", "weight", "bias", "grad"])
+    def test_a_negative_view(self, group: str, name: str) -> None:
+        """One at a time: of two, the signs could make up for each other."""
         t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
         results = []
         for negate in (torch._neg_view, torch.neg):
-            x, weight = negate(t["x"]).requires_grad_(), negate(t["weight"])
-            y = BATCH_NORM(x, weight, t["bias"], *[None] * 3, True, True, 0.1, EPS, group)
-            results.append([y, *torch.autograd.grad(y, x, negate(t["grad"]))])
+            args = {**t, name: negate(t[name])}
+            x = args["x"].requires_grad_()
+            end = (*[None] * 3, True, True, 0.1, EPS, group)
+            y = BATCH_NORM(x, args["weight"], args["bias"], *end)
+            results.append([y, *torch.autograd.grad(y, x, args["grad"])])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
 
@@ -426,6 +432,29 @@ class TestArgumentsThatAreNoMemory:
         flat.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError):
             BATCH_NORM(t["x"], weight, None, None, None, None, True, True, 0.1, EPS, group)
+
+    def test_a_profiler_sees_every_phase(self, group: str) -> None:
+        t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
+        x, end = t["x"].requires_grad_(), (*[None] * 3, True, True, 0.1, EPS, group)
+        with torch.profiler.profile() as profile:
+            BATCH_NORM(x, t["weight"], t["bias"], *end).backward(t["grad"])
+        local = {"batch_norm_local", "batch_norm_local_backward"}
+        phases = {"moments", "normalize", "normalize_backward_reduce", "normalize_backward"}
+        seen = {event.key for event in profile.key_averages()}
+        assert {f"bnrewrite::{name}" for name in (phases if group else local)} <= seen
+
+    def test_a_function_mode_sees_a_site(self) -> None:
+        seen = []
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        model = bnrewrite.convert(torch.nn.BatchNorm1d(3))
+        with Watch():
+            model(torch.randn(4, 3))
+        assert BATCH_NORM in seen
 
     def test_batched_gradients(self) -> None:
         t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)

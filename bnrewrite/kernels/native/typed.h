@@ -100,8 +100,8 @@ CLONES static void NAME(rows_gradients)(const void *g_NCS, const void *x_NCS, st
 
 /* Channels-last tensors: chunks of rows of C values, one of each channel, for a block of channels.
    `scratch` holds three A for each of them; `sums` is where the block begins in (2, C).
-   One row after the other: several at once load and store sums less often, and were faster in
-   cache, but half as fast from memory. */
+   One row after the other: several at once load and store sums less often and are faster in cache,
+   but slower from memory. */
 
 CLONES static void NAME(chunk_moments)(const void *x_RC, struct block b, int64_t first, int64_t end,
                                        void *scratch, double *sums) {
