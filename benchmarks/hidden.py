@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from bnrewrite.collectives import WAIT, is_launch
 from bnrewrite.compiler import HideCollectives, split_convolution_backward
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 Span = tuple[fx.Node, float, float]
@@ -66,11 +66,6 @@ def clocked_backend(
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
 
 
-def is_launch(node: fx.Node) -> bool:
-    """Whether ``node`` launches a collective."""
-    return "all_reduce" in str(node.target)
-
-
 def is_weight_gradient(node: fx.Node) -> bool:
     """Whether ``node`` is the weight half of a convolution's backward."""
     return node.target is _CONVOLUTION_BACKWARD and not node.args[-1][0]  # pyright: ignore
@@ -81,7 +76,7 @@ def waits(spans: list[Span]) -> list[float]:
     return [
         end - start
         for node, start, end in spans
-        if node.target is _WAIT and is_launch(node.args[0])  # pyright: ignore
+        if node.target is WAIT and is_launch(node.args[0].target)  # pyright: ignore
     ]
 
 
@@ -95,7 +90,7 @@ def coverable(spans: list[Span]) -> list[float]:
     for node, start, end in spans:
         if is_weight_gradient(node):
             pending += end - start
-        elif is_launch(node):
+        elif is_launch(node.target):
             found.append(pending)
             pending = 0.0
     return found

@@ -1,10 +1,18 @@
-"""Process groups by name: modules hold names, which copy and pickle, and look groups up."""
+"""Process groups by name: modules hold names, which copy and pickle, and look groups up.
+
+The argument ``group`` of an op says more than the name if statistics may be gathered in the group:
+"0/2" is group "0", whose two ranks gather. The number belongs there since it is part of a graph
+that gathers, and all ranks must choose alike, whether they compile or not.
+"""
+
+import functools
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from bnrewrite.errors import GroupError
+from bnrewrite.guards import guard_answer
 
 NO_GROUP = ""
 """Name that stands for "nothing to communicate"."""
@@ -51,12 +59,13 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
     return process_group.group_name
 
 
-def find_group(name: str) -> dist.ProcessGroup:
-    """The process group called ``name``.
+def find_group(group: str) -> dist.ProcessGroup:
+    """The process group with this name, or of this argument of an op.
 
     Raises:
         GroupError: there is none in this process.
     """
+    name = name_in(group)
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError, KeyError) as error:
@@ -68,25 +77,53 @@ def find_group(name: str) -> dist.ProcessGroup:
 
 
 def active_group(name: str, training: bool) -> str:
-    """Name of the group to communicate with now, or ``NO_GROUP`` if there is nothing to do.
+    """The argument ``group`` of an op now: ``NO_GROUP`` if there is nothing to communicate.
 
     Nothing is communicated outside training, without a process group, and in groups of one rank.
-    A compiler specialises on the answer and asks again when the default group changes.
+    A compiler specialises on the answer, and asks again before each call.
+
+    Args:
+        name: from :func:`group_name`, or ``NO_GROUP``.
+        training: whether sites use the statistics of their batch.
     """
     if not training or name == NO_GROUP:
         return NO_GROUP
-    if name != DEFAULT_GROUP:
-        return _active_explicit_group(name)
-    # Dynamo guards on this attribute; dist.is_initialized() it would take for a constant.
-    group = dist.distributed_c10d._world._default_pg
-    if group is None or group.size() == 1:
+    if torch.compiler.is_compiling():
+        return _guarded_active_group(name)
+    return _active_group(name)
+
+
+def _active_group(name: str) -> str:
+    group = dist.distributed_c10d._world._default_pg if name == DEFAULT_GROUP else find_group(name)
+    if group is None:
         return NO_GROUP
-    return group.group_name
+    num_ranks = group.size()
+    if num_ranks == 1:
+        return NO_GROUP
+    # Where a step takes a message of a host to another one, to gather takes half as many steps.
+    return f"{group.group_name}/{num_ranks}" if group.name() == "gloo" else group.group_name
 
 
 @torch.compiler.assume_constant_result
-def _active_explicit_group(name: str) -> str:
-    return name if find_group(name).size() > 1 else NO_GROUP
+def _guarded_active_group(name: str) -> str:
+    return guard_answer("active_group", _active_group, name)
+
+
+def name_in(group: str) -> str:
+    """Name of the process group in an argument of an op."""
+    return _parts(group)[0]
+
+
+def ranks_that_gather(group: str) -> int:
+    """Number of ranks in an argument of an op, if they may gather statistics; else 0."""
+    return _parts(group)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(group: str) -> tuple[str, int]:
+    name, _, num_ranks = group.rpartition("/")
+    # Names of torch are numbers and digests, but people may choose others.
+    return (name, int(num_ranks)) if name and num_ranks.isdecimal() else (group, 0)
 
 
 def place_in(group: str) -> tuple[int, int]:
@@ -96,21 +133,23 @@ def place_in(group: str) -> tuple[int, int]:
     and given to them: compilers guard on them, and no cache mixes graphs of different ranks.
 
     Args:
-        group: a name from :func:`active_group`.
+        group: from :func:`active_group`.
     """
     if group == NO_GROUP:
         return 0, 1
-    # Dynamo guards on this attribute, and on the group's size by way of active_group.
-    default = dist.distributed_c10d._world._default_pg
-    if default is not None and group == default.group_name:
-        return default.rank(), default.size()
-    return _place_in_explicit_group(group)
+    if torch.compiler.is_compiling():
+        return _guarded_place_in(group)
+    return _place_in(group)
+
+
+def _place_in(group: str) -> tuple[int, int]:
+    found = find_group(group)
+    return found.rank(), found.size()
 
 
 @torch.compiler.assume_constant_result
-def _place_in_explicit_group(name: str) -> tuple[int, int]:
-    group = find_group(name)
-    return group.rank(), group.size()
+def _guarded_place_in(group: str) -> tuple[int, int]:
+    return guard_answer("place_in", _place_in, group)
 
 
 def world_size() -> int:

@@ -28,6 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 TIMEOUT_S = 90.0
 
+SUMS = ("all_reduce", "all_gather_into_tensor")
+"""Collectives of which one sums statistics over the ranks."""
+
 
 class CountCollectives(TorchDispatchMode):
     """Notes every collective, functional or not, that runs under it."""

@@ -27,6 +27,7 @@ from tests.ranks import CountCollectives, RankPool
 SAVED = (
     torch.ops.bnrewrite.moments.default,
     torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.wait_tensor.default,
 )
 """Ops that a policy keeps the results of, so that nothing is communicated again."""

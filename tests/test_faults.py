@@ -194,11 +194,9 @@ def _assert_named(kind: str, message: str, when: str, wrap: str) -> None:
     assert kind == "PeerError", message
     # The trap lies between the sites: forward the second one waits, backward the first one.
     site = {"forward": "bn2", "backward": "bn1", "between": "bn1"}[when]
-    what = "all-reduce"
-    if wrap.startswith("shuffle"):
-        what = "exchange" if wrap == "shuffle ring" else "all-gather"
+    what = "exchange" if wrap == "shuffle ring" else "all-gather"
     if wrap in BACKENDS:
-        what = "all-reduce in compiled code"
+        what = "collective in compiled code"
     assert message.startswith(f"{site}: the {what} over the default process group"), message
     assert "(ranks [0, 1, 2], this is rank" in message
     assert "destroy_process_group" in message

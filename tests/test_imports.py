@@ -30,7 +30,7 @@ LAYERS = (
         "activations", "groups", "reference", "permutations", "modes", "settings", "commandline",
         "differences",
     ),
-    ("errors",),
+    ("errors", "guards"),
 )  # fmt: skip
 """From top to bottom: a part imports from its own layer and from those below it."""
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import bnrewrite
 from bnrewrite.passes import OPTIMISING
 from tests.models import ResidualNet
-from tests.ranks import RankPool
+from tests.ranks import SUMS, RankPool
 
 WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "overlap_backward")
 
@@ -33,8 +33,10 @@ class _Trace(TorchDispatchMode):
         if name == "convolution_backward":
             input, weight, _ = args[-1]
             self.seen.append("both" if input and weight else "input" if input else "weight")
-        elif name in ("all_reduce", "wait_tensor"):
-            self.seen.append({"all_reduce": "launch"}.get(name, "wait"))
+        elif name in SUMS:
+            self.seen.append("launch")
+        elif name == "wait_tensor":
+            self.seen.append("wait")
         return func(*args, **(kwargs or {}))
 
 

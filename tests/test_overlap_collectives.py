@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnrewrite
 from tests.models import Block
-from tests.ranks import RankPool
+from tests.ranks import SUMS, RankPool
 from tests.test_share_collectives import Chain, Inception
 
-_NAMES = {"all_reduce": "launch", "wait_tensor": "wait", "convolution": "conv"}
+_NAMES = {**dict.fromkeys(SUMS, "launch"), "wait_tensor": "wait", "convolution": "conv"}
 
 
 class _Trace(TorchDispatchMode):

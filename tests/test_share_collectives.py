@@ -13,9 +13,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.distributed.tensor.debug import CommDebugMode
 
 import bnrewrite
+from bnrewrite.collectives import is_launch
 from tests.models import Block
 from tests.parity import assert_same_training
-from tests.ranks import CountCollectives, RankPool
+from tests.ranks import SUMS, CountCollectives, RankPool
 
 
 class Inception(nn.Module):
@@ -302,7 +303,7 @@ def _leaving(rank: int, world_size: int) -> list[int]:
         layers[index].eval()
         with CountCollectives() as count:
             _step(model, _input(rank))
-        counts.append(sum(name == "all_reduce" for name, *_ in count.seen))
+        counts.append(sum(name in SUMS for name, *_ in count.seen))
     return counts
 
 
@@ -336,7 +337,7 @@ def _compiled(rank: int, world_size: int) -> list[int]:
     counts = []
 
     def boxed(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        counts.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        counts.append(sum(is_launch(node.target) for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
     model = bnrewrite.convert(_make(inception))

@@ -223,8 +223,8 @@ def _mapped(rank: int, world_size: int) -> tuple[dict[Any, int], str]:
 def test_mappings_mix_modes_and_revert_takes_all_off(ranks: RankPool) -> None:
     for counts, text in ranks.run(_mapped, 2):
         assert counts == {
-            "c10d_functional.all_gather_into_tensor": 1,
-            "c10d_functional.all_reduce": 2,
+            # Two are sums.
+            "c10d_functional.all_gather_into_tensor": 3,
             "c10d_functional.all_to_all_single": 3,
         }
         assert "mode shuffle, sync" in text

@@ -499,8 +499,8 @@ def _counted_by_torch(rank: int, world_size: int) -> dict[Any, int]:
     return {str(name): count for name, count in comm.get_comm_counts().items() if count}
 
 
-def test_collectives_are_functional_all_reduces_that_torch_counts(ranks: RankPool) -> None:
-    expected = {"c10d_functional.all_reduce": ResidualNet.NUM_ROUNDS}
+def test_collectives_are_functional_ones_that_torch_counts(ranks: RankPool) -> None:
+    expected = {"c10d_functional.all_gather_into_tensor": ResidualNet.NUM_ROUNDS}
     assert ranks.run(_counted_by_torch, 2) == [expected] * 2
 
 
@@ -528,7 +528,8 @@ def _payloads(rank: int, world_size: int) -> list[tuple[str, torch.dtype, int]]:
 
 
 def test_payload_has_the_same_size_and_dtype_on_every_rank(ranks: RankPool) -> None:
-    expected = [("all_reduce", torch.float64, 11), ("all_reduce", torch.float64, 10)]
+    gather = "all_gather_into_tensor"
+    expected = [(gather, torch.float64, 11), (gather, torch.float64, 10)]
     assert ranks.run(_payloads, 3) == [expected] * 3
 
 

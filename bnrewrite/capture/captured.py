@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.reads import COMPILING
+from bnrewrite.guards import guard_answer
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
-from bnrewrite.sites.compiled import guard_answer
 from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
 
 
@@ -186,7 +186,7 @@ def _outside_holds_while_compiling(key: str) -> bool:
     captured = _living.get(key)
     if captured is None or captured.assumptions.outside.answers.keys() & COMPILING:
         return False
-    return guard_answer(captured.assumptions.outside.holds)
+    return guard_answer(f"outside {key}", captured.assumptions.outside.holds)
 
 
 def _spelled(node: fx.Node) -> tuple[Any, ...]:

@@ -12,7 +12,9 @@ of the collectives between them, all visible to a compiler:
 their collectives, with what follows each. Two sites of them whose results are added become one
 phase, ``normalize_two``, where arithmetic is free.
 
-In eager mode other work runs during the all-reduce of a backward: see :mod:`bnrewrite.ops.slot`.
+An all-reduce is an all-gather and a sum where that takes less time: see
+:mod:`bnrewrite.collectives`. In eager mode other work runs during that of a backward: see
+:mod:`bnrewrite.ops.slot`.
 
 On the CPU an evaluation that shares its statistics with nobody is ``batch_norm_local`` and
 ``batch_norm_local_backward`` instead, which join the phases of a direction.

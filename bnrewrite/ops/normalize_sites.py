@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import activations, reference
-from bnrewrite.collectives import all_reduce_sum, start_all_reduce_sum, wait
+from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
@@ -108,7 +108,7 @@ class _EndCollective(torch.autograd.Function):
             return None, *grads
         pending, sizes, gradients = launched
         with below_autograd():
-            parts = split(wait(pending), sizes)
+            parts = split(end_all_reduce_sum(pending, sum(sizes)), sizes)
             found = [one.of(sums) for one, sums in zip(gradients, parts, strict=True)]
         # Second derivatives come here by other ways than through the site, too.
         sums = (

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnrewrite.collectives import start_all_reduce_sum, wait
+from bnrewrite.collectives import end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
@@ -150,7 +150,7 @@ def _finish_batch_norm(
         place = {i: index for index, i in enumerate(taking_part)}
         members = [_member(sites[i], place) if i in fused else sites[i].alone() for i in place]
         with below_autograd():
-            totals = wait(pending)
+            totals = end_all_reduce_sum(pending, sum(2 * x.size(1) + 1 for x in xs.values()))
         group_name = next(iter(taking_part.values()))
         ys = normalize_sites(_counted(members), list(xs.values()), totals, group_name)
         results.update(zip(taking_part, ys, strict=True))

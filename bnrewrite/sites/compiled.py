@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.agreement import join_open_round
 from bnrewrite.errors import BnRewriteError
-from bnrewrite.groups import NO_GROUP, find_group
+from bnrewrite.groups import NO_GROUP, find_group, name_in
+from bnrewrite.guards import graph_in_the_making
 from bnrewrite.naming import sites_of
 from bnrewrite.watch import peer_error
 
@@ -40,14 +41,8 @@ class _Round(NamedTuple):
 
 def guard_graph() -> None:
     """Sees to the graph that Dynamo is tracing; a member calls it that is part of the graph."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:
-        # torch.export traces without Dynamo.
-        return
-    compile_graph: Any = output.compiler_fn
+    output = graph_in_the_making()
+    compile_graph: Any = getattr(output, "compiler_fn", None)
     if compile_graph is None or hasattr(compile_graph, _GUARDED) or torch.compiler.is_exporting():
         return
 
@@ -59,22 +54,6 @@ def guard_graph() -> None:
 
     setattr(compile_and_guard, _GUARDED, True)
     output.compiler_fn = compile_and_guard
-
-
-def guard_answer(ask: Callable[[], bool]) -> bool:
-    """What ``ask`` answers; the graph that Dynamo is tracing serves while it answers the same."""
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import CallFunctionNoArgsSource, GlobalSource
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:
-        # torch.export traces without Dynamo, once.
-        return ask()
-    source = CallFunctionNoArgsSource(GlobalSource(output.install_global("bnrewrite_asks", ask)))
-    install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
-    return ask()
 
 
 _GUARDED = "_bnrewrite_guarded"
@@ -93,7 +72,7 @@ def _rounds(graph: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Round]:
         group = next((name for name in groups if name != NO_GROUP), None)
         if group is not None:
             tensors = (known.get(one) for one in node.all_input_nodes)
-            yield _Round(group, sites_of(tuple(tensors)))
+            yield _Round(name_in(group), sites_of(tuple(tensors)))
 
 
 def _guarded(function: Callable[..., Any], rounds: list[_Round]) -> Callable[..., Any]:
@@ -154,7 +133,7 @@ def _named(
         names = (name for one in rounds for name in one.sites.split(", "))
         sites = f"one of {', '.join(dict.fromkeys(names))}"
     group = find_group(rounds[0].group)
-    return peer_error("all-reduce in compiled code", group, (), waited_s, error, sites=sites)
+    return peer_error("collective in compiled code", group, (), waited_s, error, sites=sites)
 
 
 _LAUNCH = re.compile(

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnrewrite.differences import Line
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
-from bnrewrite.groups import NO_GROUP, active_group, find_group
+from bnrewrite.groups import NO_GROUP, active_group, find_group, name_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
 from bnrewrite.naming import remember
 from bnrewrite.sites.classes import (
@@ -115,8 +115,9 @@ class SiteForward(Converted):
         follows_all = isinstance(state.mode, Sync) or (
             isinstance(state.mode, Shuffle) and state.mode.running == "group"
         )
+        active = name_in(active_group(state.group, True))
         # The own forward of a subclass may update them by itself.
-        if not follows_all or has_own_forward(module) or active_group(state.group, True) != group:
+        if not follows_all or has_own_forward(module) or active != group:
             return []
         buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
         return [buffer for buffer in buffers if buffer is not None]

@@ -4,7 +4,6 @@ All sites and owners of one conversion share a schedule. It notices when a flag 
 call has one identity to compare; only then are views made and exchanged.
 """
 
-import functools
 import hashlib
 import itertools
 import sys
@@ -19,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.agreement import View, agree, can_agree, default_group
 from bnrewrite.differences import Line
-from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
+from bnrewrite.guards import errors_pass_through_dynamo
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
@@ -265,15 +264,5 @@ def _agree_while_compiling(key: str) -> None:
     schedule = _living.get(key)
     if schedule is None or not schedule.is_news():
         return
-    try:
+    with errors_pass_through_dynamo():
         schedule.look()
-    except BnRewriteError as error:
-        raise _passes_through_dynamo(type(error))(str(error)) from error
-
-
-@functools.cache
-def _passes_through_dynamo(kind: type[BnRewriteError]) -> type[BnRewriteError]:
-    """``kind`` as an error that Dynamo hands on as it is, instead of calling it internal."""
-    from torch._dynamo.exc import TorchRuntimeError
-
-    return type(kind.__name__, (kind, TorchRuntimeError), {"__module__": kind.__module__})

@@ -1,0 +1,74 @@
+"""What Python does while Dynamo traces: answers that a graph relies on, and errors."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from bnrewrite.errors import BnRewriteError
+
+T = TypeVar("T", bound="str | bool | tuple[int, ...]")
+
+_GUARDED = "_bnrewrite_answers"
+
+
+def guard_answer(what: str, ask: Callable[..., T], *args: Any) -> T:
+    """What ``ask(*args)`` answers; the graph that Dynamo is tracing serves while it does.
+
+    Called while Dynamo traces, by a function that it takes for constant.
+
+    Args:
+        what: tells the question from others; with ``args``, which are hashable.
+        ask: raises whatever makes the graph useless.
+        args: of ``ask``.
+    """
+    with errors_pass_through_dynamo():
+        answer = ask(*args)
+    output = graph_in_the_making()
+    if output is None or (what, args) in vars(output).setdefault(_GUARDED, set()):
+        return answer
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import CallFunctionNoArgsSource, GlobalSource
+
+    def ask_again() -> T | str:
+        try:
+            return ask(*args)
+        except Exception as error:
+            # The graph is left, and the one who traces again meets the error.
+            return f"{type(error).__name__}, no answer"
+
+    name = output.install_global("bnrewrite_asks", ask_again)
+    source = CallFunctionNoArgsSource(GlobalSource(name))
+    install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+    vars(output)[_GUARDED].add((what, args))
+    return answer
+
+
+def graph_in_the_making() -> Any:
+    """What Dynamo keeps of the graph that it is tracing; None if it traces none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output
+    except AttributeError:
+        # torch.export traces without Dynamo, once.
+        return None
+
+
+@contextlib.contextmanager
+def errors_pass_through_dynamo() -> Iterator[None]:
+    """Raises our errors so that Dynamo hands them on as they are, instead of calling them internal.
+
+    For what Dynamo takes for constant.
+    """
+    try:
+        yield
+    except BnRewriteError as error:
+        raise _passing(type(error))(str(error)) from error
+
+
+@functools.cache
+def _passing(kind: type[BnRewriteError]) -> type[BnRewriteError]:
+    from torch._dynamo.exc import TorchRuntimeError
+
+    return type(kind.__name__, (kind, TorchRuntimeError), {"__module__": kind.__module__})

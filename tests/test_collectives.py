@@ -1,0 +1,222 @@
+"""Sums over ranks, by an all-reduce or by an all-gather: the same on every rank, chosen alike."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import bnrewrite
+from bnrewrite import collectives, watch
+from bnrewrite.groups import DEFAULT_GROUP, active_group, name_in, ranks_that_gather
+from tests.models import ResidualNet, perturb
+from tests.processes import Worlds, run
+from tests.ranks import CountCollectives, RankPool
+
+SMALL, LARGE = 11, collectives.MOST_GATHERED_BYTES // 8 + 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "num_ranks"),
+    [
+        ("0", "0", 0),
+        ("0/2", "0", 2),
+        ("my/group", "my/group", 0),
+        ("my/group/12", "my/group", 12),
+        ("mesh_dp", "mesh_dp", 0),
+        ("/3", "/3", 0),
+        ("a/", "a/", 0),
+    ],
+)
+def test_an_argument_says_the_name_and_who_gathers(
+    argument: str, name: str, num_ranks: int
+) -> None:
+    assert name_in(argument) == name
+    assert ranks_that_gather(argument) == num_ranks
+
+
+def _values(rank: int, size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+
+def _sum(rank: int, world_size: int, size: int) -> tuple[list[str], Tensor, Tensor]:
+    """What is sent, the sum of values, and its gradient."""
+    values = _values(rank, size).requires_grad_()
+    group = active_group(DEFAULT_GROUP, training=True)
+    with CountCollectives() as count:
+        total = collectives.all_reduce_sum(values, group)
+        (grad,) = torch.autograd.grad(total, values, _values(10 + rank, size))
+    assert torch.equal(collectives.all_reduce_sum(values.detach(), group), total)
+    # Whoever calls an op with the name alone gets an all-reduce.
+    torch.testing.assert_close(
+        collectives.all_reduce_sum(values.detach(), name_in(group)), total, rtol=1e-12, atol=1e-12
+    )
+    return [name for name, *_ in count.seen], total.detach(), grad
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, SMALL, LARGE])
+def test_every_rank_has_the_same_sum(ranks: RankPool, world_size: int, size: int) -> None:
+    results = ranks.run(_sum, world_size, size)
+    expected = sum(_values(rank, size) for rank in range(world_size))
+    gradient = sum(_values(10 + rank, size) for rank in range(world_size))
+    for seen, total, grad in results:
+        # A few float64 roundings of sums of terms near 1.
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, gradient, rtol=1e-12, atol=1e-12)
+        assert torch.equal(total, results[0][1])
+        assert seen == ["all_reduce" if size == LARGE else "all_gather_into_tensor"] * 2
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(5)
+    return perturb(ResidualNet().double())
+
+
+def _train(model: Callable[..., Any], rank: int, steps: int = 2) -> list[Tensor]:
+    seen = []
+    for step in range(steps):
+        torch.manual_seed(10 * step + rank)
+        x = torch.randn(2 + rank, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+        y = model(x)
+        y.square().sum().backward()
+        seen += [y.detach(), x.grad]
+    return seen
+
+
+def _by_all_reduce(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    model = bnrewrite.convert(_net())
+    gathered = [*_train(model, rank), *model.state_dict().values()]
+    model = bnrewrite.convert(_net())
+    with mock.patch.object(collectives, "MOST_GATHERED_BYTES", -1):
+        reduced = [*_train(model, rank), *(t.clone() for t in model.state_dict().values())]
+        with CountCollectives() as count:
+            model(torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    assert {name for name, *_ in count.seen} == {"all_reduce"}
+    return gathered, reduced
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_is_the_same_by_either(ranks: RankPool, world_size: int) -> None:
+    for gathered, reduced in ranks.run(_by_all_reduce, world_size):
+        torch.testing.assert_close(gathered, reduced, rtol=1e-9, atol=1e-9)
+
+
+def _zero_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.zero_()
+
+
+def _change_gradients(rank: int, world_size: int, by_gather: bool) -> list[Tensor | None]:
+    """Input gradients where a hook writes into those of the weights before the collective runs."""
+    deferred: dict[int, Callable[[], Tensor]] = {}
+
+    def launch(what: str, result: Tensor, *rest: Any) -> Tensor:
+        deferred[id(result)] = lambda: watch.finish(watch.launch(what, result, *rest))
+        return result
+
+    found = []
+    for hook in (False, True):
+        model = bnrewrite.convert(_net())
+        for name, parameter in model.named_parameters():
+            if hook and "bn" in name:
+                parameter.register_post_accumulate_grad_hook(_zero_gradient)
+        with mock.patch.multiple(
+            collectives,
+            launch=launch,
+            is_watched=lambda pending: id(pending) in deferred,
+            finish=lambda pending: deferred.pop(id(pending))(),
+            MOST_GATHERED_BYTES=collectives.MOST_GATHERED_BYTES if by_gather else -1,
+        ):
+            found.append(_train(model, rank, steps=1)[1])
+    return found
+
+
+@pytest.mark.parametrize("by_gather", [True, False])
+def test_what_is_under_way_is_nobodys_gradient(ranks: RankPool, by_gather: bool) -> None:
+    for left, changed in ranks.run(_change_gradients, 2, by_gather):
+        assert torch.equal(left, changed)
+
+
+def _unlike(rank: int, world_size: int, what: str) -> list[Tensor]:
+    """Training of which rank 0 sees more, or which it compiles."""
+    model = bnrewrite.convert(_net())
+    if rank == 0 and what == "compiled":
+        return _train(torch.compile(model, backend="aot_eager", fullgraph=True), rank)
+    if rank == 0 and what == "mode":
+        with CountCollectives():
+            return _train(model, rank)
+    if rank == 0 and what == "profiler":
+        with torch.profiler.profile():
+            return _train(model, rank)
+    return _train(model, rank)
+
+
+@pytest.mark.parametrize("what", ["compiled", "mode", "profiler"])
+def test_ranks_choose_alike_whatever_looks_at_one_of_them(ranks: RankPool, what: str) -> None:
+    expected = ranks.run(_unlike, 3, "")
+    for result, true in zip(ranks.run(_unlike, 3, what), expected, strict=True):
+        torch.testing.assert_close(result, true, rtol=1e-9, atol=1e-9)
+
+
+def _worlds_of_other_sizes(worlds: Worlds, mode: str) -> list[tuple[Tensor, Tensor]]:
+    """One compiled model in worlds of 1, 3 and 2 ranks: what it gives, and what eager mode does."""
+    torch.manual_seed(0)
+    model = bnrewrite.convert(nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()).double(), mode)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    seen = []
+    for size in (1, 3, 2):
+        if worlds.rank < size:
+            worlds.join(f"{size} ranks", list(range(size)))
+            torch.manual_seed(worlds.rank)
+            x = torch.randn(4, 4, dtype=torch.float64)
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            found = compiled(x)
+            model.load_state_dict(state)
+            seen.append((found, model(x)))
+            dist.barrier()
+            dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["sync", "shuffle"])
+def test_a_compiled_model_follows_the_group_to_another_size(mode: str) -> None:
+    for seen in run(_worlds_of_other_sizes, 3, mode, timeout_s=30.0):
+        assert seen
+        for compiled, eager in seen:
+            torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+def _explicit_group_of_another_size(worlds: Worlds) -> list[tuple[Tensor, Tensor]]:
+    """As above, with a group of the same name that is made again."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.BatchNorm1d(4)).double()
+    seen, compiled, model = [], None, layer
+    for size in (3, 2):
+        if worlds.rank < size:
+            worlds.join(f"{size} ranks", list(range(size)))
+            group: Any = dist.new_group(list(range(size)))
+            if compiled is None:
+                model = bnrewrite.convert(layer, process_group=group)
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            torch.manual_seed(worlds.rank)
+            x = torch.randn(4, 4, dtype=torch.float64)
+            seen.append((compiled(x), model(x)))
+            dist.barrier()
+            dist.destroy_process_group()
+    if worlds.rank < 2:
+        # Without a group the compiled model says so, too.
+        for call in (compiled, model):
+            with pytest.raises(bnrewrite.GroupError, match="does not exist in this process"):
+                call(x)  # pyright: ignore
+    return seen
+
+
+def test_a_compiled_model_follows_an_explicit_group() -> None:
+    for seen in run(_explicit_group_of_another_size, 3, timeout_s=30.0):
+        assert seen
+        for compiled, eager in seen:
+            torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
