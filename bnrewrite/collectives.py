@@ -9,12 +9,14 @@ half as many steps then. All ranks choose alike, by the group and the number of 
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnrewrite.groups import NO_GROUP, find_group, name_in, place_in, ranks_that_gather
+from bnrewrite.groups import NO_GROUP, group_of, name_in, place_in, ranks_that_gather
+from bnrewrite.guards import runs_in_python
 from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
 
@@ -55,7 +57,7 @@ MOST_GATHERED_BYTES = 64 * 1024
 network with 10 Gbit/s, about what one message costs."""
 
 
-def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
+def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> list[Tensor]:
     """Launches :func:`all_reduce_sum`; :func:`end_all_reduce_sum` waits for the sum.
 
     Not differentiable.
@@ -66,31 +68,33 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         site: as :func:`all_reduce_sum` takes it.
 
     Returns:
-        (K,) or (W * K,), which nobody but :func:`end_all_reduce_sum` may read.
+        For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,), and what is sent where a
+        compiler might use its memory for something else.
     """
     num_ranks = ranks_that_gather(group)
     if num_ranks and packed.is_cpu and _is_small(packed, num_ranks):
-        # In eager mode the caller may hand out parts of it, and whoever gets them may write there.
-        sent = packed if torch.compiler.is_compiling() else packed.clone()
-        return _start_all_gather(sent, group, num_ranks, site)
+        if torch.compiler.is_compiling():
+            # Another graph may wait, of which the compiler of this one knows nothing.
+            return [_start_all_gather(packed, group, num_ranks, site), packed]
+        # The caller may hand out parts of it, and whoever gets them may write there.
+        return [_start_all_gather(packed.clone(), group, num_ranks, site)]
     if not torch.compiler.is_compiling() and runs_unseen(packed):
         reduced = packed.clone()
-        return launch(
-            "all-reduce", reduced, find_group(group), site, lambda to: to.allreduce([reduced])
-        )
-    return torch.ops._c10d_functional.all_reduce(packed, "sum", name_in(group))
+        begin = lambda to: to.allreduce([reduced])  # noqa: E731
+        return [launch("all-reduce", reduced, group_of(group), site, begin)]
+    return [torch.ops._c10d_functional.all_reduce(packed, "sum", name_in(group))]
 
 
 def _is_small(packed: Tensor, num_ranks: int) -> bool:
     return (num_ranks - 1) * packed.numel() * packed.element_size() <= MOST_GATHERED_BYTES
 
 
-def end_all_reduce_sum(pending: Tensor, size: int) -> Tensor:
+def end_all_reduce_sum(pending: Sequence[Tensor], size: int) -> Tensor:
     """(K,), K = ``size``: the sum that :func:`start_all_reduce_sum` has launched, once it is there.
 
     A second call, of what has been waited for, gives the sum again.
     """
-    gathered = wait(pending)
+    gathered = wait(pending[0])
     if gathered.size(0) == size:
         return gathered
     first, second, *others = gathered.view(-1, size).unbind()
@@ -116,7 +120,7 @@ def _wait_or_name(pending: Tensor, what: str, group: str, site: tuple[Any, ...])
         return wait(pending)
     except RuntimeError as error:
         waited_s = time.monotonic() - started
-        raise peer_error(what, find_group(group), site, waited_s, error) from error
+        raise peer_error(what, group_of(group), site, waited_s, error) from error
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -129,6 +133,7 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(packed.detach(), group, site)
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_reduce_sum(grad.contiguous(), ctx.group, ctx.site), None, None
 
@@ -158,7 +163,7 @@ def send_around(
     if not torch.compiler.is_compiling() and runs_unseen(values):
         received = torch.empty_like(values)
         begin = lambda to: to.alltoall_base(received, values, num_received, num_sent)  # noqa: E731
-        return finish(launch("exchange", received, find_group(group), site, begin))
+        return finish(launch("exchange", received, group_of(group), site, begin))
     sizes = num_received, num_sent
     received = torch.ops._c10d_functional.all_to_all_single(values, *sizes, name_in(group))
     return _wait_or_name(received, "exchange", group, site)
@@ -173,6 +178,7 @@ class _SendAround(torch.autograd.Function):
         return send_around(values.detach(), group, place, shift, site)
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         return send_around(grad.contiguous(), *ctx.way_back), None, None, None, None
 
@@ -191,7 +197,7 @@ def _start_all_gather(values: Tensor, group: str, world_size: int, site: tuple[A
     if not torch.compiler.is_compiling() and runs_unseen(values):
         table = values.new_empty(world_size * values.numel())
         begin = lambda to: to._allgather_base(table, values)  # noqa: E731
-        return launch("all-gather", table, find_group(group), site, begin)
+        return launch("all-gather", table, group_of(group), site, begin)
     return torch.ops._c10d_functional.all_gather_into_tensor(values, world_size, name_in(group))
 
 
@@ -227,6 +233,7 @@ class _ReceiveFrom(torch.autograd.Function):
         return receive_from(values.detach(), group, world_size, peers, site)
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (peers,) = ctx.saved_tensors
         peers = peers.flip(0)

@@ -5,7 +5,7 @@ The argument ``group`` of an op says more than the name if statistics may be gat
 that gathers, and all ranks must choose alike, whether they compile or not.
 """
 
-import functools
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -59,13 +59,12 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
     return process_group.group_name
 
 
-def find_group(group: str) -> dist.ProcessGroup:
-    """The process group with this name, or of this argument of an op.
+def find_group(name: str) -> dist.ProcessGroup:
+    """The process group called ``name``.
 
     Raises:
         GroupError: there is none in this process.
     """
-    name = name_in(group)
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError, KeyError) as error:
@@ -82,6 +81,10 @@ def active_group(name: str, training: bool) -> str:
     Nothing is communicated outside training, without a process group, and in groups of one rank.
     A compiler specialises on the answer, and asks again before each call.
 
+    Returns:
+        For ops, and for the functions of :mod:`bnrewrite.collectives`: the name, and after a slash
+        the number of ranks if they may gather statistics.
+
     Args:
         name: from :func:`group_name`, or ``NO_GROUP``.
         training: whether sites use the statistics of their batch.
@@ -97,32 +100,70 @@ def _active_group(name: str) -> str:
     group = dist.distributed_c10d._world._default_pg if name == DEFAULT_GROUP else find_group(name)
     if group is None:
         return NO_GROUP
-    num_ranks = group.size()
+    argument = _arguments.get(group)
+    if argument is None:
+        argument = _arguments[group] = _argument_of(group)
+    return argument
+
+
+_arguments: "weakref.WeakKeyDictionary[dist.ProcessGroup, str]" = weakref.WeakKeyDictionary()
+
+
+def _argument_of(group: dist.ProcessGroup) -> str:
+    num_ranks, name = group.size(), group.group_name
     if num_ranks == 1:
         return NO_GROUP
-    # Where a step takes a message of a host to another one, to gather takes half as many steps.
-    return f"{group.group_name}/{num_ranks}" if group.name() == "gloo" else group.group_name
+    return _argument(name, num_ranks if runs_on_gloo(group) else 0)
+
+
+def _argument(name: str, num_ranks: int) -> str:
+    # Names of torch have no slash, but people may choose others.
+    return f"{name}/{num_ranks}" if num_ranks or "/" in name else name
+
+
+def runs_on_gloo(group: dist.ProcessGroup) -> bool:
+    """Whether gloo carries tensors on the CPU."""
+    try:
+        # The name of the group itself depends on what else a process has imported.
+        return group._get_backend(_CPU).name() == "gloo"  # pyright: ignore
+    except RuntimeError:
+        # It carries none.
+        return False
+
+
+_CPU = torch.device("cpu")
 
 
 @torch.compiler.assume_constant_result
 def _guarded_active_group(name: str) -> str:
+    if torch.compiler.is_exporting():
+        # A program may be loaded in a group of another size.
+        active = _active_group(name)
+        return active and _argument(name_in(active), 0)
     return guard_answer("active_group", _active_group, name)
 
 
+def group_of(group: str) -> dist.ProcessGroup:
+    """The process group that the argument ``group`` of an op means.
+
+    Raises:
+        GroupError: there is none in this process.
+    """
+    return find_group(name_in(group))
+
+
 def name_in(group: str) -> str:
-    """Name of the process group in an argument of an op."""
+    """Name of the process group in the argument ``group`` of an op."""
     return _parts(group)[0]
 
 
 def ranks_that_gather(group: str) -> int:
-    """Number of ranks in an argument of an op, if they may gather statistics; else 0."""
+    """Number of ranks in the argument ``group`` of an op, if they may gather statistics; else 0."""
     return _parts(group)[1]
 
 
-@functools.lru_cache(maxsize=64)
 def _parts(group: str) -> tuple[str, int]:
     name, _, num_ranks = group.rpartition("/")
-    # Names of torch are numbers and digests, but people may choose others.
     return (name, int(num_ranks)) if name and num_ranks.isdecimal() else (group, 0)
 
 
@@ -143,7 +184,7 @@ def place_in(group: str) -> tuple[int, int]:
 
 
 def _place_in(group: str) -> tuple[int, int]:
-    found = find_group(group)
+    found = group_of(group)
     return found.rank(), found.size()
 
 

@@ -1,15 +1,32 @@
-"""What Python does while Dynamo traces: answers that a graph relies on, and errors."""
+"""What Python does while Dynamo traces or listens: answers that a graph relies on, and errors."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
+
 from bnrewrite.errors import BnRewriteError
 
 T = TypeVar("T", bound="str | bool | tuple[int, ...]")
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _GUARDED = "_bnrewrite_answers"
+
+
+def runs_in_python(function: F) -> F:
+    """``function`` itself, of which Dynamo does not compile a frame, nor those of its calls.
+
+    For what autograd and the dispatcher call. They do so within a compiled function, too, after a
+    graph break: frame by frame some would be compiled and others not, and to functions that leave
+    something for each other it must be the same. What Dynamo inlines, it traces all the same.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
 
 
 def guard_answer(what: str, ask: Callable[..., T], *args: Any) -> T:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bnrewrite.collectives import all_gather_numbers, exchange_rows
 from bnrewrite.groups import NO_GROUP, active_group, group_name, place_in
+from bnrewrite.guards import runs_in_python
 
 
 @torch.compiler.disable(reason="the host must know how many samples go where")
@@ -128,6 +129,7 @@ class _Move(torch.autograd.Function):
         return rows.index_select(0, there.arrange.to(x.device))
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         there, back = ctx.routes
         return _Move.apply(grad, back, there), None, None  # pyright: ignore[reportReturnType]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bnrewrite.agreement import describe_group, join_open_round
 from bnrewrite.errors import PeerError
+from bnrewrite.groups import runs_on_gloo
 from bnrewrite.naming import sites_of
 
 _SUSPICIOUS_S = 2.0
@@ -89,7 +90,7 @@ def finish(pending: Tensor) -> Tensor:
     """
     launched: _Work = pending.__dict__.pop(_WORK)
     work, patience = launched.work, timedelta(seconds=_SUSPICIOUS_S)
-    if launched.group.name() == "gloo":
+    if runs_on_gloo(launched.group):
         _yield_to_others(work)
     while True:
         try:

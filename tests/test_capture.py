@@ -4,7 +4,7 @@ import builtins
 import copy
 import gc
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.tracer import OwnerTracer
+from bnrewrite.ops.batch_norm import BATCH_NORM
 from tests.cases import DenseLayers, OptionalFromParent, OrderedOutput
 
 
@@ -29,6 +30,17 @@ class Wrapper(nn.Module):
         if self.fails:
             raise ArithmeticError("it fails")
         return self.child(x) * math.sqrt(x.size(1))
+
+
+class Named(nn.Module):
+    """A convolution and its BatchNorm as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
 
 
 @pytest.fixture
@@ -107,6 +119,32 @@ def test_code_is_compiled_when_a_graph_is_first_called() -> None:
     model(torch.randn(2, 3, 4, 4))
     assert state.train.function is not None
     assert state.eval.function is None
+
+
+def test_code_finds_a_module_once_and_calls_composites_without_a_dispatch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: Counter[str] = Counter()
+    getattr_of_module = nn.Module.__getattr__
+
+    def counted(self: nn.Module, name: str) -> Any:
+        seen[name] += 1
+        return getattr_of_module(self, name)
+
+    model = bnrewrite.convert(Named()).eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    monkeypatch.setattr(nn.Module, "__getattr__", counted)
+    call = type(BATCH_NORM).__call__
+
+    def without_ours(op: Any, *args: Any) -> Any:
+        assert op is not BATCH_NORM, "a dispatch"
+        return call(op, *args)
+
+    monkeypatch.setattr(type(BATCH_NORM), "__call__", without_ours)
+    assert torch.equal(model(x), expected)
+    tensors = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert seen == dict.fromkeys(("conv", "bn", *tensors), 1) | {"weight": 2, "bias": 2}
 
 
 def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:

@@ -1,5 +1,6 @@
 """Sums over ranks, by an all-reduce or by an all-gather: the same on every rank, chosen alike."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -8,15 +9,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import bnrewrite
 from bnrewrite import collectives, watch
-from bnrewrite.groups import DEFAULT_GROUP, active_group, name_in, ranks_that_gather
+from bnrewrite.groups import (
+    DEFAULT_GROUP,
+    active_group,
+    find_group,
+    group_of,
+    name_in,
+    ranks_that_gather,
+    runs_on_gloo,
+)
 from tests.models import ResidualNet, perturb
 from tests.processes import Worlds, run
 from tests.ranks import CountCollectives, RankPool
 
-SMALL, LARGE = 11, collectives.MOST_GATHERED_BYTES // 8 + 1
+_LIMIT = collectives.MOST_GATHERED_BYTES // 8
+SIZES = (1, 11, _LIMIT // 2, _LIMIT, _LIMIT + 1)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +42,7 @@ SMALL, LARGE = 11, collectives.MOST_GATHERED_BYTES // 8 + 1
         ("mesh_dp", "mesh_dp", 0),
         ("/3", "/3", 0),
         ("a/", "a/", 0),
+        ("a/b/0", "a/b", 0),
     ],
 )
 def test_an_argument_says_the_name_and_who_gathers(
@@ -36,6 +50,38 @@ def test_an_argument_says_the_name_and_who_gathers(
 ) -> None:
     assert name_in(argument) == name
     assert ranks_that_gather(argument) == num_ranks
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("gloo", True), ("cpu:gloo", True), ("cpu:gloo,cuda:gloo", True), ("fake", False)],
+)
+def test_the_backend_of_the_cpu_decides(backend: str, expected: bool) -> None:
+    # Torch calls the group itself otherwise once somebody has registered a backend, as this does.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        assert runs_on_gloo(group) is expected
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_slash_in_a_name_is_part_of_it() -> None:
+    with pytest.raises(bnrewrite.GroupError, match="the process group 'stage/2' that"):
+        find_group("stage/2")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        group: Any = dist.new_group([0, 1])
+        names: Any = torch._C._distributed_c10d
+        names._register_process_group("stage/2", group)
+        group._set_group_name("stage/2")
+        argument = active_group("stage/2", training=True)
+        assert name_in(argument) == "stage/2"
+        assert ranks_that_gather(argument) == 0
+        assert group_of(argument) is group
+    finally:
+        dist.destroy_process_group()
 
 
 def _values(rank: int, size: int) -> Tensor:
@@ -58,7 +104,7 @@ def _sum(rank: int, world_size: int, size: int) -> tuple[list[str], Tensor, Tens
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("size", [1, SMALL, LARGE])
+@pytest.mark.parametrize("size", SIZES)
 def test_every_rank_has_the_same_sum(ranks: RankPool, world_size: int, size: int) -> None:
     results = ranks.run(_sum, world_size, size)
     expected = sum(_values(rank, size) for rank in range(world_size))
@@ -68,7 +114,9 @@ def test_every_rank_has_the_same_sum(ranks: RankPool, world_size: int, size: int
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad, gradient, rtol=1e-12, atol=1e-12)
         assert torch.equal(total, results[0][1])
-        assert seen == ["all_reduce" if size == LARGE else "all_gather_into_tensor"] * 2
+        # What a rank receives from the others decides.
+        gathers = (world_size - 1) * size <= _LIMIT
+        assert seen == ["all_gather_into_tensor" if gathers else "all_reduce"] * 2
 
 
 def _net() -> nn.Module:
@@ -162,6 +210,121 @@ def test_ranks_choose_alike_whatever_looks_at_one_of_them(ranks: RankPool, what:
         torch.testing.assert_close(result, true, rtol=1e-9, atol=1e-9)
 
 
+def _exported(rank: int, world_size: int, strict: bool) -> list[str]:
+    model = bnrewrite.convert(nn.Sequential(nn.BatchNorm1d(4)).double())
+    x = torch.randn(3 + rank, 4, dtype=torch.float64)
+    program = torch.export.export(model, (x,), strict=strict)
+    nodes = program.graph.find_nodes(
+        op="call_function", target=torch.ops.bnrewrite.batch_norm.default
+    )
+    groups = [str(node.args[10]) for node in nodes]
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-12, atol=1e-12)
+    assert not [name for name in vars(bnrewrite.groups) if "bnrewrite_asks" in name]
+    return groups
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_fits_groups_of_any_size(ranks: RankPool, strict: bool) -> None:
+    assert ranks.run(_exported, 2, strict) == [["0"]] * 2
+
+
+class Broken(nn.Module):
+    """A child that cannot be compiled as a whole, which runs while a collective is under way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cos() + 1 if x.sum().item() > 1e9 else x.cos()
+
+
+class Around(nn.Module):
+    """Two sites that share a collective, and a child that needs neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(3, 4, 1), nn.Conv1d(3, 4, 1)
+        self.conv3 = nn.Conv1d(3, 2, 1)
+        self.bn1, self.bn2 = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.child = Broken()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.bn1(self.conv1(x)), self.bn2(self.conv2(x))
+        return a.sum() + b.sum() + self.child(self.conv3(x).sin()).sum()
+
+
+def _in_two_graphs(rank: int, world_size: int) -> int:
+    """Launches whose wait is in another graph: what they send must outlive theirs."""
+    launched = 0
+
+    def compiler(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        nonlocal launched
+        (output,) = module.graph.find_nodes(op="output")
+        waits = [node for node in module.graph.nodes if node.target is collectives.WAIT]
+        for node in module.graph.nodes:
+            if collectives.is_launch(node.target) and not waits:
+                launched += 1
+                assert node.args[0] in output.all_input_nodes
+        return make_boxed_func(module.forward)
+
+    torch._dynamo.reset()
+    model = bnrewrite.convert(Around().double())
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        found = torch.compile(model, backend=aot_autograd(fw_compiler=compiler))(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    return launched
+
+
+def test_what_is_sent_outlives_a_graph_that_does_not_wait(ranks: RankPool) -> None:
+    assert ranks.run(_in_two_graphs, 2) == [1, 1]
+
+
+class Branching(nn.Module):
+    """More sites than Dynamo compiles frames for, in a forward that asks for a value."""
+
+    def __init__(self, *, conv: bool) -> None:
+        super().__init__()
+        widths = range(3, 15)
+        bn = nn.BatchNorm1d
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(c, c + 1, 1) if conv else nn.Linear(c, c + 1), bn(c + 1))
+            for c in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if float(x.detach().abs().max()) > 1e30:
+                break
+        return x
+
+
+def _whole_step(rank: int, world_size: int, conv: bool) -> bool:
+    """Whether a compiled function that goes backward itself gives the gradients of eager mode."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = bnrewrite.convert(Branching(conv=conv).double())
+    x = torch.randn(5 + rank, 3, *((4,) if conv else ()), dtype=torch.float64)
+
+    def step() -> None:
+        (model(x) ** 3).mean().backward()
+
+    found = []
+    for run_step in (step, torch.compile(step, backend="eager")):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            # Of torch, about attributes that Dynamo looks at.
+            warnings.simplefilter("ignore")
+            run_step()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    return True
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_backward_within_a_compiled_function_loses_nothing(ranks: RankPool, conv: bool) -> None:
+    assert ranks.run(_whole_step, 2, conv) == [True, True]
+
+
 def _worlds_of_other_sizes(worlds: Worlds, mode: str) -> list[tuple[Tensor, Tensor]]:
     """One compiled model in worlds of 1, 3 and 2 ranks: what it gives, and what eager mode does."""
     torch.manual_seed(0)
@@ -186,6 +349,27 @@ def _worlds_of_other_sizes(worlds: Worlds, mode: str) -> list[tuple[Tensor, Tens
 def test_a_compiled_model_follows_the_group_to_another_size(mode: str) -> None:
     for seen in run(_worlds_of_other_sizes, 3, mode, timeout_s=30.0):
         assert seen
+        for compiled, eager in seen:
+            torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+def _worlds_in_another_order(worlds: Worlds) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = bnrewrite.convert(nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()).double(), "shuffle")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    seen = []
+    for members in ([0, 1, 2], [1, 2, 0]):
+        worlds.join(str(members), members)
+        torch.manual_seed(worlds.rank)
+        x = torch.randn(4, 4, dtype=torch.float64)
+        seen.append((compiled(x), model(x)))
+        dist.barrier()
+        dist.destroy_process_group()
+    return seen
+
+
+def test_a_compiled_model_follows_its_rank() -> None:
+    for seen in run(_worlds_in_another_order, 3, timeout_s=30.0):
         for compiled, eager in seen:
             torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 

@@ -155,8 +155,11 @@ class Assumptions:
                 return False
         for path, names in self.present.items():
             module = below(owner, path)
-            if any(getattr(module, name) is None for name in names):
-                return False
+            children = module._modules
+            for name in names:
+                # Most are children, and found at once.
+                if children.get(name) is None and getattr(module, name) is None:
+                    return False
         for path, name in self.missing:
             if hasattr(below(owner, path), name):
                 return False

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.code import function_of
 from bnrewrite.capture.reads import COMPILING
 from bnrewrite.guards import guard_answer
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
-from bnrewrite.sites.floor import has_global_hooks, has_hooks, is_site
+from bnrewrite.sites.floor import has_global_hooks, has_hooks_of_its_own, is_site
 
 
 @dataclasses.dataclass
@@ -79,9 +80,8 @@ class Captured:
         return self.function(owner, *values)  # pyright: ignore[reportOptionalCall]
 
     def compile(self) -> None:
-        """Makes the function, as ``fx.GraphModule`` does."""
-        python = self.graph.python_code("self")
-        self.function = fx.graph_module._forward_from_src(python.src, python.globals.copy())
+        """Makes the function."""
+        self.function = function_of(self.graph)
 
     def same_as(self, other: "Captured") -> bool:
         """Whether the other graph does the same under the same conditions."""
@@ -154,7 +154,7 @@ class Captured:
                 return False
             for path in self.sites:
                 site = below(owner, path)
-                if not is_site(site) or has_hooks(site):
+                if not is_site(site) or has_hooks_of_its_own(site):
                     return False
         except AttributeError:
             # A module that the graph calls is gone.

@@ -18,7 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from torch.utils import checkpoint
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.library import below_autograd
+
+T = TypeVar("T")
 
 _RECORD = "_bnrewrite_record"
 """Attribute of what torch keeps of a checkpoint, in which its record lies."""
@@ -40,11 +42,11 @@ class _Record:
         self._run: Any = None
         self._used: Counter[tuple] = Counter()
 
-    def keep(self, key: tuple, shapes: list, buffers: Sequence[Tensor], result: Tensor) -> None:
+    def keep(self, key: tuple, shapes: list, buffers: Sequence[Tensor], result: Any) -> None:
         # The buffers are those of the key, which must not be given to others meanwhile.
         self._kept[key].append((shapes, buffers, result))
 
-    def take(self, key: tuple, shapes: list, run: Any) -> Tensor | None:
+    def take(self, key: tuple, shapes: list, run: Any) -> Any:
         """What the evaluation kept that run number ``run`` of the forward now repeats."""
         if run != self._run:
             # One graph may be run backward several times.
@@ -68,15 +70,15 @@ def communicate_once(
     inputs: Sequence[Tensor],
     buffers: Sequence[Tensor | None],
     group: str,
-    communicate: Callable[[], Tensor],
-) -> Tensor:
+    communicate: Callable[[], T],
+) -> T:
     """The result of ``communicate``, from the first run where checkpointing runs a forward again.
 
     Args:
         inputs: of the sites that communicate together.
         buffers: their running means, by which they are known.
         group: name of the process group, or "".
-        communicate: gives a tensor that nobody changes; it runs below autograd.
+        communicate: gives tensors that nobody changes; it runs below autograd.
     """
     # The common case pays these comparisons.
     if (

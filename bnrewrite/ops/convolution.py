@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnrewrite.guards import runs_in_python
 from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.slot import move_to_slot
 
@@ -62,6 +63,7 @@ class _LateGradients(torch.autograd.Function):
         return parameters
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = None if torch.compiler.is_compiling() else ctx.between.take()
         if arguments is None:
@@ -94,6 +96,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad):
         num_edges = len(ctx.needs_input_grad) - 4
         if grad is None:

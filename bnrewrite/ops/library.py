@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrewrite.guards import runs_in_python
 from bnrewrite.watch import runs_unseen
 
 LIBRARY = torch.library.Library("bnrewrite", "DEF")
@@ -17,6 +18,7 @@ _COMPOSITES: dict[int, Callable[..., Any]] = {}
 
 def define_composite(name: str, function: Callable[..., Any]) -> None:
     """Registers an op that is made of others, of which ``torch.func.vmap`` sees these, too."""
+    runs_in_python(function)
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     LIBRARY.impl(name, function, "FuncTorchBatched")
     _COMPOSITES[id(getattr(torch.ops.bnrewrite, name).default)] = function
@@ -60,6 +62,11 @@ def run_composite(composite: torch._ops.OpOverload, x: Tensor, *args: Any) -> An
     ):
         return _COMPOSITES[id(composite)](x, *args)
     return composite(x, *args)
+
+
+def is_composite(target: Any) -> bool:
+    """Whether ``target`` is an op that :func:`run_composite` can call."""
+    return id(target) in _COMPOSITES
 
 
 def _needs_no_dispatch(x: Tensor, args: tuple[Any, ...]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.hand_over import HandOver, runs
@@ -102,6 +103,7 @@ class _EndCollective(torch.autograd.Function):
         return xs
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         launched = None if torch.compiler.is_compiling() else ctx.between.take()
         if launched is None:
@@ -169,6 +171,7 @@ class _BatchNorm(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, *grads):
         num = len(grads)
         totals, *saved = ctx.saved_tensors

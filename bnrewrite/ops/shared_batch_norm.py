@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bnrewrite.collectives import end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import runs_in_python
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.checkpointing import communicate_once
@@ -30,10 +31,10 @@ from bnrewrite.ops.sites import Site, check, dense
 
 LIBRARY.define(
     "start_batch_norm(Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, Tensor?[] running_mean, "
-    "Tensor?[] running_var, str[] group) -> Tensor"
+    "Tensor?[] running_var, str[] group) -> Tensor[]"
 )
 LIBRARY.define(
-    "finish_batch_norm(Tensor pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
+    "finish_batch_norm(Tensor[] pending, Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, "
     "Tensor(a!)?[] running_mean, Tensor(b!)?[] running_var, Tensor(c!)?[] num_batches_tracked, "
     "bool[] training, bool[] track_running_stats, float?[] momentum, float[] eps, str[] group, "
     "bool[] skip_nonfinite, Tensor?[] residual, int[] residual_site, str[] activation, "
@@ -48,7 +49,7 @@ def _start_batch_norm(
     running_mean: list[Tensor | None],
     running_var: list[Tensor | None],
     group: list[str],
-) -> Tensor:
+) -> list[Tensor]:
     """Launches the collective of several sites: the arguments of ``batch_norm`` as lists.
 
     Args:
@@ -61,7 +62,8 @@ def _start_batch_norm(
             communicate now: it takes no part.
 
     Returns:
-        For :func:`finish_batch_norm` only: packed sums of the sites that take part.
+        For :func:`finish_batch_norm` only: packed sums of the sites that take part, none if none
+        does.
 
     Raises:
         UnsupportedBatchNorm: a size or dtype does not fit.
@@ -70,11 +72,11 @@ def _start_batch_norm(
         check(each[0], each[1:])
     taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
     if not taking_part:
-        return inputs[0].new_empty(0, dtype=torch.float64)
+        return []
     inputs = [inputs[i] for i in taking_part]
     name = group[taking_part[0]]
 
-    def launch() -> Tensor:
+    def launch() -> list[Tensor]:
         packed = join([run(MOMENTS, dense(x)) for x in inputs])
         sites = (t for i in taking_part for t in (weight[i], bias[i], running_mean[i]))
         return start_all_reduce_sum(packed, name, tuple(sites))
@@ -83,7 +85,7 @@ def _start_batch_norm(
 
 
 def _finish_batch_norm(
-    pending: Tensor,
+    pending: list[Tensor],
     inputs: list[Tensor],
     weight: list[Tensor | None],
     bias: list[Tensor | None],
@@ -205,8 +207,8 @@ def _counted(sites: Sequence[Site]) -> Sequence[Site]:
     return [site._replace(num_batches_tracked=None) for site in sites]
 
 
-LIBRARY.impl("start_batch_norm", _start_batch_norm, "CompositeImplicitAutograd")
-LIBRARY.impl("finish_batch_norm", _finish_batch_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("start_batch_norm", runs_in_python(_start_batch_norm), "CompositeImplicitAutograd")
+LIBRARY.impl("finish_batch_norm", runs_in_python(_finish_batch_norm), "CompositeImplicitAutograd")
 
 START_BATCH_NORM = torch.ops.bnrewrite.start_batch_norm.default
 FINISH_BATCH_NORM = torch.ops.bnrewrite.finish_batch_norm.default

@@ -20,6 +20,7 @@ from bnrewrite import reference
 from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import runs_in_python
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.library import LIBRARY, below_autograd, define_composite, run
 from bnrewrite.ops.moments import MOMENTS
@@ -196,6 +197,7 @@ class _ShuffleBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad):
         x, weight, stats, own, alone, peers = ctx.saved_tensors
         grad = grad.contiguous(memory_format=memory_format(x))

@@ -306,6 +306,11 @@ def revert_site(module: nn.Module) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
+    return has_hooks_of_its_own(module) or has_global_hooks()
+
+
+def has_hooks_of_its_own(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward, where calling others does not."""
     return bool(
         (module._forward_hooks and _act(module._forward_hooks))
         or (module._forward_pre_hooks and _act(module._forward_pre_hooks))
@@ -313,7 +318,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module.__dict__.get("_compiled_call_impl") is not None
-        or has_global_hooks()
     )
 
 

@@ -130,7 +130,8 @@ class Schedule:
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if self._seen() is not default_group():
+        world = default_group()
+        if world is not None and self._seen() is not world:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     leaf.register_hook(self._before_backward)
