@@ -68,16 +68,14 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         site: as :func:`all_reduce_sum` takes it.
 
     Returns:
-        For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,), and what is sent where a
-        compiler might use its memory for something else.
+        For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,). And what is sent, if it
+        must not change before: another graph may wait, of which a compiler knows nothing.
     """
     num_ranks = ranks_that_gather(group)
     if num_ranks and packed.is_cpu and _is_small(packed, num_ranks):
-        if torch.compiler.is_compiling():
-            # Another graph may wait, of which the compiler of this one knows nothing.
-            return [_start_all_gather(packed, group, num_ranks, site), packed]
-        # The caller may hand out parts of it, and whoever gets them may write there.
-        return [_start_all_gather(packed.clone(), group, num_ranks, site)]
+        # In eager mode the caller may hand out parts of it, and whoever gets them may write there.
+        sent = packed if torch.compiler.is_compiling() else packed.clone()
+        return [_start_all_gather(sent, group, num_ranks, site), sent]
     if not torch.compiler.is_compiling() and runs_unseen(packed):
         reduced = packed.clone()
         begin = lambda to: to.allreduce([reduced])  # noqa: E731

@@ -12,7 +12,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops.batch_norm_local import apply_batch_norm_local
 from bnrewrite.ops.checkpointing import communicate_once
-from bnrewrite.ops.library import LIBRARY, define_composite, run
+from bnrewrite.ops.library import LIBRARY, define_composite, knows_only_torch, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import normalize_sites
 from bnrewrite.ops.sites import Site, dense, memory_format
@@ -77,6 +77,8 @@ def batch_norm(
             torch.backends.cudnn.enabled,
         )  # fmt: skip
         return _lay_out_gradient(y, input)
+    if knows_only_torch():
+        return _by_torch(site, group)
     if group == NO_GROUP and input.is_cpu:
         _check_statistics(site, group)
         layout = memory_format(input)
@@ -106,6 +108,8 @@ def evaluate_site(site: Site, group: str) -> Tensor:
     Raises:
         UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
     """
+    if knows_only_torch():
+        raise unknown_to_torch(site.per_channel)
     _check_statistics(site, group)
     x = dense(site.input)
     totals = communicate_once(
@@ -115,6 +119,32 @@ def evaluate_site(site: Site, group: str) -> Tensor:
         lambda: all_reduce_sum(run(MOMENTS, x), group, site.per_channel),
     )
     return normalize_sites([site], [x], totals, group)[0]
+
+
+def _by_torch(site: Site, group: str) -> Tensor:
+    """A site that shares with nobody as torch has it."""
+    mean, var, num_batches_tracked, momentum, skip_nonfinite = site.running
+    if group != NO_GROUP or skip_nonfinite:
+        raise unknown_to_torch(site.per_channel)
+    _check_statistics(site, group)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    return torch.ops.aten.batch_norm.default(
+        site.input, site.weight, site.bias, mean, var, True, momentum, site.eps,
+        torch.backends.cudnn.enabled,
+    )  # fmt: skip
+
+
+def unknown_to_torch(per_channel: tuple[Tensor | None, ...]) -> UnsupportedBatchNorm:
+    """What to raise where :func:`knows_only_torch` and torch has no such BatchNorm."""
+    return UnsupportedBatchNorm(
+        "transforms of torch.func do not know BatchNorm that shares its statistics or leaves out "
+        "values that are not finite. Differentiate with torch.autograd, call .eval() on the layer, "
+        "or convert with mode='local'.",
+        per_channel,
+    )
 
 
 def _check_statistics(site: Site, group: str) -> None:

@@ -5,11 +5,12 @@ from torch import Tensor
 from bnrewrite import activations
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.ops import sites
+from bnrewrite.ops.library import knows_only_torch
 
 
 def joins_phases(x: Tensor, residual: Tensor | None, activation: str, group: str) -> bool:
     """Whether the phases can do all of it, without a copy, and faster than separate ops."""
-    if group == NO_GROUP and not sites.prefers_recomputing(x):
+    if group == NO_GROUP and (not sites.prefers_recomputing(x) or knows_only_torch()):
         # There one op does without phases what ``batch_norm`` has to do.
         return False
     if residual is not None:

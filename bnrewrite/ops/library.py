@@ -64,6 +64,25 @@ def run_composite(composite: torch._ops.OpOverload, x: Tensor, *args: Any) -> An
     return composite(x, *args)
 
 
+def knows_only_torch() -> bool:
+    """Whether a transform of ``torch.func`` is under way.
+
+    They refuse autograd functions whose gradients have gradients, and know torch's BatchNorm.
+    """
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None and stack.key() in _TRANSFORMS
+
+
+_TRANSFORMS = tuple(
+    getattr(torch._C._functorch.TransformType, name) for name in ("Grad", "Jvp", "Vmap")
+)
+
+
+def is_traced_by_jit() -> bool:
+    """Whether ``torch.jit.trace`` records what runs."""
+    return torch._C._get_tracing_state() is not None
+
+
 def is_composite(target: Any) -> bool:
     """Whether ``target`` is an op that :func:`run_composite` can call."""
     return id(target) in _COMPOSITES
@@ -77,6 +96,7 @@ def _needs_no_dispatch(x: Tensor, args: tuple[Any, ...]) -> bool:
         # What is_grads_batched makes is none of functorch's.
         and not torch._C._functorch.is_legacy_batchedtensor(x)
         and not torch._C._autograd._profiler_enabled()
+        and not is_traced_by_jit()
     )
 
 

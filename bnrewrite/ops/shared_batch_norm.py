@@ -21,10 +21,10 @@ from bnrewrite.collectives import end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import runs_in_python
 from bnrewrite.kernels.statistics import recomputes
-from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
 from bnrewrite.ops.checkpointing import communicate_once
 from bnrewrite.ops.epilogue import compose, joins_phases
-from bnrewrite.ops.library import LIBRARY, below_autograd, run
+from bnrewrite.ops.library import LIBRARY, below_autograd, knows_only_torch, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import join, normalize_sites
 from bnrewrite.ops.sites import Site, check, dense
@@ -73,6 +73,9 @@ def _start_batch_norm(
     taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
     if not taking_part:
         return []
+    if knows_only_torch():
+        i = taking_part[0]
+        raise unknown_to_torch((weight[i], bias[i], running_mean[i], running_var[i]))
     inputs = [inputs[i] for i in taking_part]
     name = group[taking_part[0]]
 

@@ -21,8 +21,14 @@ from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import runs_in_python
-from bnrewrite.ops.batch_norm import BATCH_NORM
-from bnrewrite.ops.library import LIBRARY, below_autograd, define_composite, run
+from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
+from bnrewrite.ops.library import (
+    LIBRARY,
+    below_autograd,
+    define_composite,
+    knows_only_torch,
+    run,
+)
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
@@ -117,6 +123,8 @@ def _shuffle_batch_norm(
             track_running_stats, momentum, eps, NO_GROUP,
         )  # fmt: skip
     per_channel = (weight, bias, running_mean, running_var)
+    if knows_only_torch():
+        raise unknown_to_torch(per_channel)
     check(input, per_channel)
     if not track_running_stats:
         running_mean = running_var = num_batches_tracked = None

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.ops.convolution import Geometry, convolution
+from bnrewrite.ops.library import is_traced_by_jit, knows_only_torch
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, where
 from bnrewrite.passes.effects import is_known_leaf
@@ -189,6 +190,8 @@ def _can_wait(conv: Any, x: Tensor) -> bool:
     weight = conv._parameters.get("weight")
     return (
         not torch.compiler.is_compiling()
+        and not is_traced_by_jit()
+        and not knows_only_torch()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and x.requires_grad
