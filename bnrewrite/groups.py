@@ -100,20 +100,19 @@ def _active_group(name: str) -> str:
     group = dist.distributed_c10d._world._default_pg if name == DEFAULT_GROUP else find_group(name)
     if group is None:
         return NO_GROUP
-    argument = _arguments.get(group)
-    if argument is None:
-        argument = _arguments[group] = _argument_of(group)
+    num_ranks = group.size()
+    if num_ranks == 1:
+        return NO_GROUP
+    # Groups that people write may change their size.
+    known_ranks, argument = _arguments.get(group, (0, ""))
+    if known_ranks != num_ranks:
+        argument = _argument(group.group_name, num_ranks if runs_on_gloo(group) else 0)
+        _arguments[group] = num_ranks, argument
     return argument
 
 
-_arguments: "weakref.WeakKeyDictionary[dist.ProcessGroup, str]" = weakref.WeakKeyDictionary()
-
-
-def _argument_of(group: dist.ProcessGroup) -> str:
-    num_ranks, name = group.size(), group.group_name
-    if num_ranks == 1:
-        return NO_GROUP
-    return _argument(name, num_ranks if runs_on_gloo(group) else 0)
+_arguments: "weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, str]]"
+_arguments = weakref.WeakKeyDictionary()
 
 
 def _argument(name: str, num_ranks: int) -> str:

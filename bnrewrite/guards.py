@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,18 @@ T = TypeVar("T", bound="str | bool | tuple[int, ...]")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GUARDED = "_bnrewrite_answers"
+
+
+def is_ordered_by_compiler() -> bool:
+    """Whether a compiler makes a graph of what runs, which it orders by itself.
+
+    In compiled autograd the functions of one backward may be traced, or run after a graph break.
+    """
+    # Who has not imported it has not entered it.
+    compiled_autograd: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return torch.compiler.is_compiling() or (
+        compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
+    )
 
 
 def runs_in_python(function: F) -> F:

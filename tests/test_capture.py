@@ -147,6 +147,27 @@ def test_code_finds_a_module_once_and_calls_composites_without_a_dispatch(
     assert seen == dict.fromkeys(("conv", "bn", *tensors), 1) | {"weight": 2, "bias": 2}
 
 
+def test_children_may_have_any_name() -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("self", nn.BatchNorm1d(3))
+            self.layers = nn.ModuleDict({"global": nn.BatchNorm1d(3), "in": nn.ReLU()})
+            self.add_module("class", nn.BatchNorm1d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers["in"](self.layers["global"](getattr(self, "self")(x)))  # noqa: B009
+            return getattr(self, "class")(x)
+
+    torch.manual_seed(0)
+    plain = Names()
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    assert is_owner(model)
+    x = torch.randn(4, 3)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(x), plain.train(training)(x))
+
+
 def test_layers_that_take_tensors_or_lists_have_a_graph_for_each() -> None:
     """As those of DenseNet, which are called with lists."""
     x = torch.randn(4, 3, 5, 5)

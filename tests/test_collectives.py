@@ -1,5 +1,6 @@
 """Sums over ranks, by an all-reduce or by an all-gather: the same on every rank, chosen alike."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.compiled_autograd import _enable
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -323,6 +325,82 @@ def _whole_step(rank: int, world_size: int, conv: bool) -> bool:
 @pytest.mark.parametrize("conv", [False, True])
 def test_a_backward_within_a_compiled_function_loses_nothing(ranks: RankPool, conv: bool) -> None:
     assert ranks.run(_whole_step, 2, conv) == [True, True]
+
+
+def _by_compiled_autograd(rank: int, world_size: int) -> bool:
+    """Whether a backward that is traced as one gives the gradients of eager mode."""
+    model = bnrewrite.convert(_net())
+    x = torch.randn(2 + rank, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for context in (contextlib.nullcontext(), _enable(torch.compile(backend="eager"))):
+        torch._dynamo.reset()
+        model.zero_grad()
+        x.grad = None
+        loss = model(x).sin().sum()
+        with context, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss.backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    return True
+
+
+def test_compiled_autograd_loses_nothing(ranks: RankPool) -> None:
+    assert ranks.run(_by_compiled_autograd, 2) == [True, True]
+
+
+class Sized(dist.ProcessGroup):
+    """A group whose number of ranks changes."""
+
+    num_ranks = 1
+    group_name = "sized"  # pyright: ignore[reportAssignmentType]
+
+    def size(self) -> int:
+        return self.num_ranks
+
+
+def test_a_group_may_change_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Sized(0, 1)  # pyright: ignore[reportCallIssue]
+    monkeypatch.setattr(dist.distributed_c10d._world, "default_pg", group)
+    assert active_group(DEFAULT_GROUP, training=True) == ""
+    group.num_ranks = 2
+    assert active_group(DEFAULT_GROUP, training=True) == "sized"
+
+
+class Toggling(nn.Module):
+    """A forward whose first convolution decides that the layer behind it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.first = Toggle(self.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.first(self.bn(self.conv(x))))
+
+
+class Toggle(nn.Module):
+    """Switches a layer on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = (layer,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer[0].training = True
+        return x + 0
+
+
+def _toggled(rank: int, world_size: int) -> int:
+    model = bnrewrite.convert(Toggling().double(), passes=())
+    model.bn.eval()
+    with torch.no_grad(), CountCollectives() as count:
+        model(torch.randn(2, 3, 4, dtype=torch.float64))
+    return len(count.seen)
+
+
+def test_a_site_asks_when_it_runs(ranks: RankPool) -> None:
+    assert ranks.run(_toggled, 2) == [1, 1]
 
 
 def _worlds_of_other_sizes(worlds: Worlds, mode: str) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """Transforms of ``torch.func``, which know torch's BatchNorm only, and ``torch.jit.trace``."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,18 @@ def test_other_transforms_are_those_of_the_plain_model(training: bool) -> None:
         model.train(training)
         found.append(_transformed(model, x))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_sites_in_one_round_are_batched_without_a_group() -> None:
+    x = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64)
+    plain = Block(3, 4, 2).double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.track_running_stats = False
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    found, expected = (vmap(lambda x, m=m: functional_call(m, {}, (x,)))(x) for m in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_what_torch_refuses_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The function that a captured graph becomes: it computes the same, with fewer steps of Python."""
 
+import keyword
 from collections.abc import Callable
 from typing import Any
 
@@ -8,19 +9,20 @@ from torch import fx
 from bnrewrite.groups import active_group
 from bnrewrite.ops.library import is_composite, run_composite
 from bnrewrite.passes.base import Attribute
+from bnrewrite.passes.overlap_backward import convolve
 
 
 def function_of(graph: fx.Graph) -> Callable[..., Any]:
     """The function; its first argument is the owner, to which the attributes of ``graph`` belong.
 
     A search for a child or buffer of a module takes about as long as a call, and a graph names the
-    same ones many times. So the function finds each module once, asks once for each group, and
-    calls composites without a dispatch where that would only call them:
+    same ones many times. So the function finds each module once, and calls composites without a
+    dispatch where that would only call them:
 
         y = torch.ops.bnrewrite.batch_norm.default(x, self.bn.weight, self.bn.bias, ...)
 
-        bn = self.bn
-        y = run_composite(torch.ops.bnrewrite.batch_norm.default, x, bn.weight, bn.bias, ...)
+        own_bn = self.bn
+        y = run_composite(torch.ops.bnrewrite.batch_norm.default, x, own_bn.weight, ...)
     """
     python = _Copy(graph).graph.python_code("self")
     return fx.graph_module._forward_from_src(python.src, python.globals.copy())
@@ -43,7 +45,9 @@ class _Copy:
         if node.target is active_group:
             # A name and what says whether the site trains: an attribute or a constant.
             question = tuple(map(repr, node.args))
-            if question not in self._groups:
+            # A site asks when it runs; for a convolution beside it any answer will do.
+            is_for_site = any(user.target is not convolve for user in node.users)
+            if is_for_site or question not in self._groups:
                 self._groups[question] = self._plain_copy(node, copies)
             return self._groups[question]
         return self._plain_copy(node, copies)
@@ -51,10 +55,15 @@ class _Copy:
     def _plain_copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         attributes = _attributes_in((node.args, node.kwargs))
         reads = {path: self._read(path) for path in attributes}
+        called = None
+        if node.op == "call_module" and any(map(keyword.iskeyword, str(node.target).split("."))):
+            called = self._read(str(node.target))
         copy = self.graph.node_copy(node, copies.__getitem__)
         if reads:
             copy.args = _with_reads(copy.args, reads)
             copy.kwargs = _with_reads(copy.kwargs, reads)
+        if called is not None:
+            copy.op, copy.target, copy.args = "call_function", _call, (called, *copy.args)
         if is_composite(node.target):
             copy.target, copy.args = run_composite, (node.target, *copy.args)
         return copy
@@ -62,14 +71,35 @@ class _Copy:
     def _read(self, path: str) -> fx.Node:
         """A node that reads the attribute at ``path``."""
         holder, _, name = path.rpartition(".")
-        if not holder:
-            return self.graph.get_attr(path)
-        if holder not in self._modules:
+        # Not the name of an argument, of which "self" is one.
+        variable = f"own_{path.replace('.', '_')}"
+        is_keyword = keyword.iskeyword(name)
+        if not holder and not is_keyword:
+            return self.graph.create_node("get_attr", path, name=variable)
+        if holder and holder not in self._modules:
             self._modules[holder] = self._read(holder)
-        arguments = (self._modules[holder], name)
-        return self.graph.create_node(
-            "call_function", getattr, arguments, name=path.replace(".", "_")
-        )
+        source: Any = self._modules[holder] if holder else _OWNER
+        # fx spells out getattr, also where that is no code.
+        read = _attribute if is_keyword else getattr
+        return self.graph.create_node("call_function", read, (source, name), name=variable)
+
+
+class _Owner:
+    """The owner as an argument of a node."""
+
+    def __repr__(self) -> str:
+        return "self"
+
+
+_OWNER: Any = _Owner()
+
+
+def _attribute(source: Any, name: str) -> Any:
+    return getattr(source, name)
+
+
+def _call(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _attributes_in(arguments: Any) -> dict[str, None]:

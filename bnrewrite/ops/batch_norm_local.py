@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
+from bnrewrite.guards import runs_in_python
 from bnrewrite.kernels import cpu_local
 from bnrewrite.ops.library import below_autograd, define_phase, run
 from bnrewrite.ops.moments import MOMENTS
@@ -94,6 +95,7 @@ class _LocalBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @runs_in_python
     def backward(ctx, grad):
         x, weight, mean, rstd = ctx.saved_tensors
         grad = grad.contiguous(memory_format=ctx.memory_format)

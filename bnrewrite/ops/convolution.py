@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.slot import move_to_slot
 
@@ -65,7 +65,7 @@ class _LateGradients(torch.autograd.Function):
     @staticmethod
     @runs_in_python
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = None if torch.compiler.is_compiling() else ctx.between.take()
+        arguments = None if is_ordered_by_compiler() else ctx.between.take()
         if arguments is None:
             # With create_graph, and for a compiler, they are complete already.
             return None, *grads
@@ -103,7 +103,7 @@ class _Convolution(torch.autograd.Function):
             return None, None, None, None, *[None] * num_edges
         x, weight = ctx.saved_tensors
         arguments = (grad, x, weight, ctx.bias_sizes, *ctx.geometry)
-        if torch.compiler.is_compiling():
+        if is_ordered_by_compiler():
             found = _backward(*arguments, [True, *ctx.needs_input_grad[4:], False][:3])
             return None, None, None, *found[: 1 + num_edges]
         input_node, late_node = (ctx.next_functions[index][0] for index in (0, 1))

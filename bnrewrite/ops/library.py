@@ -13,7 +13,7 @@ LIBRARY = torch.library.Library("bnrewrite", "DEF")
 
 
 _COMPOSITES: dict[int, Callable[..., Any]] = {}
-"""The function of each composite, by the id of the op, whose own hash takes long."""
+"""The function of each composite of one input, by the id of the op, whose own hash takes long."""
 
 
 def define_composite(name: str, function: Callable[..., Any]) -> None:
@@ -21,7 +21,9 @@ def define_composite(name: str, function: Callable[..., Any]) -> None:
     runs_in_python(function)
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     LIBRARY.impl(name, function, "FuncTorchBatched")
-    _COMPOSITES[id(getattr(torch.ops.bnrewrite, name).default)] = function
+    op = getattr(torch.ops.bnrewrite, name).default
+    if isinstance(op._schema.arguments[0].type, torch.TensorType):
+        _COMPOSITES[id(op)] = function
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -146,6 +148,7 @@ def _autograd_kernel(op: torch._ops.OpOverload, definition: Callable[..., Any]) 
                 return op(*args)
 
         @staticmethod
+        @runs_in_python
         def backward(ctx, *grads):
             create_graph = torch.is_grad_enabled()
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]

@@ -19,7 +19,7 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.hand_over import HandOver, runs
@@ -105,7 +105,7 @@ class _EndCollective(torch.autograd.Function):
     @staticmethod
     @runs_in_python
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        launched = None if torch.compiler.is_compiling() else ctx.between.take()
+        launched = None if is_ordered_by_compiler() else ctx.between.take()
         if launched is None:
             return None, *grads
         pending, sizes, gradients = launched
@@ -276,7 +276,7 @@ def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
 def _input_gradients(ctx, ones, sums, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
-    if between is not None and not torch.compiler.is_compiling():
+    if between is not None and not is_ordered_by_compiler():
         end_node = next(
             node for node, _ in ctx.next_functions if isinstance(node, _EndCollective._backward_cls)
         )

@@ -19,12 +19,17 @@ from torch import Tensor
 
 from bnrewrite.collectives import end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import runs_in_python
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
 from bnrewrite.ops.checkpointing import communicate_once
 from bnrewrite.ops.epilogue import compose, joins_phases
-from bnrewrite.ops.library import LIBRARY, below_autograd, knows_only_torch, run
+from bnrewrite.ops.library import (
+    LIBRARY,
+    below_autograd,
+    define_composite,
+    knows_only_torch,
+    run,
+)
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize_sites import join, normalize_sites
 from bnrewrite.ops.sites import Site, check, dense
@@ -210,8 +215,8 @@ def _counted(sites: Sequence[Site]) -> Sequence[Site]:
     return [site._replace(num_batches_tracked=None) for site in sites]
 
 
-LIBRARY.impl("start_batch_norm", runs_in_python(_start_batch_norm), "CompositeImplicitAutograd")
-LIBRARY.impl("finish_batch_norm", runs_in_python(_finish_batch_norm), "CompositeImplicitAutograd")
+define_composite("start_batch_norm", _start_batch_norm)
+define_composite("finish_batch_norm", _finish_batch_norm)
 
 START_BATCH_NORM = torch.ops.bnrewrite.start_batch_norm.default
 FINISH_BATCH_NORM = torch.ops.bnrewrite.finish_batch_norm.default

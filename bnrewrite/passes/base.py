@@ -1,6 +1,7 @@
 """What a pass works on and what it reports."""
 
 import dataclasses
+import keyword
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ class Attribute:
     def __repr__(self) -> str:
         code = "self"
         for name in self.path.split("."):
-            code = f"{code}.{name}" if name.isidentifier() else f"getattr({code}, {name!r})"
+            plain = name.isidentifier() and not keyword.iskeyword(name)
+            code = f"{code}.{name}" if plain else f"getattr({code}, {name!r})"
         return code
 
 

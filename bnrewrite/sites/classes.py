@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.schedule import SCHEDULE, schedule_of
@@ -124,3 +125,13 @@ def below(module: Any, path: str) -> Any:
         child = module._modules.get(name)
         module = getattr(module, name) if child is None else child
     return module
+
+
+def has_frozen_weight(module: nn.Module) -> bool:
+    """Whether the weight of a BatchNorm is there and gets no gradient."""
+    # Reading a parametrised weight computes it, which may change what it is made of.
+    weight = module._parameters.get("weight")
+    if weight is not None or not is_parametrized(module, "weight"):
+        return weight is not None and not weight.requires_grad
+    parametrization: Any = module.parametrizations["weight"]  # pyright: ignore
+    return not any(one.requires_grad for one in parametrization.parameters())

@@ -22,6 +22,7 @@ from bnrewrite.sites.classes import (
     Converted,
     change_class,
     converted_class,
+    has_frozen_weight,
     original_class,
     restore_class,
 )
@@ -104,8 +105,7 @@ class SiteForward(Converted):
             return [(NO_GROUP, (name, f"{state.mode}, which communicates nothing"))]
         if not module.training:
             return [(NO_GROUP, (name, EVALUATES))]
-        weight = module.weight
-        gradient = "" if weight is None or weight.requires_grad else ", its weight frozen"
+        gradient = ", its weight frozen" if has_frozen_weight(module) else ""
         return [(state.group, (name, f"{state.mode}, {module.num_features} channels{gradient}"))]
 
     def _bnrewrite_equal_buffers(self, group: str) -> list[Tensor]:
