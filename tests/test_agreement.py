@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 import bnrewrite
 from bnrewrite import agreement
@@ -50,6 +51,38 @@ def _outcome(function: Callable[..., Any], *args: Any) -> Outcome:
     except bnrewrite.BnRewriteError as error:
         return type(error).__name__, str(error), time.monotonic() - start
     return "", "", time.monotonic() - start
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often its tensor is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_computed = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.num_computed += 1
+        return weight * 2
+
+
+def _computed(rank: int, world_size: int) -> tuple[list[int], list[bool]]:
+    """How often two training steps compute a parametrised weight, and what is said of it."""
+    bn = nn.BatchNorm1d(3)
+    register_parametrization(bn, "weight", counted := Counted(), unsafe=True)
+    model = bnrewrite.convert(nn.Sequential(nn.Linear(3, 3), bn))
+    before, counts = counted.num_computed, []
+    for _ in range(2):
+        model(torch.randn(4, 3)).sum().backward()
+        counts.append(counted.num_computed - before)
+    said = []
+    for wanted in (True, False):
+        bn.parametrizations["weight"].original.requires_grad_(wanted)  # pyright: ignore
+        said.append("frozen" in str(bn._bnrewrite_lines()))  # pyright: ignore
+    return counts, said
+
+
+def test_agreement_computes_no_parametrised_weight(ranks: RankPool) -> None:
+    assert ranks.run(_computed, 2) == [([1, 2], [False, True])] * 2
 
 
 def _another_width(rank: int) -> nn.Module:

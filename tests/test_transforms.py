@@ -96,8 +96,10 @@ def test_sites_in_one_round_are_batched_without_a_group() -> None:
 def test_what_torch_refuses_is_refused() -> None:
     model = bnrewrite.convert(_net())
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="were not batched"):
         vmap(lambda x: functional_call(model, {}, (x,)))(x)
+    torch.testing.assert_close(dict(model.state_dict()), state)
 
 
 def _traced(rank: int, world_size: int, training: bool) -> list[list[Tensor]]:

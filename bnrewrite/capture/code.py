@@ -73,14 +73,11 @@ class _Copy:
         holder, _, name = path.rpartition(".")
         # Not the name of an argument, of which "self" is one.
         variable = f"own_{path.replace('.', '_')}"
-        is_keyword = keyword.iskeyword(name)
-        if not holder and not is_keyword:
-            return self.graph.create_node("get_attr", path, name=variable)
         if holder and holder not in self._modules:
             self._modules[holder] = self._read(holder)
         source: Any = self._modules[holder] if holder else _OWNER
         # fx spells out getattr, also where that is no code.
-        read = _attribute if is_keyword else getattr
+        read = _attribute if keyword.iskeyword(name) else getattr
         return self.graph.create_node("call_function", read, (source, name), name=variable)
 
 

@@ -127,14 +127,16 @@ def _by_torch(site: Site, group: str) -> Tensor:
     if group != NO_GROUP or skip_nonfinite:
         raise unknown_to_torch(site.per_channel)
     _check_statistics(site, group)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    return torch.ops.aten.batch_norm.default(
+        momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
+    y = torch.ops.aten.batch_norm.default(
         site.input, site.weight, site.bias, mean, var, True, momentum, site.eps,
         torch.backends.cudnn.enabled,
     )  # fmt: skip
+    # What torch refuses has changed nothing.
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y
 
 
 def unknown_to_torch(per_channel: tuple[Tensor | None, ...]) -> UnsupportedBatchNorm:
