@@ -355,6 +355,50 @@ def test_compiled_graphs_share_too(ranks: RankPool) -> None:
     assert ranks.run(_compiled, 2) == [[3, 3]] * 2
 
 
+class Functions(nn.Module):
+    """Two function calls, the first of which is to stay local."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, None, None, training=True)
+        x = F.batch_norm(self.linear(x).tanh(), None, None, training=True)
+        return self.bn(x.exp())
+
+
+class Views(nn.Module):
+    """Two views through one encoder that calls functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Functions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.encoder(x), self.encoder(x.flip(1).exp())], 1)
+
+
+def _functions(rank: int, world_size: int) -> list[Any]:
+    modes = {"encoder.batch_norm": "local", "*": "sync"}
+    found: list[Any] = []
+    for passes in (None, ()):
+        torch.manual_seed(0)
+        model = bnrewrite.convert(Views(), modes, passes=passes)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+        with CountCollectives() as counted:
+            found.append(model(x).detach())
+        found.append(len(counted.seen))
+    return found
+
+
+def test_function_calls_of_a_child_keep_their_modes_each_time_it_runs(ranks: RankPool) -> None:
+    for shared, num_shared, apart, num_apart in ranks.run(_functions, 2):
+        torch.testing.assert_close(shared, apart)
+        assert (num_shared, num_apart) == (2, 4)
+
+
 UNREAD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "its result": lambda net, y: y,
     "what follows it": lambda net, y: net.act(y) * 2,

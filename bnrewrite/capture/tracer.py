@@ -67,7 +67,7 @@ class OwnerTracer(fx.Tracer):
 
     After :meth:`trace`, ``assumptions`` is what it took for granted, and ``asked`` are the
     arguments that were asked for their type. Nodes have the path of the module whose forward made
-    them as ``meta["scope"]``.
+    them as ``meta["scope"]``, and as ``meta["call"]`` the number of that run of the forward.
 
     Args:
         through: paths of children whose forwards become part of the graph.
@@ -79,7 +79,8 @@ class OwnerTracer(fx.Tracer):
         self._autowrap_search = []
         self._through = through
         self._form = form
-        self._scopes = [""]
+        self._scopes = [("", 0)]
+        self._num_calls = 1
         self.proxy_buffer_attributes = True
         self.assumptions = Assumptions()
         self.reads = Reads(self)
@@ -97,7 +98,7 @@ class OwnerTracer(fx.Tracer):
         if self.refusal is None:
             place = where() or where_of(Refused(), type(self.root).forward)
             self.refusal = Refused(f"{reason}{place}")
-            self.refusal.scope = self._scopes[-1]
+            self.refusal.scope = self._scopes[-1][0]
         raise self.refusal
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -125,7 +126,7 @@ class OwnerTracer(fx.Tracer):
                 place = where_of(error, forward)
                 text = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
                 self.refusal = Refused(f"cannot be traced: {text or type(error).__name__}{place}")
-                self.refusal.scope = self._scopes[-1]
+                self.refusal.scope = self._scopes[-1][0]
             self.reads.undo()
             self.assumptions.finish(root, paths, self.reads)
             self.refusal.assumptions = self.assumptions
@@ -218,7 +219,7 @@ class OwnerTracer(fx.Tracer):
         node.args = args
         if kwargs:
             node.kwargs = kwargs
-        node.meta["scope"] = self._scopes[-1]
+        node.meta["scope"], node.meta["call"] = self._scopes[-1]
         # fx can record whole stacks, which costs more than the trace; one line is what is read.
         frame = user_frame() if node.op in ("call_module", "call_function") else None
         if frame is not None:
@@ -255,7 +256,8 @@ class OwnerTracer(fx.Tracer):
                 return self.create_proxy("call_module", path, args, kwargs)
         self.assumptions.classes[path] = original_class(m)
         self._see_forward(m)
-        self._scopes.append(path)
+        self._scopes.append((path, self._num_calls))
+        self._num_calls += 1
         result = forward(*args, **kwargs)
         # After an error the innermost scope is what it is about, so there is no "finally".
         self._scopes.pop()

@@ -48,7 +48,7 @@ from bnrewrite.sites.floor import (
 
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     """Replaces the BatchNorm calls of one owner's graph."""
-    num_functional: Counter[str] = Counter()
+    num_functional: Counter[int] = Counter()
     report.skipped.extend(_other_functions(target))
     for node in _candidates(target):
         scope = node.meta.get("scope", "")
@@ -60,8 +60,10 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
             state = site_state(home)
             match = _Site(state.name, path, state.mode, state.group, scope)
         else:
-            match = _match_functional(target, node, scope, num_functional[scope])
-            num_functional[scope] += 1
+            # A forward that runs again makes the same calls again.
+            call = node.meta.get("call", 0)
+            match = _match_functional(target, node, scope, num_functional[call])
+            num_functional[call] += 1
         if isinstance(match, Skip):
             report.skipped.append(match)
             continue
