@@ -58,6 +58,8 @@ def main() -> None:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {accuracy:.1%}", flush=True)
             save_checkpoint(args.checkpoint, network, optimizer, schedule, epoch + 1)
     dist.barrier()
+    # After the group its destructor can wait for ever: torch 2.13 with gloo, whatever the model.
+    del model
     dist.destroy_process_group()
 
 
