@@ -142,6 +142,7 @@ class Variant:
 QUICK = [
     Variant((32, 64, 56, 56), False, torch.float32, "relu", True),
     Variant((32, 64, 56, 56), True, torch.bfloat16, "gelu", False),
+    Variant((32, 3, 224, 224), True, torch.float64, "identity", True),
 ]
 ALL = [
     Variant(shape, last, dtype, activation, residual)

@@ -18,6 +18,9 @@ from bnrewrite.kernels.triton.plan import Plan
 
 _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+_MOST_REGISTERS = 255
+"""Of a thread, on every GPU that Triton compiles for with ptxas."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -29,6 +32,8 @@ class Launch:
         args: values of the arguments that are no constants, in order.
         constants: values of the others.
         num_warps: warps of a program.
+        never_spills: whether a thread gets the registers that it needs, however few programs then
+            run at a time. By itself ptxas weighs one against the other, and may spill some bytes.
     """
 
     kernel: Any
@@ -36,11 +41,15 @@ class Launch:
     args: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
+    never_spills: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told besides; multiply-adds are wanted whatever its default is."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if self.never_spills and torch.version.hip is None:
+            options["maxnreg"] = _MOST_REGISTERS
+        return options
 
     def run(self) -> None:
         """Launches on the device of the first argument, without waiting."""
@@ -97,6 +106,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
         (x, *_workspace(plan, x, num_splits), packed, *plan.sizes),
         _constants(plan, x, MERGE=merge),
         plan.num_warps,
+        never_spills=x.dtype == torch.float64,
     )
 
 
@@ -163,6 +173,7 @@ def normalize(
             OTHER_CUMULATIVE=other is not None and other.cumulative, BOOK=BOOK,
         ),
         plan.num_warps,
+        never_spills=x.dtype == torch.float64 or other is not None,
     )  # fmt: skip
 
 
@@ -195,6 +206,7 @@ def normalize_backward_reduce(
         _constants(plan, x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
         # Two accumulators, three operands and what an activation needs: half as many per thread.
         plan.num_warps if activation == "identity" else min(2 * plan.num_warps, 8),
+        never_spills=x.dtype == torch.float64,
     )  # fmt: skip
 
 
@@ -219,4 +231,5 @@ def normalize_backward(
         (grad, x, kept, dx, stats, totals, *affine, sums, slope, *plan.sizes),
         _constants(plan, x, ACTIVATION=activation, KEPT_RESULT=follows),
         plan.num_warps,
+        never_spills=x.dtype == torch.float64,
     )
