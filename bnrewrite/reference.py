@@ -241,6 +241,58 @@ def normalize_backward(
     return (centred * per_channel(scale, x)).to(x.dtype)
 
 
+def normalize_two_backward_reduce(
+    grad: Tensor,
+    other: Tensor,
+    other_stats: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`normalize_backward_reduce` of both inputs of :func:`normalize_two`.
+
+    The derivative of the activation must follow from its result, which is ``kept``.
+
+    Returns:
+        Sums (2C,), float64, of ``other`` and of ``x``.
+    """
+    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
+    return (
+        normalize_backward_reduce(inner, other, other_stats),
+        normalize_backward_reduce(inner, x, stats),
+    )
+
+
+def normalize_two_backward(
+    grad: Tensor,
+    other: Tensor,
+    other_stats: Tensor,
+    other_totals: Tensor,
+    other_weight: Tensor | None,
+    other_sums: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`normalize_backward` of both inputs of :func:`normalize_two`.
+
+    Returns:
+        Gradients of ``other`` and of ``x``.
+    """
+    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
+    return (
+        normalize_backward(inner, other, other_stats, other_totals, other_weight, other_sums),
+        normalize_backward(inner, x, stats, totals, weight, sums),
+    )
+
+
 def batch_norm_local(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

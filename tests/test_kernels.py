@@ -16,6 +16,8 @@ from bnrewrite.kernels.triton.plan import plan
 from bnrewrite.ops import batch_norm_act as batch_norm_act_module
 from bnrewrite.ops import sites
 from bnrewrite.ops.library import CPU_KERNELS, LIBRARY
+from bnrewrite.ops.moments import MOMENTS
+from bnrewrite.ops.normalize_sites import normalize_sites
 from tests import interpreter as harness
 from tests.interpreter import Interpreter, kernels_on_cpu_tensors
 from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
@@ -46,6 +48,8 @@ PHASES = (
     "normalize_backward_reduce",
     "activation_backward_reduce",
     "normalize_backward",
+    "normalize_two_backward_reduce",
+    "normalize_two_backward",
 )
 
 run = pytest.fixture(scope="module", name="run")(harness.fixture)
@@ -421,15 +425,122 @@ def _check_strides() -> None:
     assert dx.stride() == x.stride()
 
 
-def _check_ops(activation: str, with_residual: bool) -> None:
-    """The whole op on these kernels, derivatives of both orders, against torch's own."""
-    device = harness.device()
-    if device.type == "cpu":
+def _check_two_backward(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    first, second = (
+        case(shape, layout, dtype, harness.device(), offset=offset) for offset in (1.0, -2.0)
+    )
+    act = (options.get("activation", "relu"), SLOPE)
+    grad = second["grad"]
+    # Whatever the result was, its derivative follows from it.
+    kept = None if act[0] == "identity" else 4 * first["residual"]
+    weights = [
+        t["weight"] if wanted else None
+        for t, wanted in zip((first, second), options.get("weights", (True, True)), strict=True)
+    ]
+    if options.get("mixed"):
+        first["x"] = laid_out(first["x"], "channels-last")
+    ones = [[t["x"], t["stats"]] for t in (first, second)]
+    wide = [[one.double() for one in pair] for pair in ones]
+    wide_weights = [None if weight is None else weight.double() for weight in weights]
+    exact = reference.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
+    more = [
+        (t["totals"], weight, sums)
+        for t, weight, sums in zip((first, second), weights, exact, strict=True)
+    ]
+    exact_dxs = reference.normalize_two_backward(
+        grad.double(),
+        *wide[0], first["totals"], wide_weights[0], exact[0],
+        *wide[1], second["totals"], wide_weights[1], exact[1], kept, *act,
+    )  # fmt: skip
+    with kernels_on_cpu_tensors():
+        sums = gpu.normalize_two_backward_reduce(grad, *ones[0], *ones[1], kept, *act)
+        dxs = gpu.normalize_two_backward(grad, *ones[0], *more[0], *ones[1], *more[1], kept, *act)
+    terms = (grad.numel() / shape[1]) ** 0.5
+    unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
+    for mine, its in zip(sums, exact, strict=True):
+        assert mine.dtype == torch.float64
+        assert (mine - its).abs().max().item() <= 16 * terms * unit
+    assert torch.equal(sums[0][: shape[1]], sums[1][: shape[1]])
+    for t, dx, its in zip((first, second), dxs, exact_dxs, strict=True):
+        assert dx.dtype == dtype
+        assert dx.stride() == t["x"].stride()
+        check_close(dx, its, "dx", terms=t["stats"][1].max().item() * 4 + 1)
+
+
+class TestTwoBackward:
+    """The sums and the input gradients of two branches, each in one pass."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_every_shape_layout_and_dtype(
+        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        run(_check_two_backward, shape, layout, dtype, {})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"activation": "identity"},
+            {"activation": "relu6"},
+            {"activation": "leaky_relu"},
+            {"weights": (True, False)},
+            {"weights": (False, True)},
+            {"weights": (False, False), "activation": "identity"},
+            {"mixed": True},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("shape", [(3, 7, 7, 9), (3, 4, 52, 48)], ids=str)
+    def test_options(
+        self, run: Interpreter, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        run(_check_two_backward, shape, "contiguous", torch.float32, options)
+
+    @pytest.mark.parametrize("activation", ["identity", "relu"])
+    def test_derivatives_of_a_sum(self, run: Interpreter, activation: str) -> None:
+        run(_check_sum, activation)
+
+
+def _check_sum(activation: str) -> None:
+    """Two sites that are added, on these kernels, derivatives of both orders, against torch's."""
+    _register_kernels()
+    args = [
+        torch.randn(size, dtype=torch.float64, device=harness.device()).requires_grad_()
+        for size in ((3, 2, 5), (3, 2, 5), 2, 2)
+    ]
+    a, b, weight, bias = args
+    common = (None, None, None, True, True, 0.1, EPS)
+    first, second = (sites.Site(x, weight, bias, *common) for x in (a, b))
+    second = second._replace(residual_site=0, act=(activation, SLOPE))
+    with (
+        kernels_on_cpu_tensors(),
+        mock.patch.object(sites, "prefers_recomputing", return_value=True),
+    ):
+        with torch.no_grad():
+            totals = torch.cat([MOMENTS(a), MOMENTS(b)])
+        ours = _derivatives(normalize_sites([first, second], [a, b], totals, "")[1], args)
+    first_y, second_y = (F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS) for x in (a, b))
+    expected = _derivatives(activate(first_y + second_y, activation, SLOPE), args)
+    for mine, its in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+
+
+def _register_kernels() -> None:
+    """Has CPU tensors take these kernels where there is no GPU."""
+    if harness.device().type == "cpu":
         for name in PHASES:
             LIBRARY.impl(name, getattr(gpu, name), "CPU", allow_override=True)
             CPU_KERNELS[id(getattr(torch.ops.bnrewrite, name).default)] = getattr(gpu, name)
+
+
+def _check_ops(activation: str, with_residual: bool) -> None:
+    """The whole op on these kernels, derivatives of both orders, against torch's own."""
+    _register_kernels()
     args = [
-        torch.randn(size, dtype=torch.float64, device=device).requires_grad_()
+        torch.randn(size, dtype=torch.float64, device=harness.device()).requires_grad_()
         for size in ((3, 2, 5), 2, 2, (3, 2, 5))
     ]
     x, weight, bias, residual = args

@@ -6,14 +6,15 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.activations import ACTIVATIONS
-from bnrewrite.kernels.triton.plan import layout_of, plan, plan_of
+from bnrewrite.activations import ACTIVATIONS, derivative_follows_from_result
+from bnrewrite.kernels.triton.plan import Plan, layout_of, plan, plan_of
 
 pytest.importorskip("triton")
 
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from bnrewrite.kernels.triton import launch
 from bnrewrite.kernels.triton.launch import Launch
@@ -101,6 +103,7 @@ class Variant:
     residual: bool
     affine: bool = True
     momentum: float | None = 0.1
+    tracks: bool = True
 
     def __str__(self) -> str:
         words = [
@@ -111,6 +114,7 @@ class Variant:
             "residual" if self.residual else "alone",
         ]
         words += [] if self.affine else ["plain"]
+        words += [] if self.tracks else ["untracked"]
         return "-".join(words if self.momentum is not None else [*words, "cumulative"])
 
     def launches(self) -> list[Launch]:
@@ -126,16 +130,37 @@ class Variant:
         stats = x.new_empty((2, C), dtype=acc)
         one = x.new_empty(C, dtype=acc)
         affine = (one, one) if self.affine else (None, None)
-        running = (one, one, x.new_empty((), dtype=torch.int64), self.momentum)
+        moved = (one, one, x.new_empty((), dtype=torch.int64)) if self.tracks else (None,) * 3
+        running = (moved[0], moved[1], moved[2], self.momentum)
         own = launch.Normalized(totals, affine, stats, running, 1e-5)
+        reduced = launch.Reduced(x, stats, sums)
+        applied = launch.Applied(x, x, stats, totals, affine[0], sums)
         kept = x if self.residual else None
         act = (self.activation, 0.1)
         return [
             launch.moments(cut, x, totals),
             launch.normalize(cut, x, kept, x, own, None, *act),
+            # Of an empty batch.
+            launch.normalize(None, x, kept, x, own, None, *act),
             *([launch.normalize(cut, x, kept, x, own, own, *act)] if self.residual else []),
-            launch.normalize_backward_reduce(cut, x, x, kept, stats, affine, kept, sums, *act),
-            launch.normalize_backward(cut, x, x, kept, x, stats, totals, affine, sums, *act),
+            launch.normalize_backward_reduce(cut, x, reduced, None, kept, affine, kept, *act),
+            launch.normalize_backward(cut, x, applied, None, kept, affine[1], *act),
+            *(self._of_two(cut, x, reduced, applied) if self.residual else []),
+        ]
+
+    def _of_two(
+        self, cut: Plan, x: Tensor, reduced: launch.Reduced, applied: launch.Applied
+    ) -> list[Launch]:
+        """The backward of two branches, of which only the result is kept."""
+        if self.activation != "identity" and not derivative_follows_from_result(self.activation):
+            return []
+        kept = None if self.activation == "identity" else x
+        act = (self.activation, 0.1)
+        return [
+            launch.normalize_backward_reduce(
+                cut, x, reduced, reduced, kept, (None, None), None, *act
+            ),
+            launch.normalize_backward(cut, x, applied, applied, kept, None, *act),
         ]
 
 
@@ -143,6 +168,8 @@ QUICK = [
     Variant((32, 64, 56, 56), False, torch.float32, "relu", True),
     Variant((32, 64, 56, 56), True, torch.bfloat16, "gelu", False),
     Variant((32, 3, 224, 224), True, torch.float64, "identity", True),
+    # Every argument that may be missing is.
+    Variant((32, 2048), False, torch.float16, "relu", False, affine=False, tracks=False),
 ]
 ALL = [
     Variant(shape, last, dtype, activation, residual)
@@ -183,12 +210,40 @@ def _check(variant: Variant, target: int, folder: Path) -> None:
         name = one.kernel.__name__
         assert made.spilled == 0, f"{name} spills: {made}"
         assert made.registers <= 255
-        if along * itemsize % 16:
+        is_empty = one.constants["BLOCK_C"] * one.constants["BLOCK_S"] == 1
+        if along * itemsize % 16 or is_empty:
             continue
         wide = ("v4.b32", "v2.b64")
         assert any(a.startswith("ld.") and a.endswith(wide) for a in made.accesses), (name, made)
         if name in ("normalize_kernel", "normalize_backward_kernel"):
             assert any(a.startswith("st.") and a.endswith(wide) for a in made.accesses), name
+
+
+class _Driver:
+    """What the runtime of Triton asks of a driver before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="other tests launch there")
+@pytest.mark.parametrize("variant", QUICK, ids=str)
+def test_the_runtime_takes_every_launch(variant: Variant) -> None:
+    """All of :meth:`Launch.run` but the launch itself."""
+    with mock.patch.object(driver, "_active", _Driver()):
+        for one in variant.launches():
+            made = one.kernel.warmup(*one.args, grid=one.grid, **one.constants, **one.options)
+            types = made.src.signature
+            for name in {"eps", "momentum", "slope"}.intersection(types):
+                assert types[name] == "fp64"
+            assert types["N"] == types["C"] == types["S"] == "i64"
+            assert made.metadata.num_warps == one.num_warps
 
 
 class TestPlan:

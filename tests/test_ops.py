@@ -22,6 +22,8 @@ from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
+from bnrewrite.ops.normalize_two_backward import NORMALIZE_TWO_BACKWARD
+from bnrewrite.ops.normalize_two_backward_reduce import NORMALIZE_TWO_BACKWARD_REDUCE
 
 EPS = 1e-3
 SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
@@ -116,6 +118,20 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
             (t["grad"], reference.moments(t["grad"]), None, None, EPS, None, None, None, None,
              False, t["x"], t["totals"], None, None, EPS, None, None, None, None, False,
              "identity", 0.0),
+        ),
+        "normalize_two_backward_reduce": (
+            NORMALIZE_TWO_BACKWARD_REDUCE,
+            (t["grad"], t["x"] * 2, t["stats"], t["x"], t["stats"].clone(), t["x"], "leaky_relu",
+             0.1),
+        ),
+        "normalize_two_backward_reduce without an activation": (
+            NORMALIZE_TWO_BACKWARD_REDUCE,
+            (t["grad"], t["x"] * 2, t["stats"], t["x"], t["stats"].clone(), None, "identity", 0.0),
+        ),
+        "normalize_two_backward": (
+            NORMALIZE_TWO_BACKWARD,
+            (t["grad"], t["x"] * 2, t["stats"], t["totals"], None, t["sums"], t["x"],
+             *(t[k].clone() for k in ("stats", "totals", "weight", "sums")), t["x"], "relu6", 0.0),
         ),
         "activation_backward_reduce": (
             ACTIVATION_BACKWARD_REDUCE,

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bnrewrite.kernels import aten, native
-from bnrewrite.kernels.epilogue import normalize_two_with
+from bnrewrite.kernels.epilogue import (
+    normalize_two_backward_reduce_with,
+    normalize_two_backward_with,
+    normalize_two_with,
+)
 
 
 def _first_of(kernel: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,3 +36,5 @@ activation_backward_reduce = _first_of(
     native.activation_backward_reduce, aten.activation_backward_reduce
 )
 normalize_backward = _first_of(native.normalize_backward, aten.normalize_backward)
+normalize_two_backward_reduce = normalize_two_backward_reduce_with(normalize_backward_reduce)
+normalize_two_backward = normalize_two_backward_with(normalize_backward)

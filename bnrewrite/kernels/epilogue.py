@@ -82,3 +82,39 @@ def normalize_two_with(
         return y, stats, other_stats
 
     return normalize_two
+
+
+def normalize_two_backward_reduce_with(
+    reduce: NormalizeBackwardReduce,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel of ``normalize_two_backward_reduce`` on the device of ``reduce``."""
+
+    def normalize_two_backward_reduce(
+        grad: Tensor,
+        other: Tensor,
+        other_stats: Tensor,
+        x: Tensor,
+        stats: Tensor,
+        kept: Tensor | None,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
+        inner = through_activation(grad, x, stats, None, None, kept, activation, slope)
+        return reduce(inner, other, other_stats), reduce(inner, x, stats)
+
+    return normalize_two_backward_reduce
+
+
+def normalize_two_backward_with(
+    normalize_backward: Callable[..., Tensor],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel of ``normalize_two_backward`` on the device of ``normalize_backward``."""
+
+    def normalize_two_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """See :func:`bnrewrite.reference.normalize_two_backward`."""
+        other, own, (kept, *act) = args[:5], args[5:10], args[10:]
+        inner = through_activation(grad, own[0], own[1], None, None, kept, *act)
+        return normalize_backward(inner, *other), normalize_backward(inner, *own)
+
+    return normalize_two_backward

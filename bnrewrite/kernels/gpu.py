@@ -13,7 +13,11 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels import cuda
-from bnrewrite.kernels.epilogue import normalize_two_with
+from bnrewrite.kernels.epilogue import (
+    normalize_two_backward_reduce_with,
+    normalize_two_backward_with,
+    normalize_two_with,
+)
 from bnrewrite.kernels.statistics import Running, recomputes, statistics_table, track
 from bnrewrite.settings import kernels_setting
 
@@ -199,8 +203,9 @@ def activation_backward_reduce(
     sums = x.new_empty(2 * x.size(1), dtype=torch.float64)
     grad_like_x, kept = _as(x, grad, kept)
     assert grad_like_x is not None
+    own = launch.Reduced(x, stats, sums)
     launch.normalize_backward_reduce(
-        plan, grad_like_x, x, kept, stats, (weight, bias), inner, sums, activation, slope
+        plan, grad_like_x, own, None, kept, (weight, bias), inner, activation, slope
     ).run()
     return sums, x.new_empty(0) if inner is None else inner
 
@@ -228,8 +233,79 @@ def normalize_backward(
     dx = torch.empty_like(x)
     grad_like_x, kept = _as(x, grad, kept)
     assert grad_like_x is not None
-    affine = (weight, bias)
-    launch.normalize_backward(
-        plan, grad_like_x, x, kept, dx, stats, totals, affine, sums, activation, slope
-    ).run()
+    own = launch.Applied(x, dx, stats, totals, weight, sums)
+    launch.normalize_backward(plan, grad_like_x, own, None, kept, bias, activation, slope).run()
     return dx
+
+
+def normalize_two_backward_reduce(
+    grad: Tensor,
+    other: Tensor,
+    other_stats: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
+    plan = _plan(x) if x.numel() else None
+    if plan is None:
+        return _normalize_two_backward_reduce(
+            grad, other, other_stats, x, stats, kept, activation, slope
+        )
+    from bnrewrite.kernels.triton import launch
+
+    grad_like_x, other_like_x, kept = _as(x, grad, other, kept)
+    assert grad_like_x is not None
+    assert other_like_x is not None
+    own = launch.Reduced(x, stats, x.new_empty(2 * x.size(1), dtype=torch.float64))
+    second = launch.Reduced(other_like_x, other_stats, torch.empty_like(own.sums))
+    launch.normalize_backward_reduce(
+        plan, grad_like_x, own, second, kept, (None, None), None, activation, slope
+    ).run()
+    return second.sums, own.sums
+
+
+_normalize_two_backward_reduce = normalize_two_backward_reduce_with(normalize_backward_reduce)
+
+
+def normalize_two_backward(
+    grad: Tensor,
+    other: Tensor,
+    other_stats: Tensor,
+    other_totals: Tensor,
+    other_weight: Tensor | None,
+    other_sums: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    kept: Tensor | None,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`bnrewrite.reference.normalize_two_backward`."""
+    plan = _plan(x) if x.numel() else None
+    if plan is None:
+        return _normalize_two_backward(
+            grad, other, other_stats, other_totals, other_weight, other_sums,
+            x, stats, totals, weight, sums, kept, activation, slope,
+        )  # fmt: skip
+    from bnrewrite.kernels.triton import launch
+
+    grad_like_x, other_like_x, kept = _as(x, grad, other, kept)
+    assert grad_like_x is not None
+    assert other_like_x is not None
+    own = launch.Applied(x, torch.empty_like(x), stats, totals, weight, sums)
+    second = launch.Applied(
+        other_like_x, torch.empty_like(x), other_stats, other_totals, other_weight, other_sums
+    )
+    launch.normalize_backward(plan, grad_like_x, own, second, kept, None, activation, slope).run()
+    (other_dx,) = _as(other, second.dx)
+    assert other_dx is not None
+    return other_dx, own.dx
+
+
+_normalize_two_backward = normalize_two_backward_with(normalize_backward)

@@ -9,8 +9,9 @@ of the collectives between them, all visible to a compiler:
 ``batch_norm_act`` is ``batch_norm`` with the residual and the activation that follow it.
 
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
-their collectives, with what follows each. Two sites of them whose results are added become one
-phase, ``normalize_two``, where arithmetic is free.
+their collectives, with what follows each. Two sites of them whose results are added become one in
+every phase but the moments, where arithmetic is free: ``normalize_two``,
+``normalize_two_backward_reduce`` and ``normalize_two_backward``.
 
 An all-reduce is an all-gather and a sum where that takes less time: see
 :mod:`bnrewrite.collectives`. In eager mode other work runs during that of a backward: see

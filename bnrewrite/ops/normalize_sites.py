@@ -29,6 +29,8 @@ from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
+from bnrewrite.ops.normalize_two_backward import NORMALIZE_TWO_BACKWARD
+from bnrewrite.ops.normalize_two_backward_reduce import NORMALIZE_TWO_BACKWARD_REDUCE
 from bnrewrite.ops.sites import Site, memory_format
 from bnrewrite.ops.slot import open_slot
 
@@ -93,6 +95,35 @@ class _Gradient(NamedTuple):
         return run(NORMALIZE_BACKWARD, *arguments, self.bias, self.kept, *self.act)
 
 
+class _GradientOfTwo(NamedTuple):
+    """The same of a site and of the earlier one, at ``place``, that is normalised where it is."""
+
+    own: _Gradient
+    other: _Gradient
+    place: int
+
+    def of(self, other_sums: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        own, other = self.own, self.other
+        return run(
+            NORMALIZE_TWO_BACKWARD,
+            own.grad, other.x, other.stats, other.totals, other.weight, other_sums,
+            own.x, own.stats, own.totals, own.weight, sums, own.kept, *own.act,
+        )  # fmt: skip
+
+
+def _input_gradients(
+    ones: Sequence[_Gradient | _GradientOfTwo | None], parts: Sequence[Tensor]
+) -> list[Tensor]:
+    """The input gradients, given the sums of all ranks; None is part of a later one."""
+    found: list[Any] = [None] * len(ones)
+    for i, (one, sums) in enumerate(zip(ones, parts, strict=True)):
+        if isinstance(one, _GradientOfTwo):
+            found[one.place], found[i] = one.of(parts[one.place], sums)
+        elif one is not None:
+            found[i] = one.of(sums)
+    return found
+
+
 class _EndCollective(torch.autograd.Function):
     """The inputs themselves; in backward, the end of the collective and the input gradients."""
 
@@ -111,7 +142,7 @@ class _EndCollective(torch.autograd.Function):
         pending, sizes, gradients = launched
         with below_autograd():
             parts = split(end_all_reduce_sum(pending, sum(sizes)), sizes)
-            found = [one.of(sums) for one, sums in zip(gradients, parts, strict=True)]
+            found = _input_gradients(gradients, parts)
         # Second derivatives come here by other ways than through the site, too.
         sums = (
             one if other is None else one + other for one, other in zip(found, grads, strict=True)
@@ -162,6 +193,7 @@ class _BatchNorm(torch.autograd.Function):
         ]
         ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
+        ctx.inside = inside
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.group = group
         ctx.between = between
@@ -228,6 +260,7 @@ def _backward(ctx, columns, between):
     results: list[Tensor | None] = [None] * len(needs)
     ones: list[Any] = [None] * num
     sums: list[Any] = [None] * num
+    wanted = [i for i in range(num) if needs[_TENSORS * i]]
     grads = list(columns[0])
     others = list(zip(*columns[1:], strict=True))
     for i in reversed(range(num)):
@@ -235,22 +268,30 @@ def _backward(ctx, columns, between):
         first = _TENSORS * i
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
         is_read = grads[i] is not None
-        needs_residual = needs[first + 3] or from_site is not None
-        sums[i], ones[i] = _reduce(_gradient(grads[i], *others[i], act), write=needs_residual)
-        if from_site is not None:
-            # Nobody else reads the result of that site, which comes before this one.
-            grads[from_site] = ones[i].grad
+        one: Any = _gradient(grads[i], *others[i], act)
+        if sums[i] is None:
+            if is_read and from_site in ctx.inside and {i, from_site}.issubset(wanted):
+                other = _gradient(one.grad, *others[from_site], _IDENTITY)
+                sums[from_site], sums[i] = _reduce_two(one, other)
+                ones[i] = _GradientOfTwo(one, other, wanted.index(from_site))
+            else:
+                needs_residual = needs[first + 3] or from_site is not None
+                sums[i], one = _reduce(one, write=needs_residual)
+                ones[i] = one
+            if from_site is not None:
+                # Nobody else reads the result of that site, which comes before this one.
+                grads[from_site] = one.grad if is_read else None
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-        grad_bias, grad_weight = sums[i].to(ones[i].stats.dtype).chunk(2)
+        grad_bias, grad_weight = sums[i].to(one.stats.dtype).chunk(2)
         if needs[first + 1] and is_read:
-            results[first + 1] = grad_weight.to(ones[i].weight.dtype)
+            results[first + 1] = grad_weight.to(one.weight.dtype)
         if needs[first + 2] and is_read:
             results[first + 2] = grad_bias.to(ctx.bias_dtypes[i])
         if needs[first + 3] and is_read:
-            results[first + 3] = ones[i].grad
-    wanted = [i for i in range(num) if needs[_TENSORS * i]]
+            results[first + 3] = one.grad
     if wanted:
-        found = _input_gradients(ctx, [ones[i] for i in wanted], [sums[i] for i in wanted], between)
+        parts = [sums[i] for i in wanted], [ones[i] for i in wanted]
+        found = _communicate(ctx, *parts, [columns[1][i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
             results[_TENSORS * i] = grad
     return None, None, None, None, *results
@@ -273,7 +314,15 @@ def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
     return sums, one._replace(grad=inner, act=_IDENTITY) if write else one
 
 
-def _input_gradients(ctx, ones, sums, between):
+def _reduce_two(own: _Gradient, other: _Gradient) -> tuple[Tensor, Tensor]:
+    """The sums of ``other`` and of ``own``, whose activation is that of both."""
+    return run(
+        NORMALIZE_TWO_BACKWARD_REDUCE, own.grad, other.x, other.stats, own.x, own.stats, own.kept,
+        *own.act,
+    )  # fmt: skip
+
+
+def _communicate(ctx, sums, ones, xs, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
@@ -282,10 +331,9 @@ def _input_gradients(ctx, ones, sums, between):
         )
         if runs(end_node):
             pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
-            between.leave((pending, sizes, ones), [one.x for one in ones])
+            between.leave((pending, sizes, ones), xs)
         return [None] * len(ones)
-    parts = split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes)
-    return [one.of(total) for one, total in zip(ones, parts, strict=True)]
+    return _input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
 
 
 def named_by(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> tuple[Any, ...]:

@@ -69,12 +69,12 @@ def _constants(plan: Plan, x: Tensor, **more: Any) -> dict[str, Any]:
     }
 
 
-def _workspace(plan: Plan, x: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Room for partial sums (splits, 2, C), and a zero for each channel block."""
+def _workspace(plan: Plan, x: Tensor, num_splits: int, num_rows: int = 2) -> tuple[Tensor, Tensor]:
+    """Room for partial sums (splits, rows, C), and a zero for each channel block."""
     if num_splits == 1:
         unused = x.new_empty(0, dtype=torch.float64)
         return unused, unused
-    partials = x.new_empty((num_splits, 2, plan.C), dtype=torch.float64)
+    partials = x.new_empty((num_splits, num_rows, plan.C), dtype=torch.float64)
     return partials, _arrivals(x.device, plan.num_blocks)
 
 
@@ -180,56 +180,82 @@ def normalize(
 _NO_OTHER = (*[None] * 7, 0.0, 0.0)
 
 
+class Reduced(NamedTuple):
+    """An input whose sums are wanted: its statistics (2, C), and its sums (2C,), to be filled."""
+
+    x: Tensor
+    stats: Tensor
+    sums: Tensor
+
+
 def normalize_backward_reduce(
     plan: Plan,
     grad: Tensor,
-    x: Tensor,
+    own: Reduced,
+    other: Reduced | None,
     kept: Tensor | None,
-    stats: Tensor,
     affine: tuple[Tensor | None, Tensor | None],
     grad_residual: Tensor | None,
-    sums: Tensor,
     activation: str,
     slope: float,
 ) -> Launch:
-    """Fills ``sums`` (2C,), float64, and ``grad_residual``."""
+    """Fills the sums, float64, and ``grad_residual``; with ``other`` those of both branches."""
     num_splits = plan.num_splits(reduction=True)
     merge = plan.merge if num_splits > 1 else 0
     follows = kept is not None and derivative_follows_from_result(activation)
+    workspace = _workspace(plan, own.x, num_splits, 2 if other is None else 3)
+    is_light = activation == "identity" and other is None
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, num_splits),
         (
-            grad, x, kept, stats, *affine, grad_residual, *_workspace(plan, x, num_splits), sums,
-            slope, *plan.sizes,
+            grad, *own, *(other or [None] * 3), kept, *affine, grad_residual, *workspace, slope,
+            *plan.sizes,
         ),
-        _constants(plan, x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
-        # Two accumulators, three operands and what an activation needs: half as many per thread.
-        plan.num_warps if activation == "identity" else min(2 * plan.num_warps, 8),
-        never_spills=x.dtype == torch.float64,
+        _constants(plan, own.x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
+        # Several accumulators and operands and what an activation needs: half as many per thread.
+        plan.num_warps if is_light else min(2 * plan.num_warps, 8),
+        never_spills=own.x.dtype == torch.float64 or other is not None,
     )  # fmt: skip
+
+
+class Applied(NamedTuple):
+    """An input whose gradient is wanted.
+
+    Attributes:
+        x: the input.
+        dx: its gradient, to be filled.
+        stats: (2, C), of the forward.
+        totals: (2C + 1,), float64, of the forward.
+        weight: (C,), or None.
+        sums: (2C,), float64, of all ranks.
+    """
+
+    x: Tensor
+    dx: Tensor
+    stats: Tensor
+    totals: Tensor
+    weight: Tensor | None
+    sums: Tensor
 
 
 def normalize_backward(
     plan: Plan,
     grad: Tensor,
-    x: Tensor,
+    own: Applied,
+    other: Applied | None,
     kept: Tensor | None,
-    dx: Tensor,
-    stats: Tensor,
-    totals: Tensor,
-    affine: tuple[Tensor | None, Tensor | None],
-    sums: Tensor,
+    bias: Tensor | None,
     activation: str,
     slope: float,
 ) -> Launch:
-    """Fills ``dx``."""
+    """Fills ``own.dx``; with ``other`` the gradients of both branches."""
     follows = kept is not None and derivative_follows_from_result(activation)
     return Launch(
         normalize_backward_kernel,
         (plan.num_blocks, plan.num_splits(reduction=False)),
-        (grad, x, kept, dx, stats, totals, *affine, sums, slope, *plan.sizes),
-        _constants(plan, x, ACTIVATION=activation, KEPT_RESULT=follows),
+        (grad, *own, *(other or [None] * 6), kept, bias, slope, *plan.sizes),
+        _constants(plan, own.x, ACTIVATION=activation, KEPT_RESULT=follows),
         plan.num_warps,
-        never_spills=x.dtype == torch.float64,
+        never_spills=own.x.dtype == torch.float64 or other is not None,
     )

@@ -61,8 +61,8 @@ def moments_kernel(
         tl.store(row, total, mask=c_mask)
         tl.store(row + C, square, mask=c_mask)
         if is_last(arrivals, block, num_splits):
-            total = merged(partials, 0, c, c_mask, C, num_splits, MERGE)
-            square = merged(partials, 1, c, c_mask, C, num_splits, MERGE)
+            total = merged(partials, 0, 2, c, c_mask, C, num_splits, MERGE)
+            square = merged(partials, 1, 2, c, c_mask, C, num_splits, MERGE)
             tl.store(packed + 1 + c, total, mask=c_mask)
             tl.store(packed + 1 + C + c, square, mask=c_mask)
     else:

@@ -1,6 +1,8 @@
 """The input gradient: g and x are read and dx is written, in one pass."""
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportReturnType=false, reportPossiblyUnboundVariable=false
+# pyright: reportOptionalMemberAccess=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 
 import triton
@@ -10,17 +12,44 @@ from bnrewrite.kernels.triton.activations import activation_backward
 from bnrewrite.kernels.triton.tiles import channels, per_channel, sizes, tile
 
 
+@triton.jit
+def _coefficients(
+    stats: tl.tensor,
+    totals: tl.tensor,
+    weight: tl.tensor | None,
+    sums: tl.tensor,
+    c: tl.tensor,
+    mask: tl.tensor,
+    C: tl.tensor,
+    ACC: tl.constexpr,
+) -> tl.tuple:
+    """Mean, scale, mean of g and the factor of the centred input, (BLOCK_C, 1) each, of ``c``."""
+    mean = per_channel(stats, c, mask, ACC, 0.0)
+    rstd = per_channel(stats + C, c, mask, ACC, 0.0)
+    scale = rstd * per_channel(weight, c, mask, ACC, 1.0)
+    share = 1.0 / tl.maximum(tl.load(totals), 1.0)
+    mean_g = (tl.load(sums + c, mask=mask, other=0.0) * share).to(ACC)[:, None]
+    mean_gx = (tl.load(sums + C + c, mask=mask, other=0.0) * share).to(ACC)[:, None]
+    return mean, scale, mean_g, rstd * mean_gx
+
+
 @triton.jit(do_not_specialize=["N", "C", "S"])
 def normalize_backward_kernel(
     grad: tl.tensor,
     x: tl.tensor,
-    kept: tl.tensor | None,
     dx: tl.tensor,
     stats: tl.tensor,
     totals: tl.tensor,
     weight: tl.tensor | None,
-    bias: tl.tensor | None,
     sums: tl.tensor,
+    other: tl.tensor | None,
+    other_dx: tl.tensor | None,
+    other_stats: tl.tensor | None,
+    other_totals: tl.tensor | None,
+    other_weight: tl.tensor | None,
+    other_sums: tl.tensor | None,
+    kept: tl.tensor | None,
+    bias: tl.tensor | None,
     slope: tl.float64,
     N: tl.int64,
     C: tl.int64,
@@ -35,23 +64,24 @@ def normalize_backward_kernel(
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
 
-    Bytes: g and x read once, dx written once. With an activation after a residual whose gradient
-    nobody wants, ``kept`` is read too, as in the reduction; where the reduction has written the
-    gradient of what was activated, that is ``grad``, and the activation is "identity".
+    With ``other``, the second input of :func:`bnrewrite.reference.normalize_two`, its gradient too.
+
+    Bytes: g, x and ``other`` read once, their gradients written once. With an activation after two
+    branches or a residual whose gradient nobody wants, ``kept`` is read too, as in the reduction;
+    where the reduction has written the gradient of what was activated, that is ``grad``, and the
+    activation is "identity".
 
     Grid: channel blocks, splits.
     """
     C, S = sizes(C, S, VEC, LAST)
     block = tl.program_id(0)
     c, c_mask = channels(block, C, BLOCK_C)
-    mean = per_channel(stats, c, c_mask, ACC, 0.0)
-    rstd = per_channel(stats + C, c, c_mask, ACC, 0.0)
-    scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
+    mean, scale, mean_g, slope_x = _coefficients(stats, totals, weight, sums, c, c_mask, C, ACC)
     shift = per_channel(bias, c, c_mask, ACC, 0.0)
-    share = 1.0 / tl.maximum(tl.load(totals), 1.0)
-    mean_g = (tl.load(sums + c, mask=c_mask, other=0.0) * share).to(ACC)[:, None]
-    mean_gx = (tl.load(sums + C + c, mask=c_mask, other=0.0) * share).to(ACC)[:, None]
-    slope_x = rstd * mean_gx
+    if other is not None:
+        other_mean, other_scale, other_mean_g, other_slope = _coefficients(
+            other_stats, other_totals, other_weight, other_sums, c, c_mask, C, ACC
+        )
     last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
     for t in range(tl.program_id(1), last, tl.num_programs(1)):
         start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
@@ -67,3 +97,7 @@ def normalize_backward_kernel(
             g = activation_backward(g, z, slope, ACTIVATION)
         gradient = scale * (g - mean_g - centred * slope_x)
         tl.store(dx + start + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
+        if other is not None:
+            centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
+            gradient = other_scale * (g - other_mean_g - centred * other_slope)
+            tl.store(other_dx + start + offsets, gradient.to(other_dx.dtype.element_ty), mask=mask)

@@ -1,6 +1,7 @@
 """The reduction of the backward: g and x are read once, and what the activation needs besides."""
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 
 import triton
@@ -14,14 +15,17 @@ from bnrewrite.kernels.triton.tiles import channels, is_last, merged, per_channe
 def normalize_backward_reduce_kernel(
     grad: tl.tensor,
     x: tl.tensor,
-    kept: tl.tensor | None,
     stats: tl.tensor,
+    sums: tl.tensor,
+    other: tl.tensor | None,
+    other_stats: tl.tensor | None,
+    other_sums: tl.tensor | None,
+    kept: tl.tensor | None,
     weight: tl.tensor | None,
     bias: tl.tensor | None,
     grad_residual: tl.tensor | None,
     partials: tl.tensor,
     arrivals: tl.tensor,
-    sums: tl.tensor,
     slope: tl.float64,
     N: tl.int64,
     C: tl.int64,
@@ -37,9 +41,11 @@ def normalize_backward_reduce_kernel(
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
 
-    Bytes: g and x read once. With an activation after a residual, ``kept`` is read too: the result
-    (KEPT_RESULT) or the residual. ``grad_residual``, the gradient of what was activated, is written
-    where it is given.
+    With ``other``, the second input of :func:`bnrewrite.reference.normalize_two`, its sums too.
+
+    Bytes: g, x and ``other`` read once. With an activation after a sum, ``kept`` is read too: the
+    result (KEPT_RESULT) or the residual. ``grad_residual``, the gradient of what was activated, is
+    written where it is given.
 
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
@@ -54,6 +60,9 @@ def normalize_backward_reduce_kernel(
     shift = per_channel(bias, c, c_mask, ACC, 0.0)
     sum_g = tl.zeros((BLOCK_C, BLOCK_S), ACC)
     sum_gx = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+    if other is not None:
+        other_mean = per_channel(other_stats, c, c_mask, ACC, 0.0)
+        sum_go = tl.zeros((BLOCK_C, BLOCK_S), ACC)
     for t in range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
         start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
@@ -73,17 +82,33 @@ def normalize_backward_reduce_kernel(
         sum_g += g
         # Where g is masked it is zero, and the mean of a channel is finite or spoils it anyway.
         sum_gx += tl.where(mask, g * centred, 0.0)
+        if other is not None:
+            centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
+            sum_go += tl.where(mask, g * centred, 0.0)
     total = tl.sum(sum_g, 1).to(tl.float64)
     total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
+    if other is not None:
+        other_rstd = per_channel(other_stats + C, c, c_mask, ACC, 0.0)
+        total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
     if MERGE:
-        row = partials + split * 2 * C + c
+        ROWS: tl.constexpr = 2 if other is None else 3
+        row = partials + split * ROWS * C + c
         tl.store(row, total, mask=c_mask)
         tl.store(row + C, total_x, mask=c_mask)
+        if other is not None:
+            tl.store(row + 2 * C, total_o, mask=c_mask)
         if is_last(arrivals, block, num_splits):
-            total = merged(partials, 0, c, c_mask, C, num_splits, MERGE)
-            total_x = merged(partials, 1, c, c_mask, C, num_splits, MERGE)
+            total = merged(partials, 0, ROWS, c, c_mask, C, num_splits, MERGE)
+            total_x = merged(partials, 1, ROWS, c, c_mask, C, num_splits, MERGE)
             tl.store(sums + c, total, mask=c_mask)
             tl.store(sums + C + c, total_x, mask=c_mask)
+            if other is not None:
+                total_o = merged(partials, 2, ROWS, c, c_mask, C, num_splits, MERGE)
+                tl.store(other_sums + c, total, mask=c_mask)
+                tl.store(other_sums + C + c, total_o, mask=c_mask)
     else:
         tl.store(sums + c, total, mask=c_mask)
         tl.store(sums + C + c, total_x, mask=c_mask)
+        if other is not None:
+            tl.store(other_sums + c, total, mask=c_mask)
+            tl.store(other_sums + C + c, total_o, mask=c_mask)

@@ -17,7 +17,9 @@ def sizes(C: tl.tensor, S: tl.tensor, VEC: tl.constexpr, LAST: tl.constexpr) -> 
     S = tl.cast(S, tl.int64)
     if LAST:
         return C * VEC, S
-    return C, S * VEC
+    else:
+        # Triton compiles what follows a conditional return, too.
+        return C, S * VEC
 
 
 @triton.jit
@@ -76,7 +78,8 @@ def per_channel(
     """``values`` of channels ``c`` in ACC, (BLOCK_C, 1); DEFAULT where there are none."""
     if values is None:
         return tl.full(c.shape, DEFAULT, ACC)[:, None]
-    return tl.load(values + c, mask=mask, other=0.0).to(ACC)[:, None]
+    else:
+        return tl.load(values + c, mask=mask, other=0.0).to(ACC)[:, None]
 
 
 @triton.jit
@@ -98,18 +101,19 @@ def is_last(arrivals: tl.tensor, block: tl.tensor, num_splits: tl.tensor) -> tl.
 def merged(
     partials: tl.tensor,
     row: tl.constexpr,
+    ROWS: tl.constexpr,
     c: tl.tensor,
     mask: tl.tensor,
     C: tl.tensor,
     num_splits: tl.tensor,
     MERGE: tl.constexpr,
 ) -> tl.tensor:
-    """Sum over splits of row ``row`` of partials (splits, 2, C), in a fixed order."""
+    """Sum over splits of row ``row`` of partials (splits, ROWS, C), in a fixed order."""
     total = tl.zeros(c.shape, tl.float64)
     for first in range(0, num_splits, MERGE):
         k = first + tl.arange(0, MERGE)
         values = tl.load(
-            partials + (k[:, None] * 2 + row) * C + c[None, :],
+            partials + (k[:, None] * ROWS + row) * C + c[None, :],
             mask=(k < num_splits)[:, None] & mask[None, :],
             other=0.0,
             # Other programs wrote them: not from the cache of this multiprocessor.

@@ -1,0 +1,26 @@
+"""The op ``normalize_two_backward_reduce``: the sums of both inputs of ``normalize_two``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.kernels import cpu, gpu
+from bnrewrite.ops.library import define_phase
+
+
+def _fake(grad: Tensor, other: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    sums = [other.new_empty((2 * other.size(1),), dtype=torch.float64) for _ in range(2)]
+    return sums[0], sums[1]
+
+
+NORMALIZE_TWO_BACKWARD_REDUCE = define_phase(
+    "normalize_two_backward_reduce(Tensor grad, Tensor other, Tensor other_stats, Tensor x, "
+    "Tensor stats, Tensor? kept, str activation, float slope) -> (Tensor, Tensor)",
+    cpu=cpu.normalize_two_backward_reduce,
+    cuda=gpu.normalize_two_backward_reduce,
+    fake=_fake,
+    definition=reference.normalize_two_backward_reduce,
+)
+"""See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
