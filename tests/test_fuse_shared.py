@@ -274,3 +274,28 @@ def test_gradcheck_of_a_site_that_is_added_to_another(
     ]
     check: Any = gradcheck if order == 1 else gradgradcheck
     assert check(function, args)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+def test_a_sum_that_nobody_reads_gives_nobody_a_gradient(
+    recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bnrewrite.ops.moments import MOMENTS
+    from bnrewrite.ops.normalize_sites import join, normalize_sites
+
+    monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
+    monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
+    xs = [torch.randn(3, 2, 4, requires_grad=True) for _ in range(3)]
+    weights = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    common = (None, None, None, None, True, True, 0.1, 1e-3)
+    first, second, third = (
+        sites.Site(x, weight, *common) for x, weight in zip(xs, weights, strict=True)
+    )
+    second = second._replace(residual_site=0, act=("relu", 0.0))
+    with torch.no_grad():
+        totals = join([MOMENTS(x) for x in xs])
+    *_, read = normalize_sites([first, second, third], xs, totals, "")
+    read.square().sum().backward()
+    assert [weight.grad is not None for weight in weights] == [False, False, True]
+    # Their inputs take part in the collective all the same.
+    assert not any(x.grad is not None and x.grad.any() for x in xs[:2])

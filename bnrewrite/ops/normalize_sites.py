@@ -94,6 +94,11 @@ class _Gradient(NamedTuple):
             return run(NORMALIZE_BACKWARD, *arguments)
         return run(NORMALIZE_BACKWARD, *arguments, self.bias, self.kept, *self.act)
 
+    @property
+    def saved(self) -> list[Tensor]:
+        """What it reads that the forward has saved and that others may change."""
+        return [self.x] if self.kept is None or self.act[0] == "identity" else [self.x, self.kept]
+
 
 class _GradientOfTwo(NamedTuple):
     """The same of a site and of the earlier one, at ``place``, that is normalised where it is."""
@@ -109,6 +114,10 @@ class _GradientOfTwo(NamedTuple):
             own.grad, other.x, other.stats, other.totals, other.weight, other_sums,
             own.x, own.stats, own.totals, own.weight, sums, own.kept, *own.act,
         )  # fmt: skip
+
+    @property
+    def saved(self) -> list[Tensor]:
+        return [*self.own.saved, self.other.x]
 
 
 def _input_gradients(
@@ -290,8 +299,7 @@ def _backward(ctx, columns, between):
         if needs[first + 3] and is_read:
             results[first + 3] = one.grad
     if wanted:
-        parts = [sums[i] for i in wanted], [ones[i] for i in wanted]
-        found = _communicate(ctx, *parts, [columns[1][i] for i in wanted], between)
+        found = _communicate(ctx, [sums[i] for i in wanted], [ones[i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
             results[_TENSORS * i] = grad
     return None, None, None, None, *results
@@ -322,7 +330,7 @@ def _reduce_two(own: _Gradient, other: _Gradient) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _communicate(ctx, sums, ones, xs, between):
+def _communicate(ctx, sums, ones, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
@@ -331,7 +339,8 @@ def _communicate(ctx, sums, ones, xs, between):
         )
         if runs(end_node):
             pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
-            between.leave((pending, sizes, ones), xs)
+            saved = [tensor for one in ones if one is not None for tensor in one.saved]
+            between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)
     return _input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
 
