@@ -1,12 +1,13 @@
 """The command line: ``python -m bnrewrite demo | report | export | env``.
 
 A wrong argument is one line on standard error and exit code 2; a failure is exit code 1; an
-interrupt is exit code 130.
+interrupt is exit code 130, and a reader that leaves (``| head``) 141, as for other programs.
 """
 
 import argparse
 import importlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,7 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     parser, commands = make_parser()
     args = parser.parse_args(argv)
     try:
-        return commands[args.command](args)
+        code = commands[args.command](args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads has read enough; Python would write the rest again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except CommandError as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return error.code

@@ -1,12 +1,15 @@
 """The command line: what it prints, and what it says when something is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bnrewrite import cli
-from tests.launching import run
+from tests.launching import environment, run
 
 BAD_ARGUMENTS = {
     "no command": ([], "required: COMMAND"),
@@ -156,3 +159,19 @@ def test_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "BatchNorm1d: 1 BatchNorm site," in done.stdout
     assert done.stderr == ""
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bnrewrite", "env", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE,
+            timeout=300, check=False, text=True,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipeError" not in done.stderr
