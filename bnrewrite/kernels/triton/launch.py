@@ -69,6 +69,14 @@ def _constants(plan: Plan, x: Tensor, **more: Any) -> dict[str, Any]:
     }
 
 
+def _is_tight(plan: Plan, x: Tensor) -> bool:
+    """Whether ptxas is known to spill, for some target and activation, where it has the choice.
+
+    Wide values take registers, and so do single ones, each of which has an address and a mask.
+    """
+    return x.dtype == torch.float64 or plan.VEC == 1
+
+
 def _workspace(plan: Plan, x: Tensor, num_splits: int, num_rows: int = 2) -> tuple[Tensor, Tensor]:
     """Room for partial sums (splits, rows, C), and a zero for each channel block."""
     if num_splits == 1:
@@ -106,7 +114,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
         (x, *_workspace(plan, x, num_splits), packed, *plan.sizes),
         _constants(plan, x, MERGE=merge),
         plan.num_warps,
-        never_spills=x.dtype == torch.float64,
+        never_spills=_is_tight(plan, x),
     )
 
 
@@ -173,7 +181,7 @@ def normalize(
             OTHER_CUMULATIVE=other is not None and other.cumulative, BOOK=BOOK,
         ),
         plan.num_warps,
-        never_spills=x.dtype == torch.float64 or other is not None,
+        never_spills=_is_tight(plan, x) or other is not None,
     )  # fmt: skip
 
 
@@ -205,6 +213,7 @@ def normalize_backward_reduce(
     follows = kept is not None and derivative_follows_from_result(activation)
     workspace = _workspace(plan, own.x, num_splits, 2 if other is None else 3)
     is_light = activation == "identity" and other is None
+    reads_residual = kept is not None and not follows
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, num_splits),
@@ -215,7 +224,7 @@ def normalize_backward_reduce(
         _constants(plan, own.x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
-        never_spills=own.x.dtype == torch.float64 or other is not None,
+        never_spills=_is_tight(plan, own.x) or other is not None or reads_residual,
     )  # fmt: skip
 
 
@@ -251,11 +260,13 @@ def normalize_backward(
 ) -> Launch:
     """Fills ``own.dx``; with ``other`` the gradients of both branches."""
     follows = kept is not None and derivative_follows_from_result(activation)
+    is_wide = own.x.dtype == torch.float64
     return Launch(
         normalize_backward_kernel,
         (plan.num_blocks, plan.num_splits(reduction=False)),
         (grad, *own, *(other or [None] * 6), kept, bias, slope, *plan.sizes),
         _constants(plan, own.x, ACTIVATION=activation, KEPT_RESULT=follows),
-        plan.num_warps,
-        never_spills=own.x.dtype == torch.float64 or other is not None,
+        # What derivatives compute in float64 takes most registers of all.
+        min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,
+        never_spills=_is_tight(plan, own.x) or other is not None,
     )
