@@ -393,6 +393,42 @@ def _functions(rank: int, world_size: int) -> list[Any]:
     return found
 
 
+class TwoViews(nn.Module):
+    """Two blocks of one structure in a forward that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Views()
+        self.b = Views()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum().item() > 1e9:
+            return x
+        return torch.cat([self.a(x), self.b(x)], 1)
+
+
+def _equal_blocks(rank: int, world_size: int, local: str) -> list[Any]:
+    found: list[Any] = []
+    for passes in (None, ()):
+        torch.manual_seed(0)
+        modes = {f"{local}.encoder.batch_norm": "local", "*": "sync"}
+        model = bnrewrite.convert(TwoViews(), modes, passes=passes)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+        with CountCollectives() as counted:
+            found.append(model(x).detach())
+        found.append(len(counted.seen))
+    return found
+
+
+@pytest.mark.parametrize("local", ["a", "b"])
+def test_blocks_whose_function_calls_differ_in_mode_share_no_graph(
+    local: str, ranks: RankPool
+) -> None:
+    for shared, num_shared, apart, num_apart in ranks.run(_equal_blocks, 2, local):
+        torch.testing.assert_close(shared, apart)
+        assert (num_shared, num_apart) == (2 + 3, 4 + 6)
+
+
 def test_function_calls_of_a_child_keep_their_modes_each_time_it_runs(ranks: RankPool) -> None:
     for shared, num_shared, apart, num_apart in ranks.run(_functions, 2):
         torch.testing.assert_close(shared, apart)

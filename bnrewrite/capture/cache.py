@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.candidates import mentions_batch_norm
 from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.tracer import Form
 from bnrewrite.modes import Mode, ModeTable
@@ -127,6 +128,8 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
     inside: list[tuple] = []
     sites: list[tuple] = []
     marked: list[tuple[str, bool]] = []
+    functional: list[tuple] = []
+    differ = recipe.modes.entries[0][0] != "*"
     watched = bool(recipe.untraced or recipe.keep)
     for path, child in module.named_modules(remove_duplicate=False):
         number = first.setdefault(id(child), len(first))
@@ -135,21 +138,21 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
             state = site_state(child)
             running = first.setdefault(id(child.running_mean), len(first))
             sites.append((path, state.mode, state.group, running))
+        elif differ and (child is module or mentions_batch_norm(child)):
+            # Its calls are part of the graph where it is traced through.
+            functional.append((path, _functional_modes(joined(recipe.name, path), recipe.modes)))
         name = joined(recipe.name, path) if watched else ""
         if watched and (
             name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
         ):
             marked.append((path, name in recipe.untraced))
-    return tuple(inside), tuple(sites), _functional_modes(recipe), tuple(marked), recipe.forms
+    return tuple(inside), tuple(sites), tuple(functional), tuple(marked), recipe.forms
 
 
-def _functional_modes(recipe: Recipe) -> tuple[Mode | None, ...]:
-    """Modes of the functional sites that the owner may have."""
-    pattern, mode = recipe.modes.entries[0]
-    if pattern == "*":
-        return (mode,)
-    names = (functional_name(recipe.name, index) for index in range(_FUNCTIONAL))
-    return tuple(map(recipe.modes.find, names))
+def _functional_modes(owner: str, modes: ModeTable) -> tuple[Mode | None, ...]:
+    """Modes of the functional sites that the module of this name may have."""
+    names = (functional_name(owner, index) for index in range(_FUNCTIONAL))
+    return tuple(map(modes.find, names))
 
 
 _FUNCTIONAL = 8
