@@ -299,3 +299,28 @@ def test_a_sum_that_nobody_reads_gives_nobody_a_gradient(
     assert [weight.grad is not None for weight in weights] == [False, False, True]
     # Their inputs take part in the collective all the same.
     assert not any(x.grad is not None and x.grad.any() for x in xs[:2])
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("wanted", [(1,), (2,), (1, 2), (0, 1, 2), (0, 2)], ids=str)
+def test_a_sum_of_which_some_inputs_need_gradients(
+    wanted: tuple[int, ...], recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bnrewrite.ops.moments import MOMENTS
+    from bnrewrite.ops.normalize_sites import join, normalize_sites
+
+    monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
+    monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
+    xs = [torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_(i in wanted) for i in range(3)]
+    common = (None, None, None, None, None, True, True, 0.1, 1e-3)
+    alone, first, second = (sites.Site(x, *common) for x in xs)
+    second = second._replace(residual_site=1, act=("relu", 0.0))
+    with torch.no_grad():
+        totals = join([MOMENTS(x) for x in xs])
+    factor = torch.sin(torch.arange(24.0, dtype=torch.float64)).view(3, 2, 4)
+    leaves = [xs[i] for i in wanted]
+    y, _, total = normalize_sites([alone, first, second], xs, totals, "")
+    found = torch.autograd.grad(((total + y) * factor).sum(), leaves)
+    parts = [F.batch_norm(x, None, None, training=True, eps=1e-3) for x in xs]
+    expected = ((F.relu(parts[1] + parts[2]) + parts[0]) * factor).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaves), rtol=1e-9, atol=1e-9)

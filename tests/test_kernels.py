@@ -444,7 +444,10 @@ def _check_two_backward(
     ones = [[t["x"], t["stats"]] for t in (first, second)]
     wide = [[one.double() for one in pair] for pair in ones]
     wide_weights = [None if weight is None else weight.double() for weight in weights]
-    exact = reference.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
+    sums = reference.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
+    # Of two sites that differ in all that they are given.
+    first["totals"] = 2 * first["totals"]
+    exact = (3 * sums[0], sums[1])
     more = [
         (t["totals"], weight, sums)
         for t, weight, sums in zip((first, second), weights, exact, strict=True)
@@ -455,14 +458,14 @@ def _check_two_backward(
         *wide[1], second["totals"], wide_weights[1], exact[1], kept, *act,
     )  # fmt: skip
     with kernels_on_cpu_tensors():
-        sums = gpu.normalize_two_backward_reduce(grad, *ones[0], *ones[1], kept, *act)
+        found = gpu.normalize_two_backward_reduce(grad, *ones[0], *ones[1], kept, *act)
         dxs = gpu.normalize_two_backward(grad, *ones[0], *more[0], *ones[1], *more[1], kept, *act)
     terms = (grad.numel() / shape[1]) ** 0.5
     unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
-    for mine, its in zip(sums, exact, strict=True):
+    for mine, its in zip(found, sums, strict=True):
         assert mine.dtype == torch.float64
         assert (mine - its).abs().max().item() <= 16 * terms * unit
-    assert torch.equal(sums[0][: shape[1]], sums[1][: shape[1]])
+    assert torch.equal(found[0][: shape[1]], found[1][: shape[1]])
     for t, dx, its in zip((first, second), dxs, exact_dxs, strict=True):
         assert dx.dtype == dtype
         assert dx.stride() == t["x"].stride()

@@ -5,6 +5,7 @@ import copy
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
+from bnrewrite.ops import sites
 from bnrewrite.passes import OPTIMISING
-from tests.models import ResidualNet
+from tests.models import ResidualNet, perturb
 from tests.ranks import SUMS, RankPool
+from tests.test_fuse_shared import FORMS, Pair
 
 WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "overlap_backward")
 
@@ -469,3 +472,55 @@ def test_alone_torch_makes_both_gradients_at_once() -> None:
     with _Trace() as trace:
         out.backward()
     assert trace.seen == ["both", "both", "both"]
+
+
+def _step_in_backward(rank: int, world_size: int, recomputes: bool) -> list[list[Tensor | None]]:
+    """Gradients without and with optimizers that step as soon as they can; the error of another."""
+    found = []
+    for steps in (False, True):
+        torch.manual_seed(0)
+        branches = perturb(Pair(FORMS["relu(a + b)"][0]))
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU(), branches).double()
+        model = bnrewrite.convert(model)
+        for parameter in model.parameters() if steps else ():
+            optimizer = torch.optim.SGD([parameter], lr=0.5)
+            parameter.register_post_accumulate_grad_hook(lambda _, one=optimizer: one.step())
+        torch.manual_seed(rank)
+        x = torch.randn(3, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+        with mock.patch.object(sites, "prefers_recomputing", return_value=recomputes):
+            y = model(x)
+            (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum().backward()
+        found.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+    return found
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+def test_an_optimizer_may_step_in_the_backward(ranks: RankPool, recomputes: bool) -> None:
+    for left, stepped in ranks.run(_step_in_backward, 2, recomputes):
+        torch.testing.assert_close(left, stepped, rtol=0, atol=0)
+
+
+def _change_in_backward(rank: int, world_size: int, what: str) -> str:
+    """A hook that runs during a collective changes what the rest of the backward needs."""
+    model: Any = bnrewrite.convert(_chain())
+    bn = model[4]
+    changed = [bn.weight.detach()]
+    if what == "input":
+        model[3].register_forward_hook(lambda *args: changed.__setitem__(0, args[-1].detach()))
+
+    def change(_: Tensor) -> None:
+        changed[0].zero_()
+
+    model[6].weight.register_post_accumulate_grad_hook(change)
+    try:
+        model(torch.randn(3, 3, 9, 9)).sin().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_other_changes_in_the_backward_are_errors(ranks: RankPool, what: str) -> None:
+    for message in ranks.run(_change_in_backward, 2, what):
+        assert "modified by an inplace operation" in message
+        assert "between two parts of a backward" in message

@@ -300,8 +300,9 @@ def normalize_two_backward(
     assert other_like_x is not None
     own = launch.Applied(x, torch.empty_like(x), stats, totals, weight, sums)
     second = launch.Applied(
-        other_like_x, torch.empty_like(x), other_stats, other_totals, other_weight, other_sums
-    )
+        other_like_x, torch.empty_like(other_like_x), other_stats, other_totals, other_weight,
+        other_sums,
+    )  # fmt: skip
     launch.normalize_backward(plan, grad_like_x, own, second, kept, None, activation, slope).run()
     (other_dx,) = _as(other, second.dx)
     assert other_dx is not None

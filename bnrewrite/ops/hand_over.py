@@ -1,5 +1,6 @@
 """What one node of autograd leaves for another one that runs later in the same backward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,23 @@ from torch import Tensor
 class HandOver:
     """Values between two nodes, for each backward that runs by itself.
 
-    The node that leaves them asks :func:`runs` first, so that none are left that nobody takes.
+    The node that leaves them asks first whether they are awaited, or :func:`runs`, so that none
+    are left that nobody takes.
+
+    Args:
+        nodes: the nodes that the later one has gradients for; None for a leaf.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: Sequence[Any] = ()) -> None:
         self._left: dict[int, tuple[Any, list[tuple[Tensor, int]]]] = {}
+        self._nodes = nodes
+
+    def is_awaited(self) -> bool:
+        """Whether the backward that runs now comes to one of the nodes.
+
+        A leaf counts, as torch does not say whether its gradient was asked for.
+        """
+        return any(node is None or runs(node) for node in self._nodes)
 
     def leave(self, values: Any, saved: list[Tensor]) -> None:
         """Leaves ``values``; ``saved`` are tensors of the forward, not to be changed meanwhile."""
@@ -35,8 +48,8 @@ class HandOver:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation: a tensor of shape {tuple(tensor.shape)} is at version "
-                    f"{tensor._version}, expected version {version}. It changed while a backward "
-                    "ran; convert with passes=() if that is wanted."
+                    f"{tensor._version}, expected version {version}. It changed between two parts "
+                    "of a backward; change it before or after the whole of it."
                 )
         return values
 

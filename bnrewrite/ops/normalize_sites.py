@@ -22,7 +22,7 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.hand_over import HandOver, runs
+from bnrewrite.ops.hand_over import HandOver
 from bnrewrite.ops.library import below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -50,30 +50,43 @@ def normalize_sites(
         totals: packed sums of all sites, one after the other, over all ranks.
         group: name of the process group that ``totals`` came from, or "".
     """
-    between = None
-    if group != NO_GROUP and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        between, xs = _behind_end_node(xs)
+    # Only to name the sites if a peer dies; a compiler has no use for it.
+    named: list[Tensor | None] = []
+    if not torch.compiler.is_compiling():
+        named = [one for site in sites for one in (site.weight, site.bias, site.running_mean)]
+    scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
     tensors = [
         tensor
         for site, x in zip(sites, xs, strict=True)
         for tensor in (x, site.weight, site.bias, site.residual)
     ]
-    scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
-    return _BatchNorm.apply(scalars, totals, group, between, *tensors)  # pyright: ignore
+    between = None
+    if group != NO_GROUP and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        between = _put_behind_end_node(tensors, sites)
+    return _BatchNorm.apply(scalars, totals, group, between, named, *tensors)  # pyright: ignore
 
 
-def _behind_end_node(xs: Sequence[Tensor]) -> tuple[HandOver | None, Sequence[Tensor]]:
-    """``xs`` behind the node that ends the collective of their backward, where they need one."""
-    wanted = [i for i, x in enumerate(xs) if x.requires_grad]
+def _put_behind_end_node(tensors: list[Any], sites: Sequence[Site]) -> HandOver | None:
+    """Puts inputs behind the node that ends the collective of their backward, if they need one.
+
+    That node reads parameters, too, and a hook on their gradients may run an optimizer: those are
+    behind it as well, so that nobody has their gradients before.
+    """
+    wanted = [i for i in range(0, len(tensors), _TENSORS) if tensors[i].requires_grad]
     if not wanted:
-        return None, xs
-    between = HandOver()
-    behind = _EndCollective.apply(between, *(xs[i] for i in wanted))
+        return None
+    moved = wanted.copy()
+    for i in wanted:
+        reads_bias = sites[i // _TENSORS].act[0] != "identity"
+        for parameter in (i + 1, i + 2) if reads_bias else (i + 1,):
+            if tensors[parameter] is not None and tensors[parameter].requires_grad:
+                moved.append(parameter)
+    between = HandOver([tensors[i].grad_fn for i in wanted])
+    behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
     open_slot()
-    xs = list(xs)
-    for i, x in zip(wanted, behind, strict=True):  # pyright: ignore[reportArgumentType]
-        xs[i] = x
-    return between, xs
+    for i, tensor in zip(moved, behind, strict=True):
+        tensors[i] = tensor
+    return between
 
 
 class _Gradient(NamedTuple):
@@ -97,7 +110,10 @@ class _Gradient(NamedTuple):
     @property
     def saved(self) -> list[Tensor]:
         """What it reads that the forward has saved and that others may change."""
-        return [self.x] if self.kept is None or self.act[0] == "identity" else [self.x, self.kept]
+        saved = [self.x] if self.weight is None else [self.x, self.weight]
+        if self.act[0] != "identity":
+            saved += [tensor for tensor in (self.bias, self.kept) if tensor is not None]
+        return saved
 
 
 class _GradientOfTwo(NamedTuple):
@@ -117,7 +133,7 @@ class _GradientOfTwo(NamedTuple):
 
     @property
     def saved(self) -> list[Tensor]:
-        return [*self.own.saved, self.other.x]
+        return [*self.own.saved, *self.other.saved]
 
 
 def _input_gradients(
@@ -134,13 +150,16 @@ def _input_gradients(
 
 
 class _EndCollective(torch.autograd.Function):
-    """The inputs themselves; in backward, the end of the collective and the input gradients."""
+    """Inputs and parameters themselves; in backward, the end of the collective.
+
+    It makes the gradients of the inputs, which come first, and hands on those of the parameters.
+    """
 
     @staticmethod
-    def forward(ctx, between: HandOver, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, between: HandOver, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.between = between
-        return xs
+        return tensors
 
     @staticmethod
     @runs_in_python
@@ -153,10 +172,12 @@ class _EndCollective(torch.autograd.Function):
             parts = split(end_all_reduce_sum(pending, sum(sizes)), sizes)
             found = _input_gradients(gradients, parts)
         # Second derivatives come here by other ways than through the site, too.
+        num = len(found)
         sums = (
-            one if other is None else one + other for one, other in zip(found, grads, strict=True)
+            one if other is None else one + other
+            for one, other in zip(found, grads[:num], strict=True)
         )
-        return None, *sums
+        return None, *sums, *grads[num:]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -167,7 +188,7 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scalars, totals, group, between, *tensors):
+    def forward(ctx, scalars, totals, group, between, named, *tensors):
         xs, weights = tensors[::_TENSORS], tensors[1::_TENSORS]
         biases, residuals = tensors[2::_TENSORS], tensors[3::_TENSORS]
         ys: list[Any] = []
@@ -206,8 +227,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.group = group
         ctx.between = between
-        # Only to name the sites if a peer dies; a compiler has no use for it.
-        ctx.sites = () if torch.compiler.is_compiling() else named_by(tensors, scalars)
+        ctx.sites = named
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -291,18 +311,24 @@ def _backward(ctx, columns, between):
                 # Nobody else reads the result of that site, which comes before this one.
                 grads[from_site] = one.grad if is_read else None
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
-        grad_bias, grad_weight = sums[i].to(one.stats.dtype).chunk(2)
-        if needs[first + 1] and is_read:
-            results[first + 1] = grad_weight.to(one.weight.dtype)
-        if needs[first + 2] and is_read:
-            results[first + 2] = grad_bias.to(ctx.bias_dtypes[i])
+        if is_read and (needs[first + 1] or needs[first + 2]):
+            grad_bias, grad_weight = sums[i].to(one.stats.dtype).chunk(2)
+            if needs[first + 1]:
+                results[first + 1] = _as(one.weight.dtype, grad_weight)
+            if needs[first + 2]:
+                results[first + 2] = _as(ctx.bias_dtypes[i], grad_bias)
         if needs[first + 3] and is_read:
             results[first + 3] = one.grad
     if wanted:
         found = _communicate(ctx, [sums[i] for i in wanted], [ones[i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
             results[_TENSORS * i] = grad
-    return None, None, None, None, *results
+    return None, None, None, None, None, *results
+
+
+def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
+    """``vector`` in ``dtype``; a call that does nothing takes its time, too."""
+    return vector if vector.dtype is dtype else vector.to(dtype)
 
 
 def _gradient(grad: Tensor | None, x: Tensor, *others: Any) -> _Gradient:
@@ -334,23 +360,12 @@ def _communicate(ctx, sums, ones, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
-        end_node = next(
-            node for node, _ in ctx.next_functions if isinstance(node, _EndCollective._backward_cls)
-        )
-        if runs(end_node):
+        if between.is_awaited():
             pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)
     return _input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
-
-
-def named_by(tensors: Sequence[Tensor | None], scalars: Sequence[Any]) -> tuple[Any, ...]:
-    """Tensors by which an error finds the names of the sites."""
-    named = list(tensors)
-    for scalar in scalars:
-        named += scalar[1][:3]
-    return tuple(named)
 
 
 def join(vectors: list[Tensor]) -> Tensor:

@@ -213,7 +213,6 @@ def normalize_backward_reduce(
     follows = kept is not None and derivative_follows_from_result(activation)
     workspace = _workspace(plan, own.x, num_splits, 2 if other is None else 3)
     is_light = activation == "identity" and other is None
-    reads_residual = kept is not None and not follows
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, num_splits),
@@ -224,7 +223,7 @@ def normalize_backward_reduce(
         _constants(plan, own.x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
-        never_spills=_is_tight(plan, own.x) or other is not None or reads_residual,
+        never_spills=_is_tight(plan, own.x) or not is_light,
     )  # fmt: skip
 
 
