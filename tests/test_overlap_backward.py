@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
 from bnrewrite.ops import sites
+from bnrewrite.ops.hand_over import HandOver
 from bnrewrite.passes import OPTIMISING
 from tests.models import ResidualNet, perturb
-from tests.ranks import SUMS, RankPool
+from tests.ranks import SUMS, CountCollectives, RankPool
 from tests.test_fuse_shared import FORMS, Pair
 
 WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "overlap_backward")
@@ -524,3 +525,31 @@ def test_other_changes_in_the_backward_are_errors(ranks: RankPool, what: str) ->
     for message in ranks.run(_change_in_backward, 2, what):
         assert "modified by an inplace operation" in message
         assert "between two parts of a backward" in message
+
+
+def _of_some(rank: int, world_size: int, what: str, leaf: bool) -> tuple[int, int]:
+    """Collectives that start in a backward for the sake of ``what``, and that end in it."""
+    model: Any = bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    image = torch.randn(3, 3, 5, 7, requires_grad=True)
+    x = image if leaf else model[0](image)
+    wanted = {"image": image, "x": x, "weight": model[1].weight, "bias": model[1].bias}[what]
+    loss = model[1](x).sin().sum()
+    ended = []
+    take = HandOver.take
+
+    def counted_take(between: HandOver) -> Any:
+        ended.append(take(between))
+        return ended[-1]
+
+    with CountCollectives() as counted, mock.patch.object(HandOver, "take", counted_take):
+        (found,) = torch.autograd.grad(loss, [wanted])
+    assert found.abs().max() > 0
+    return len(counted.seen), sum(one is not None for one in ended)
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["inner", "leaf"])
+@pytest.mark.parametrize("what", ["image", "x", "weight", "bias"])
+def test_a_backward_communicates_for_inputs_only(ranks: RankPool, what: str, leaf: bool) -> None:
+    # Whether the gradient of a leaf was asked for, torch does not say.
+    expected = what in ("image", "x") or (leaf and what == "weight")
+    assert ranks.run(_of_some, 2, what, leaf) == [(expected, expected)] * 2

@@ -10,23 +10,15 @@ from torch import Tensor
 class HandOver:
     """Values between two nodes, for each backward that runs by itself.
 
-    The node that leaves them asks first whether they are awaited, or :func:`runs`, so that none
-    are left that nobody takes.
+    The node that leaves them asks :func:`runs` first, so that none are left that nobody takes.
 
     Args:
-        nodes: the nodes that the later one has gradients for; None for a leaf.
+        nodes: the nodes that the later one makes gradients for; None for a leaf.
     """
 
     def __init__(self, nodes: Sequence[Any] = ()) -> None:
         self._left: dict[int, tuple[Any, list[tuple[Tensor, int]]]] = {}
-        self._nodes = nodes
-
-    def is_awaited(self) -> bool:
-        """Whether the backward that runs now comes to one of the nodes.
-
-        A leaf counts, as torch does not say whether its gradient was asked for.
-        """
-        return any(node is None or runs(node) for node in self._nodes)
+        self.nodes = nodes
 
     def leave(self, values: Any, saved: list[Tensor]) -> None:
         """Leaves ``values``; ``saved`` are tensors of the forward, not to be changed meanwhile."""

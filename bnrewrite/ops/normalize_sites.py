@@ -22,7 +22,7 @@ from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
-from bnrewrite.ops.hand_over import HandOver
+from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.library import below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
@@ -356,11 +356,20 @@ def _reduce_two(own: _Gradient, other: _Gradient) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
+def _is_awaited(ctx, between: HandOver) -> bool:
+    """Whether the node that ends the collective runs, and for the sake of an input."""
+    if None not in between.nodes:
+        return any(map(runs, between.nodes))
+    # Whether the gradient of a leaf was asked for, torch does not say.
+    end = _EndCollective._backward_cls
+    return any(runs(node) for node, _ in ctx.next_functions if isinstance(node, end))
+
+
 def _communicate(ctx, sums, ones, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
-        if between.is_awaited():
+        if _is_awaited(ctx, between):
             pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
