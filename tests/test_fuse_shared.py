@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bnrewrite
-from bnrewrite.ops import epilogue, normalize_sites, sites
+from bnrewrite.ops import epilogue, input_gradients, normalize_sites, sites
 from bnrewrite.ops.shared_batch_norm import EPILOGUE
 from bnrewrite.passes import OPTIMISING
 from tests.models import perturb
@@ -170,16 +170,19 @@ def test_a_site_that_overlaps_takes_what_was_made_meanwhile() -> None:
 
 def _train_recomputing(rank: int, world_size: int, case: str) -> tuple[list[list[Any]], list[int]]:
     """:func:`_train` as on a device that prefers recomputing, and how often pairs were one."""
-    calls = {
-        name: mock.Mock(side_effect=getattr(normalize_sites, name))
-        for name in ("NORMALIZE_TWO", "NORMALIZE_TWO_BACKWARD_REDUCE", "NORMALIZE_TWO_BACKWARD")
-    }
     with (
         mock.patch.object(sites, "prefers_recomputing", return_value=True),
-        mock.patch.multiple(normalize_sites, **calls),
+        _counting(normalize_sites, "NORMALIZE_TWO") as forward,
+        _counting(input_gradients, "NORMALIZE_TWO_BACKWARD_REDUCE") as reduction,
+        _counting(input_gradients, "NORMALIZE_TWO_BACKWARD") as backward,
     ):
         results = _train(rank, world_size, case)
-    return results, [call.call_count for call in calls.values()]
+    return results, [calls.call_count for calls in (forward, reduction, backward)]
+
+
+def _counting(module: Any, phase: str) -> Any:
+    """Counts the calls that ``module`` makes of a phase."""
+    return mock.patch.object(module, phase, side_effect=getattr(module, phase))
 
 
 def _train(rank: int, world_size: int, case: str) -> list[list[Any]]:

@@ -380,19 +380,6 @@ class Views(nn.Module):
         return torch.cat([self.encoder(x), self.encoder(x.flip(1).exp())], 1)
 
 
-def _functions(rank: int, world_size: int) -> list[Any]:
-    modes = {"encoder.batch_norm": "local", "*": "sync"}
-    found: list[Any] = []
-    for passes in (None, ()):
-        torch.manual_seed(0)
-        model = bnrewrite.convert(Views(), modes, passes=passes)
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
-        with CountCollectives() as counted:
-            found.append(model(x).detach())
-        found.append(len(counted.seen))
-    return found
-
-
 class TwoViews(nn.Module):
     """Two blocks of one structure in a forward that cannot be traced."""
 
@@ -407,12 +394,14 @@ class TwoViews(nn.Module):
         return torch.cat([self.a(x), self.b(x)], 1)
 
 
-def _equal_blocks(rank: int, world_size: int, local: str) -> list[Any]:
+def _modes_of_functions(
+    rank: int, world_size: int, make: Callable[[], nn.Module], modes: dict[str, str]
+) -> list[Any]:
+    """Results and numbers of collectives, with passes and without."""
     found: list[Any] = []
     for passes in (None, ()):
         torch.manual_seed(0)
-        modes = {f"{local}.encoder.batch_norm": "local", "*": "sync"}
-        model = bnrewrite.convert(TwoViews(), modes, passes=passes)
+        model = bnrewrite.convert(make(), modes, passes=passes)
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
         with CountCollectives() as counted:
             found.append(model(x).detach())
@@ -424,13 +413,17 @@ def _equal_blocks(rank: int, world_size: int, local: str) -> list[Any]:
 def test_blocks_whose_function_calls_differ_in_mode_share_no_graph(
     local: str, ranks: RankPool
 ) -> None:
-    for shared, num_shared, apart, num_apart in ranks.run(_equal_blocks, 2, local):
+    modes = {f"{local}.encoder.batch_norm": "local", "*": "sync"}
+    results = ranks.run(_modes_of_functions, 2, TwoViews, modes)
+    for shared, num_shared, apart, num_apart in results:
         torch.testing.assert_close(shared, apart)
         assert (num_shared, num_apart) == (2 + 3, 4 + 6)
 
 
 def test_function_calls_of_a_child_keep_their_modes_each_time_it_runs(ranks: RankPool) -> None:
-    for shared, num_shared, apart, num_apart in ranks.run(_functions, 2):
+    modes = {"encoder.batch_norm": "local", "*": "sync"}
+    results = ranks.run(_modes_of_functions, 2, Views, modes)
+    for shared, num_shared, apart, num_apart in results:
         torch.testing.assert_close(shared, apart)
         assert (num_shared, num_apart) == (2, 4)
 

@@ -11,7 +11,7 @@ one node.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,22 @@ from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
-from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
 from bnrewrite.ops.hand_over import HandOver, runs
+from bnrewrite.ops.input_gradients import (
+    IDENTITY,
+    GradientOfTwo,
+    gradient_of,
+    input_gradients,
+    reduce,
+    reduce_two,
+)
 from bnrewrite.ops.library import below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
-from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
-from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
-from bnrewrite.ops.normalize_two_backward import NORMALIZE_TWO_BACKWARD
-from bnrewrite.ops.normalize_two_backward_reduce import NORMALIZE_TWO_BACKWARD_REDUCE
-from bnrewrite.ops.sites import Site, memory_format
+from bnrewrite.ops.sites import Site
 from bnrewrite.ops.slot import open_slot
 
-_IDENTITY = ("identity", 0.0)
 _TENSORS = 4
 """Tensors that autograd is given for each site: x, weight, bias, residual."""
 
@@ -51,9 +53,9 @@ def normalize_sites(
         group: name of the process group that ``totals`` came from, or "".
     """
     # Only to name the sites if a peer dies; a compiler has no use for it.
-    named: list[Tensor | None] = []
+    named: tuple[Tensor | None, ...] = ()
     if not torch.compiler.is_compiling():
-        named = [one for site in sites for one in (site.weight, site.bias, site.running_mean)]
+        named = tuple([one for site in sites for one in site.per_channel[:3]])
     scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
     tensors = [
         tensor
@@ -89,66 +91,6 @@ def _put_behind_end_node(tensors: list[Any], sites: Sequence[Site]) -> HandOver 
     return between
 
 
-class _Gradient(NamedTuple):
-    """What the input gradient of one site follows from, but for the sums of all ranks."""
-
-    grad: Tensor
-    x: Tensor
-    stats: Tensor
-    totals: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    kept: Tensor | None
-    act: tuple[str, float]
-
-    def of(self, sums: Tensor) -> Tensor:
-        arguments = (self.grad, self.x, self.stats, self.totals, self.weight, sums)
-        if self.act[0] == "identity":
-            return run(NORMALIZE_BACKWARD, *arguments)
-        return run(NORMALIZE_BACKWARD, *arguments, self.bias, self.kept, *self.act)
-
-    @property
-    def saved(self) -> list[Tensor]:
-        """What it reads that the forward has saved and that others may change."""
-        saved = [self.x] if self.weight is None else [self.x, self.weight]
-        if self.act[0] != "identity":
-            saved += [tensor for tensor in (self.bias, self.kept) if tensor is not None]
-        return saved
-
-
-class _GradientOfTwo(NamedTuple):
-    """The same of a site and of the earlier one, at ``place``, that is normalised where it is."""
-
-    own: _Gradient
-    other: _Gradient
-    place: int
-
-    def of(self, other_sums: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        own, other = self.own, self.other
-        return run(
-            NORMALIZE_TWO_BACKWARD,
-            own.grad, other.x, other.stats, other.totals, other.weight, other_sums,
-            own.x, own.stats, own.totals, own.weight, sums, own.kept, *own.act,
-        )  # fmt: skip
-
-    @property
-    def saved(self) -> list[Tensor]:
-        return [*self.own.saved, *self.other.saved]
-
-
-def _input_gradients(
-    ones: Sequence[_Gradient | _GradientOfTwo | None], parts: Sequence[Tensor]
-) -> list[Tensor]:
-    """The input gradients, given the sums of all ranks; None is part of a later one."""
-    found: list[Any] = [None] * len(ones)
-    for i, (one, sums) in enumerate(zip(ones, parts, strict=True)):
-        if isinstance(one, _GradientOfTwo):
-            found[one.place], found[i] = one.of(parts[one.place], sums)
-        elif one is not None:
-            found[i] = one.of(sums)
-    return found
-
-
 class _EndCollective(torch.autograd.Function):
     """Inputs and parameters themselves; in backward, the end of the collective.
 
@@ -170,7 +112,7 @@ class _EndCollective(torch.autograd.Function):
         pending, sizes, gradients = launched
         with below_autograd():
             parts = split(end_all_reduce_sum(pending, sum(sizes)), sizes)
-            found = _input_gradients(gradients, parts)
+            found = input_gradients(gradients, parts)
         # Second derivatives come here by other ways than through the site, too.
         num = len(found)
         sums = (
@@ -297,15 +239,15 @@ def _backward(ctx, columns, between):
         first = _TENSORS * i
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
         is_read = grads[i] is not None
-        one: Any = _gradient(grads[i], *others[i], act)
+        one: Any = gradient_of(grads[i], *others[i], act)
         if sums[i] is None:
             if is_read and from_site in ctx.inside and {i, from_site}.issubset(wanted):
-                other = _gradient(one.grad, *others[from_site], _IDENTITY)
-                sums[from_site], sums[i] = _reduce_two(one, other)
-                ones[i] = _GradientOfTwo(one, other, wanted.index(from_site))
+                other = gradient_of(one.grad, *others[from_site], IDENTITY)
+                sums[from_site], sums[i] = reduce_two(one, other)
+                ones[i] = GradientOfTwo(one, other, wanted.index(from_site))
             else:
                 needs_residual = needs[first + 3] or from_site is not None
-                sums[i], one = _reduce(one, write=needs_residual)
+                sums[i], one = reduce(one, write=needs_residual)
                 ones[i] = one
             if from_site is not None:
                 # Nobody else reads the result of that site, which comes before this one.
@@ -331,31 +273,6 @@ def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
     return vector if vector.dtype is dtype else vector.to(dtype)
 
 
-def _gradient(grad: Tensor | None, x: Tensor, *others: Any) -> _Gradient:
-    """Of a site whose result got the gradient ``grad``, None if nobody has read it."""
-    if grad is None:
-        grad = torch.zeros_like(x)
-    return _Gradient(grad.contiguous(memory_format=memory_format(x)), x, *others)
-
-
-def _reduce(one: _Gradient, *, write: bool) -> tuple[Tensor, _Gradient]:
-    """The sums of a site; ``write``: its gradient is wanted behind the activation, too."""
-    if one.act[0] == "identity":
-        return run(NORMALIZE_BACKWARD_REDUCE, one.grad, one.x, one.stats), one
-    write = write or not site_arguments.prefers_recomputing(one.x)
-    arguments = (one.grad, one.x, one.stats, one.weight, one.bias, one.kept, *one.act, write)
-    sums, inner = run(ACTIVATION_BACKWARD_REDUCE, *arguments)
-    return sums, one._replace(grad=inner, act=_IDENTITY) if write else one
-
-
-def _reduce_two(own: _Gradient, other: _Gradient) -> tuple[Tensor, Tensor]:
-    """The sums of ``other`` and of ``own``, whose activation is that of both."""
-    return run(
-        NORMALIZE_TWO_BACKWARD_REDUCE, own.grad, other.x, other.stats, own.x, own.stats, own.kept,
-        *own.act,
-    )  # fmt: skip
-
-
 def _is_awaited(ctx, between: HandOver) -> bool:
     """Whether the node that ends the collective runs, and for the sake of an input."""
     if None not in between.nodes:
@@ -374,7 +291,7 @@ def _communicate(ctx, sums, ones, between):
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)
-    return _input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
+    return input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
 
 
 def join(vectors: list[Tensor]) -> Tensor:
