@@ -108,31 +108,6 @@ def normalize(
     return activations.activate(z, activation, slope).to(x.dtype), stats
 
 
-def normalize_two(
-    other: Tensor,
-    other_totals: Tensor,
-    other_weight: Tensor | None,
-    other_bias: Tensor | None,
-    other_eps: float,
-    x: Tensor,
-    totals: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "identity",
-    slope: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`normalize` of ``x`` with the normalised ``other`` as its residual.
-
-    Returns:
-        y, as ``x``; stats (2, C) of ``x`` and of ``other``.
-    """
-    other_stats = statistics(other_totals, other_eps, accumulate_dtype(other.dtype))
-    residual = affine(other, other_stats, other_weight, other_bias)
-    y, stats = normalize(x, totals, weight, bias, eps, residual, activation, slope)
-    return y, stats, other_stats
-
-
 def activation_backward(
     grad: Tensor,
     x: Tensor,
@@ -239,58 +214,6 @@ def normalize_backward(
     xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
     centred = grad - per_channel(mean_grad, x) - xhat * per_channel(mean_grad_xhat, x)
     return (centred * per_channel(scale, x)).to(x.dtype)
-
-
-def normalize_two_backward_reduce(
-    grad: Tensor,
-    other: Tensor,
-    other_stats: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    kept: Tensor | None,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor]:
-    """:func:`normalize_backward_reduce` of both inputs of :func:`normalize_two`.
-
-    The derivative of the activation must follow from its result, which is ``kept``.
-
-    Returns:
-        Sums (2C,), float64, of ``other`` and of ``x``.
-    """
-    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
-    return (
-        normalize_backward_reduce(inner, other, other_stats),
-        normalize_backward_reduce(inner, x, stats),
-    )
-
-
-def normalize_two_backward(
-    grad: Tensor,
-    other: Tensor,
-    other_stats: Tensor,
-    other_totals: Tensor,
-    other_weight: Tensor | None,
-    other_sums: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    totals: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    kept: Tensor | None,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor]:
-    """:func:`normalize_backward` of both inputs of :func:`normalize_two`.
-
-    Returns:
-        Gradients of ``other`` and of ``x``.
-    """
-    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
-    return (
-        normalize_backward(inner, other, other_stats, other_totals, other_weight, other_sums),
-        normalize_backward(inner, x, stats, totals, weight, sums),
-    )
 
 
 def batch_norm_local(

@@ -27,8 +27,8 @@ LAYERS = (
     ("watch",),
     ("agreement", "naming"),
     (
-        "activations", "groups", "reference", "permutations", "modes", "settings", "commandline",
-        "differences",
+        "activations", "groups", "reference", "two_branches", "permutations", "modes", "settings",
+        "commandline", "differences",
     ),
     ("errors", "guards"),
 )  # fmt: skip

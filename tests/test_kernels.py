@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnrewrite import reference as definition
+from bnrewrite import two_branches as definition_of_two
 from bnrewrite.activations import ACTIVATIONS, activate, derivative_follows_from_result
 from bnrewrite.kernels import gpu as gpu_kernels
 from bnrewrite.kernels.statistics import statistics_table, track
@@ -25,6 +26,7 @@ from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
 # Without types: cases pass arguments on in groups.
 gpu: Any = gpu_kernels
 reference: Any = definition
+two_branches: Any = definition_of_two
 batch_norm_act: Any = batch_norm_act_module
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAYOUTS = ["contiguous", "channels-last"]
@@ -241,7 +243,7 @@ def _check_two(
         for one, copied in zip(ones, copies, strict=True):
             _, alone = gpu.normalize(*one[:5], *copied, *one[8:])
             assert torch.equal(alone, stats if one is ones[1] else other_stats)
-    exact, *_ = reference.normalize_two(
+    exact, *_ = two_branches.normalize_two(
         ones[0][0].double(), *ones[0][1:5], ones[1][0].double(), *ones[1][1:5], *act
     )
     assert y.dtype == dtype
@@ -444,7 +446,7 @@ def _check_two_backward(
     ones = [[t["x"], t["stats"]] for t in (first, second)]
     wide = [[one.double() for one in pair] for pair in ones]
     wide_weights = [None if weight is None else weight.double() for weight in weights]
-    sums = reference.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
+    sums = two_branches.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
     # Of two sites that differ in all that they are given.
     first["totals"] = 2 * first["totals"]
     exact = (3 * sums[0], sums[1])
@@ -452,7 +454,7 @@ def _check_two_backward(
         (t["totals"], weight, sums)
         for t, weight, sums in zip((first, second), weights, exact, strict=True)
     ]
-    exact_dxs = reference.normalize_two_backward(
+    exact_dxs = two_branches.normalize_two_backward(
         grad.double(),
         *wide[0], first["totals"], wide_weights[0], exact[0],
         *wide[1], second["totals"], wide_weights[1], exact[1], kept, *act,

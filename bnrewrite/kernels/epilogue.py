@@ -75,7 +75,7 @@ def normalize_two_with(
     """The kernel of ``normalize_two`` on the device of ``normalize``."""
 
     def normalize_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`bnrewrite.reference.normalize_two`."""
+        """See :func:`bnrewrite.two_branches.normalize_two`."""
         other, own, act = args[:10], args[10:20], args[20:]
         residual, other_stats = normalize(*other)
         y, stats = normalize(*own, residual, *act)
@@ -99,7 +99,7 @@ def normalize_two_backward_reduce_with(
         activation: str,
         slope: float,
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
+        """See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""
         inner = through_activation(grad, x, stats, None, None, kept, activation, slope)
         return reduce(inner, other, other_stats), reduce(inner, x, stats)
 
@@ -112,7 +112,7 @@ def normalize_two_backward_with(
     """The kernel of ``normalize_two_backward`` on the device of ``normalize_backward``."""
 
     def normalize_two_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """See :func:`bnrewrite.reference.normalize_two_backward`."""
+        """See :func:`bnrewrite.two_branches.normalize_two_backward`."""
         other, own, (kept, *act) = args[:5], args[5:10], args[10:]
         inner = through_activation(grad, own[0], own[1], None, None, kept, *act)
         return normalize_backward(inner, *other), normalize_backward(inner, *own)

@@ -147,7 +147,7 @@ def normalize_two(
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`bnrewrite.reference.normalize_two`; updates the running statistics too."""
+    """See :func:`bnrewrite.two_branches.normalize_two`; updates the running statistics too."""
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     others = (
         other_running_mean, other_running_var, other_num_batches_tracked, other_momentum,
@@ -248,7 +248,7 @@ def normalize_two_backward_reduce(
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
+    """See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""
     plan = _plan(x) if x.numel() else None
     if plan is None:
         return _normalize_two_backward_reduce(
@@ -286,7 +286,7 @@ def normalize_two_backward(
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`bnrewrite.reference.normalize_two_backward`."""
+    """See :func:`bnrewrite.two_branches.normalize_two_backward`."""
     plan = _plan(x) if x.numel() else None
     if plan is None:
         return _normalize_two_backward(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrewrite import reference
+from bnrewrite import reference, two_branches
 from bnrewrite.kernels import cpu, gpu
 from bnrewrite.kernels.epilogue import normalize_two_with
 from bnrewrite.ops.library import define_phase
@@ -20,7 +20,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _definition(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.normalize_two(*args[:5], *args[10:15], *args[20:])
+    return two_branches.normalize_two(*args[:5], *args[10:15], *args[20:])
 
 
 NORMALIZE_TWO = define_phase(
@@ -37,4 +37,4 @@ NORMALIZE_TWO = define_phase(
     definition=_definition,
     fallback=normalize_two_with(fallback),
 )
-"""See :func:`bnrewrite.reference.normalize_two`. It also moves running statistics, in place."""
+"""See :func:`bnrewrite.two_branches.normalize_two`. It also moves running statistics, in place."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrewrite import reference
+from bnrewrite import two_branches
 from bnrewrite.kernels import cpu, gpu
 from bnrewrite.ops.library import define_phase
 
@@ -21,6 +21,6 @@ NORMALIZE_TWO_BACKWARD_REDUCE = define_phase(
     cpu=cpu.normalize_two_backward_reduce,
     cuda=gpu.normalize_two_backward_reduce,
     fake=_fake,
-    definition=reference.normalize_two_backward_reduce,
+    definition=two_branches.normalize_two_backward_reduce,
 )
-"""See :func:`bnrewrite.reference.normalize_two_backward_reduce`."""
+"""See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""

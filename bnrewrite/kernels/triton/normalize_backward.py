@@ -64,7 +64,8 @@ def normalize_backward_kernel(
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
 
-    With ``other``, the second input of :func:`bnrewrite.reference.normalize_two`, its gradient too.
+    With ``other``, the second input of :func:`bnrewrite.two_branches.normalize_two`, its gradient,
+    too.
 
     Bytes: g, x and ``other`` read once, their gradients written once. With an activation after two
     branches or a residual whose gradient nobody wants, ``kept`` is read too, as in the reduction;

@@ -41,7 +41,7 @@ def normalize_backward_reduce_kernel(
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
 
-    With ``other``, the second input of :func:`bnrewrite.reference.normalize_two`, its sums too.
+    With ``other``, the second input of :func:`bnrewrite.two_branches.normalize_two`, its sums too.
 
     Bytes: g, x and ``other`` read once. With an activation after a sum, ``kept`` is read too: the
     result (KEPT_RESULT) or the residual. ``grad_residual``, the gradient of what was activated, is
