@@ -40,6 +40,8 @@ from bnrewrite.ops.slot import open_slot
 _TENSORS = 4
 """Tensors that autograd is given for each site: x, weight, bias, residual."""
 
+_NOBODY: set[int] = set()
+
 
 def normalize_sites(
     sites: Sequence[Site], xs: Sequence[Tensor], totals: Tensor, group: str
@@ -79,10 +81,11 @@ def _put_behind_end_node(tensors: list[Any], sites: Sequence[Site]) -> HandOver 
         return None
     moved = wanted.copy()
     for i in wanted:
-        reads_bias = sites[i // _TENSORS].act[0] != "identity"
-        for parameter in (i + 1, i + 2) if reads_bias else (i + 1,):
-            if tensors[parameter] is not None and tensors[parameter].requires_grad:
-                moved.append(parameter)
+        weight, bias = tensors[i + 1], tensors[i + 2]
+        if weight is not None and weight.requires_grad:
+            moved.append(i + 1)
+        if bias is not None and bias.requires_grad and sites[i // _TENSORS].act[0] != "identity":
+            moved.append(i + 2)
     between = HandOver([tensors[i].grad_fn for i in wanted])
     behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
     open_slot()
@@ -144,7 +147,7 @@ class _BatchNorm(torch.autograd.Function):
                     xs, parts, weights, biases, scalars, strict=True
                 )
             ]
-            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else set[int]()
+            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else _NOBODY
             for i, (one, residual, (_, _, from_site, act)) in enumerate(
                 zip(ones, residuals, scalars, strict=True)
             ):
