@@ -466,6 +466,9 @@ def double_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
-def shift_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A forward pre-hook."""
-    return (args[0] + 0.25, *args[1:])
+def shift_input(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """A forward pre-hook of a layer that is called with its input alone, by keyword or without."""
+    shifted = {name: value + 0.25 for name, value in kwargs.items()}
+    return tuple(value + 0.25 for value in args), shifted

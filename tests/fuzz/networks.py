@@ -15,7 +15,7 @@ Spec = dict[str, Any]
 
 HOOKS = {
     "forward": lambda module: module.register_forward_hook(layers.double_output),
-    "pre": lambda module: module.register_forward_pre_hook(layers.shift_input),
+    "pre": lambda module: module.register_forward_pre_hook(layers.shift_input, with_kwargs=True),
 }
 
 
