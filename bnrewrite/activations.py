@@ -21,31 +21,19 @@ ACTIVATIONS = (
     "hardswish",
 )
 
-_FROM_RESULT = ("identity", "relu", "relu6", "leaky_relu")
-
 _RESULT_KEPT = ("identity", "relu")
 
 
-def check_activation(activation: str, slope: float) -> None:
+def check_activation(activation: str) -> None:
     """Refuses what no kernel knows.
 
     Raises:
-        ValueError: an unknown name, or a negative slope, with which a leaky ReLU has no inverse.
+        ValueError: an unknown name.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"unknown activation {activation!r}. Known activations: {', '.join(ACTIVATIONS)}."
         )
-    if activation == "leaky_relu" and not slope >= 0:
-        raise ValueError(
-            f"the slope of leaky_relu must not be negative here, but it is {slope}. "
-            "Apply torch.nn.functional.leaky_relu to the normalized values instead."
-        )
-
-
-def derivative_follows_from_result(activation: str) -> bool:
-    """Whether the result tells the derivative, so that a backward needs nothing else."""
-    return activation in _FROM_RESULT
 
 
 def torch_keeps_result(activation: str) -> bool:
@@ -92,7 +80,7 @@ def activate_(z: Tensor, activation: str, slope: float) -> None:
 def activation_backward(grad: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
     """``grad`` times the derivative at ``z``, differentiable in both.
 
-    Where the derivative follows from the result, ``z`` may be the result instead.
+    Of ``relu``, ``z`` may be the result instead.
     """
     if activation == "relu":
         return _aten.threshold_backward(grad, z, 0)

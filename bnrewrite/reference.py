@@ -108,6 +108,22 @@ def normalize(
     return activations.activate(z, activation, slope).to(x.dtype), stats
 
 
+def normalize_keep_sum(
+    x: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`normalize`, and what was activated, as ``x``, for the backward."""
+    total, stats = normalize(x, totals, weight, bias, eps, residual)
+    y, _ = normalize(x, totals, weight, bias, eps, residual, activation, slope)
+    return y, stats, total
+
+
 def activation_backward(
     grad: Tensor,
     x: Tensor,
@@ -120,16 +136,12 @@ def activation_backward(
 ) -> Tensor:
     """Gradient of what was activated, ``grad * act'(z)``, which is the gradient of the residual.
 
-    ``kept`` is what the derivative needs besides what the forward pass was given: the result, if
-    the derivative follows from that, else the residual; None without one. Returns ``acc``.
+    ``kept`` is what was activated, or the result of a ReLU, from which the derivative follows, too;
+    None without a residual, where it is computed again. Returns ``acc``.
     """
     if activation == "identity":
         return grad
-    if kept is not None and activations.derivative_follows_from_result(activation):
-        z = kept
-    else:
-        z = affine(x, stats, weight, bias)
-        z = z if kept is None else z + kept
+    z = affine(x, stats, weight, bias) if kept is None else kept
     acc = accumulate_dtype(x.dtype)
     return activations.activation_backward(grad.to(acc), z.to(acc), activation, slope)
 

@@ -5,9 +5,9 @@ It goes on where :mod:`bnrewrite.reference` ends; arguments and letters are as t
 
 from torch import Tensor
 
+from bnrewrite import activations
 from bnrewrite.reference import (
     accumulate_dtype,
-    activation_backward,
     affine,
     normalize,
     normalize_backward,
@@ -42,24 +42,48 @@ def normalize_two(
     return y, stats, other_stats
 
 
+def activation_of_two_backward(
+    grad: Tensor,
+    other: Tensor,
+    other_stats: Tensor,
+    other_weight: Tensor | None,
+    other_bias: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """Gradient of the sum that was activated, which is computed again; in ``acc``."""
+    if activation == "identity":
+        return grad
+    z = affine(x, stats, weight, bias) + affine(other, other_stats, other_weight, other_bias)
+    return activations.activation_backward(grad.to(z.dtype), z, activation, slope)
+
+
 def normalize_two_backward_reduce(
     grad: Tensor,
     other: Tensor,
     other_stats: Tensor,
+    other_weight: Tensor | None,
+    other_bias: Tensor | None,
     x: Tensor,
     stats: Tensor,
-    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """``normalize_backward_reduce`` of both inputs of :func:`normalize_two`.
 
-    The derivative of the activation must follow from its result, which is ``kept``.
-
     Returns:
         Sums (2C,), float64, of ``other`` and of ``x``.
     """
-    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
+    inner = activation_of_two_backward(
+        grad, other, other_stats, other_weight, other_bias, x, stats, weight, bias,
+        activation, slope,
+    )  # fmt: skip
     return (
         normalize_backward_reduce(inner, other, other_stats),
         normalize_backward_reduce(inner, x, stats),
@@ -72,13 +96,14 @@ def normalize_two_backward(
     other_stats: Tensor,
     other_totals: Tensor,
     other_weight: Tensor | None,
+    other_bias: Tensor | None,
     other_sums: Tensor,
     x: Tensor,
     stats: Tensor,
     totals: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     sums: Tensor,
-    kept: Tensor | None,
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +112,10 @@ def normalize_two_backward(
     Returns:
         Gradients of ``other`` and of ``x``.
     """
-    inner = activation_backward(grad, x, stats, None, None, kept, activation, slope)
+    inner = activation_of_two_backward(
+        grad, other, other_stats, other_weight, other_bias, x, stats, weight, bias,
+        activation, slope,
+    )  # fmt: skip
     return (
         normalize_backward(inner, other, other_stats, other_totals, other_weight, other_sums),
         normalize_backward(inner, x, stats, totals, weight, sums),

@@ -206,14 +206,38 @@ class TestResiduals:
             assert torch.equal(x, before[0])
             assert torch.equal(residual, before[1])
 
-    def test_a_relu_does_not_keep_its_residual(self, recomputes: bool) -> None:
-        """Code after the block may change the residual in place, as it may with separate ops."""
-        x, weight, bias, residual = _inputs((4, 3, 5), True)
-        shortcut = residual * 1
-        y = _function("relu")(x, weight, bias, shortcut)
-        shortcut.add_(1)
-        y.sum().backward()
-        assert residual.grad is not None
+    @every_activation
+    def test_what_changes_in_place_afterwards(self, activation: str, recomputes: bool) -> None:
+        """The residual may, and the result where it may after separate ops: nothing changes."""
+        args = _inputs((4, 3, 5), True)
+        same = _copies(args)
+        for function, (x, weight, bias, residual) in (
+            (_function(activation), args),
+            (_plain(activation), same),
+        ):
+            shortcut = residual * 1
+            y = function(x, weight, bias, shortcut)
+            shortcut.add_(1)
+            if activation != "relu":
+                y.mul_(3)
+            y.pow(2).sum().backward()
+        for one, its in zip(args, same, strict=True):
+            torch.testing.assert_close(one.grad, its.grad, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("slope", [-0.5, 0.0, 1.5])
+    def test_slopes(self, slope: float, recomputes: bool) -> None:
+        args = _inputs((4, 3, 5), True)
+        same = _copies(args)
+        x, weight, bias, residual = args
+        tensors = (x, weight, bias, None, None, None)
+        ours = BATCH_NORM_ACT(*tensors, True, True, 0.1, EPS, "", residual, "leaky_relu", slope)
+        y = F.batch_norm(same[0], None, None, same[1], same[2], True, 0.1, EPS)
+        expected = F.leaky_relu(y + same[3], slope)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+        for result in (ours, expected):
+            result.pow(2).sum().backward()
+        for one, its in zip(args, same, strict=True):
+            torch.testing.assert_close(one.grad, its.grad, rtol=1e-9, atol=1e-9)
 
 
 class TestErrors:
@@ -222,14 +246,6 @@ class TestErrors:
     def test_unknown_activation(self) -> None:
         with pytest.raises(ValueError, match=r"unknown activation 'mish'.*relu6"):
             _function("mish")(*_inputs((4, 3), False))
-
-    def test_negative_slope(self) -> None:
-        x, weight, bias = _inputs((4, 3), False)
-        with pytest.raises(ValueError, match=r"slope of leaky_relu.*-0\.5"):
-            BATCH_NORM_ACT(
-                x, weight, bias, None, None, None, True, True, 0.1, EPS, "", None, "leaky_relu",
-                -0.5,
-            )  # fmt: skip
 
     def test_one_value_per_channel(self) -> None:
         with pytest.raises(UnsupportedBatchNorm, match="more than 1 value"):

@@ -98,6 +98,7 @@ FUSED: dict[str, tuple[Tail, nn.Module | None]] = {
     "F.relu in place": _function(lambda y: F.relu(y, inplace=True)),
     "F.relu6": _function(F.relu6),
     "F.leaky_relu": _function(lambda y: F.leaky_relu(y, 0.2, True)),
+    "F.leaky_relu of a negative slope": _function(lambda y: F.leaky_relu(y, -0.2)),
     "F.silu": _function(F.silu),
     "F.gelu": _function(lambda y: F.gelu(y, approximate="tanh")),
     "F.hardswish": _function(F.hardswish),
@@ -114,6 +115,7 @@ FUSED: dict[str, tuple[Tail, nn.Module | None]] = {
     ".add_": _sum(lambda y, x: y.add_(x)),
     "a sum alone": ((lambda self, y, x: x + y), None),
     "broadcast": _sum(lambda y, x: y + x.mul(2).relu().add(x)[:, :, :1, :1].relu()),
+    "a sum that the backward needs": ((lambda self, y, x: F.silu(y + x)), None),
     "nothing between": ((lambda self, y, x: self.act(self.nothing(y) + x)), nn.ReLU(inplace=True)),
 }
 
@@ -142,7 +144,6 @@ UNRELATED: dict[str, Tail] = {
     "itself": lambda self, y, x: y + y,
     "scaled": lambda self, y, x: torch.add(y, x, alpha=2),
     "another activation": lambda self, y, x: torch.tanh(y),
-    "a negative slope": lambda self, y, x: F.leaky_relu(y, -0.1),
     "another range": lambda self, y, x: F.hardtanh(y, -1.0, 6.0),
     "nothing": lambda self, y, x: self.nothing(y),
 }
@@ -235,12 +236,6 @@ class TestLeft:
         model = assert_same_training(lambda: Net(UNRELATED[form]), _inputs, convert=_convert)
         assert _ops(model) == ["batch_norm"]
         assert not _reasons(model)
-
-    def test_a_sum_of_whose_activation_the_backward_needs_it(self) -> None:
-        """The sum is fused. Other code may change the residual, so that it is not kept instead."""
-        tail: Tail = lambda self, y, x: F.silu(y + x)  # noqa: E731
-        model = assert_same_training(lambda: Net(tail), _inputs, convert=_convert)
-        assert _epilogue(model) == (True, "identity")
 
     def test_what_it_adds_changes_before_the_activation(self) -> None:
         """The sum cannot run at the place of the activation, the rest can at that of the sum."""

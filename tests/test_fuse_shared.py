@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bnrewrite
+from bnrewrite.activations import activate
 from bnrewrite.ops import epilogue, input_gradients, normalize_sites, sites
 from bnrewrite.ops.shared_batch_norm import EPILOGUE
 from bnrewrite.passes import OPTIMISING
@@ -64,7 +65,7 @@ FORMS: dict[str, tuple[Tail, list[tuple[str, str]]]] = {
     "a += b": (lambda s, a, b, x: s.act(_iadd(a, b)), [("-", "identity"), ("0", "relu")]),
     "b += a": (lambda s, a, b, x: s.act(_iadd(b, a)), [("-", "identity"), ("0", "relu")]),
     "a + b": (lambda s, a, b, x: a + b, [("-", "identity"), ("0", "identity")]),
-    "silu(a + b)": (lambda s, a, b, x: F.silu(a + b), [("-", "identity"), ("0", "identity")]),
+    "silu(a + b)": (lambda s, a, b, x: F.silu(a + b), [("-", "identity"), ("0", "silu")]),
     "relu(a) * gelu(b)": (lambda s, a, b, x: F.relu(a) * F.gelu(b), [("-", "relu"), ("-", "gelu")]),
     "relu(a) + b": (lambda s, a, b, x: F.relu(a) + b, [("-", "relu"), ("-", "identity")]),
     "a + relu(b)": (lambda s, a, b, x: a + F.relu(b), [("-", "identity"), ("-", "relu")]),
@@ -253,27 +254,31 @@ def test_a_hook_on_all_ranks_is_none(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 def test_gradcheck_of_a_site_that_is_added_to_another(
-    order: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, order: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the phases, as if there were somebody to share with."""
     monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
     monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
 
-    def function(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def function(
+        a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, its_weight: Tensor, its_bias: Tensor
+    ) -> Tensor:
         from bnrewrite.ops.moments import MOMENTS
         from bnrewrite.ops.normalize_sites import join, normalize_sites
 
         common = (None, None, None, True, True, 0.1, 1e-3)
-        first = sites.Site(a, weight, None, *common)
-        second = sites.Site(b, weight, bias, *common)._replace(residual_site=0, act=("relu", 0.0))
+        first = sites.Site(a, weight, bias, *common)
+        second = sites.Site(b, its_weight, its_bias, *common)
+        second = second._replace(residual_site=0, act=(activation, 0.0))
         with torch.no_grad():
             totals = join([MOMENTS(a), MOMENTS(b)])
         return normalize_sites([first, second], [a, b], totals, "")[1]
 
     args = [
         torch.randn(size, dtype=torch.float64, requires_grad=True)
-        for size in ((3, 2, 4), (3, 2, 4), (2,), (2,))
+        for size in ((3, 2, 4), (3, 2, 4), (2,), (2,), (2,), (2,))
     ]
     check: Any = gradcheck if order == 1 else gradgradcheck
     assert check(function, args)
@@ -305,9 +310,10 @@ def test_a_sum_that_nobody_reads_gives_nobody_a_gradient(
 
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("wanted", [(1,), (2,), (1, 2), (0, 1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("wanted", [(1,), (2,), (1, 2), (0, 1, 2), (0, 2), (0,)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_a_sum_of_which_some_inputs_need_gradients(
-    wanted: tuple[int, ...], recomputes: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, wanted: tuple[int, ...], recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnrewrite.ops.moments import MOMENTS
     from bnrewrite.ops.normalize_sites import join, normalize_sites
@@ -316,14 +322,20 @@ def test_a_sum_of_which_some_inputs_need_gradients(
     monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
     xs = [torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_(i in wanted) for i in range(3)]
     common = (None, None, None, None, None, True, True, 0.1, 1e-3)
-    alone, first, second = (sites.Site(x, *common) for x in xs)
-    second = second._replace(residual_site=1, act=("relu", 0.0))
+    weights = [torch.rand(2, dtype=torch.float64).requires_grad_() for _ in xs]
+    alone, first, second = (
+        sites.Site(x, weight, *common[1:]) for x, weight in zip(xs, weights, strict=True)
+    )
+    second = second._replace(residual_site=1, act=(activation, 0.0))
     with torch.no_grad():
         totals = join([MOMENTS(x) for x in xs])
     factor = torch.sin(torch.arange(24.0, dtype=torch.float64)).view(3, 2, 4)
-    leaves = [xs[i] for i in wanted]
+    leaves = [*(xs[i] for i in wanted), *weights]
     y, _, total = normalize_sites([alone, first, second], xs, totals, "")
     found = torch.autograd.grad(((total + y) * factor).sum(), leaves)
-    parts = [F.batch_norm(x, None, None, training=True, eps=1e-3) for x in xs]
-    expected = ((F.relu(parts[1] + parts[2]) + parts[0]) * factor).sum()
+    parts = [
+        F.batch_norm(x, None, None, weight, training=True, eps=1e-3)
+        for x, weight in zip(xs, weights, strict=True)
+    ]
+    expected = ((activate(parts[1] + parts[2], activation, 0.0) + parts[0]) * factor).sum()
     torch.testing.assert_close(found, torch.autograd.grad(expected, leaves), rtol=1e-9, atol=1e-9)

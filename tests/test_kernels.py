@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from bnrewrite import reference as definition
 from bnrewrite import two_branches as definition_of_two
-from bnrewrite.activations import ACTIVATIONS, activate, derivative_follows_from_result
+from bnrewrite.activations import ACTIVATIONS, activate
 from bnrewrite.kernels import gpu as gpu_kernels
+from bnrewrite.kernels import gpu_two_branches as gpu_kernels_of_two
 from bnrewrite.kernels.statistics import statistics_table, track
 from bnrewrite.kernels.triton.plan import plan
 from bnrewrite.ops import batch_norm_act as batch_norm_act_module
@@ -25,6 +26,7 @@ from tests.kernel_cases import EPS, case, check_close, check_moments, laid_out
 
 # Without types: cases pass arguments on in groups.
 gpu: Any = gpu_kernels
+gpu_of_two: Any = gpu_kernels_of_two
 reference: Any = definition
 two_branches: Any = definition_of_two
 batch_norm_act: Any = batch_norm_act_module
@@ -46,6 +48,7 @@ SLOPE = 0.25
 PHASES = (
     "moments",
     "normalize",
+    "normalize_keep_sum",
     "normalize_two",
     "normalize_backward_reduce",
     "activation_backward_reduce",
@@ -130,6 +133,18 @@ def _check_forward(
         y, stats = gpu.normalize(
             t["x"], t["totals"], weight, bias, EPS, *[None] * 4, False, residual, activation, SLOPE
         )
+        if residual is not None:
+            same, same_stats, total = gpu.normalize_keep_sum(
+                t["x"], t["totals"], weight, bias, EPS, *[None] * 4, False, residual, activation,
+                SLOPE,
+            )  # fmt: skip
+            assert torch.equal(same, y)
+            assert torch.equal(same_stats, stats)
+            assert total.stride() == y.stride()
+            exact, _ = reference.normalize(
+                t["x"].double(), t["totals"], weight, bias, EPS, residual
+            )
+            check_close(total, exact, "what is activated")
     exact, exact_stats = reference.normalize(
         t["x"].double(), t["totals"], weight, bias, EPS, residual, activation, SLOPE
     )
@@ -239,7 +254,7 @@ def _check_two(
     act = (options.get("activation", "relu"), SLOPE)
     copies = [[value.clone() for value in moved] for moved in running]
     with kernels_on_cpu_tensors():
-        y, stats, other_stats = gpu.normalize_two(*ones[0], *ones[1], *act)
+        y, stats, other_stats = gpu_of_two.normalize_two(*ones[0], *ones[1], *act)
         for one, copied in zip(ones, copies, strict=True):
             _, alone = gpu.normalize(*one[:5], *copied, *one[8:])
             assert torch.equal(alone, stats if one is ones[1] else other_stats)
@@ -265,7 +280,7 @@ def _check_two_empty() -> None:
         running.append([one.to(x.device) for one in mine])
         ones.append([x, totals, None, None, EPS, *running[-1], 0.5, False])
     with kernels_on_cpu_tensors():
-        y, *_ = gpu.normalize_two(*ones[0], *ones[1], "relu", 0.0)
+        y, *_ = gpu_of_two.normalize_two(*ones[0], *ones[1], "relu", 0.0)
     assert y.shape == x.shape
     for mean, _, tracked in running:
         assert tracked.item() == 1
@@ -317,7 +332,7 @@ def _check_two_layouts() -> None:
     nothing = [None] * 4
     with kernels_on_cpu_tensors():
         ys = [
-            gpu.normalize_two(
+            gpu_of_two.normalize_two(
                 one, other_totals, None, None, EPS, *nothing, False,
                 x, totals, None, None, EPS, *nothing, False, "relu", 0.0,
             )[0]
@@ -335,9 +350,9 @@ def _check_backward(
     act = (activation, SLOPE)
     kept = None
     if options.get("residual"):
-        kept = t["residual"]
-        if derivative_follows_from_result(activation):
-            kept = reference.normalize(t["x"], t["totals"], *affine, EPS, kept, *act)[0]
+        # What was activated, or the result.
+        known = ("relu", 0.0) if activation == "relu" else ("identity", 0.0)
+        kept = reference.normalize(t["x"], t["totals"], *affine, EPS, t["residual"], *known)[0]
     wide: Any = [
         None if v is None else v.double() for v in (t["grad"], t["x"], t["stats"], *affine)
     ]
@@ -435,33 +450,35 @@ def _check_two_backward(
     )
     act = (options.get("activation", "relu"), SLOPE)
     grad = second["grad"]
-    # Whatever the result was, its derivative follows from it.
-    kept = None if act[0] == "identity" else 4 * first["residual"]
-    weights = [
-        t["weight"] if wanted else None
-        for t, wanted in zip((first, second), options.get("weights", (True, True)), strict=True)
+    affine = [
+        (t["weight"], t["bias"]) if wanted else (None, None)
+        for t, wanted in zip((first, second), options.get("affine", (True, True)), strict=True)
     ]
     if options.get("mixed"):
         first["x"] = laid_out(first["x"], "channels-last")
     ones = [[t["x"], t["stats"]] for t in (first, second)]
     wide = [[one.double() for one in pair] for pair in ones]
-    wide_weights = [None if weight is None else weight.double() for weight in weights]
-    sums = two_branches.normalize_two_backward_reduce(grad.double(), *wide[0], *wide[1], kept, *act)
+    wide_affine = [[None if v is None else v.double() for v in pair] for pair in affine]
+    sums = two_branches.normalize_two_backward_reduce(
+        grad.double(), *wide[0], *wide_affine[0], *wide[1], *wide_affine[1], *act
+    )
     # Of two sites that differ in all that they are given.
     first["totals"] = 2 * first["totals"]
     exact = (3 * sums[0], sums[1])
     more = [
-        (t["totals"], weight, sums)
-        for t, weight, sums in zip((first, second), weights, exact, strict=True)
+        (t["totals"], *pair, sums)
+        for t, pair, sums in zip((first, second), affine, exact, strict=True)
     ]
     exact_dxs = two_branches.normalize_two_backward(
         grad.double(),
-        *wide[0], first["totals"], wide_weights[0], exact[0],
-        *wide[1], second["totals"], wide_weights[1], exact[1], kept, *act,
+        *wide[0], first["totals"], *wide_affine[0], exact[0],
+        *wide[1], second["totals"], *wide_affine[1], exact[1], *act,
     )  # fmt: skip
     with kernels_on_cpu_tensors():
-        found = gpu.normalize_two_backward_reduce(grad, *ones[0], *ones[1], kept, *act)
-        dxs = gpu.normalize_two_backward(grad, *ones[0], *more[0], *ones[1], *more[1], kept, *act)
+        found = gpu_of_two.normalize_two_backward_reduce(
+            grad, *ones[0], *affine[0], *ones[1], *affine[1], *act
+        )
+        dxs = gpu_of_two.normalize_two_backward(grad, *ones[0], *more[0], *ones[1], *more[1], *act)
     terms = (grad.numel() / shape[1]) ** 0.5
     unit = torch.finfo(reference.accumulate_dtype(dtype)).eps
     for mine, its in zip(found, sums, strict=True):
@@ -488,12 +505,10 @@ class TestTwoBackward:
     @pytest.mark.parametrize(
         "options",
         [
-            {"activation": "identity"},
-            {"activation": "relu6"},
-            {"activation": "leaky_relu"},
-            {"weights": (True, False)},
-            {"weights": (False, True)},
-            {"weights": (False, False), "activation": "identity"},
+            *({"activation": activation} for activation in ACTIVATIONS),
+            {"affine": (True, False)},
+            {"affine": (False, True)},
+            {"affine": (False, False), "activation": "identity"},
             {"mixed": True},
         ],
         ids=str,
@@ -504,7 +519,7 @@ class TestTwoBackward:
     ) -> None:
         run(_check_two_backward, shape, "contiguous", torch.float32, options)
 
-    @pytest.mark.parametrize("activation", ["identity", "relu"])
+    @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
     def test_derivatives_of_a_sum(self, run: Interpreter, activation: str) -> None:
         run(_check_sum, activation)
 
@@ -537,8 +552,9 @@ def _register_kernels() -> None:
     """Has CPU tensors take these kernels where there is no GPU."""
     if harness.device().type == "cpu":
         for name in PHASES:
-            LIBRARY.impl(name, getattr(gpu, name), "CPU", allow_override=True)
-            CPU_KERNELS[id(getattr(torch.ops.bnrewrite, name).default)] = getattr(gpu, name)
+            kernel = getattr(gpu_of_two if "_two" in name else gpu, name)
+            LIBRARY.impl(name, kernel, "CPU", allow_override=True)
+            CPU_KERNELS[id(getattr(torch.ops.bnrewrite, name).default)] = kernel
 
 
 def _check_ops(activation: str, with_residual: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.activations import ACTIVATIONS, derivative_follows_from_result
+from bnrewrite.activations import ACTIVATIONS
 from bnrewrite.kernels.triton.plan import Plan, layout_of, plan, plan_of
 
 pytest.importorskip("triton")
@@ -133,34 +133,35 @@ class Variant:
         moved = (one, one, x.new_empty((), dtype=torch.int64)) if self.tracks else (None,) * 3
         running = (moved[0], moved[1], moved[2], self.momentum)
         own = launch.Normalized(totals, affine, stats, running, 1e-5)
-        reduced = launch.Reduced(x, stats, sums)
-        applied = launch.Applied(x, x, stats, totals, affine[0], sums)
+        reduced = launch.Reduced(x, stats, *affine, sums)
+        applied = launch.Applied(x, x, stats, totals, *affine, sums)
         kept = x if self.residual else None
         act = (self.activation, 0.1)
         return [
             launch.moments(cut, x, totals),
-            launch.normalize(cut, x, kept, x, own, None, *act),
+            launch.normalize(cut, x, kept, x, None, own, None, *act),
             # Of an empty batch.
-            launch.normalize(None, x, kept, x, own, None, *act),
-            *([launch.normalize(cut, x, kept, x, own, own, *act)] if self.residual else []),
-            launch.normalize_backward_reduce(cut, x, reduced, None, kept, affine, kept, *act),
-            launch.normalize_backward(cut, x, applied, None, kept, affine[1], *act),
-            *(self._of_two(cut, x, reduced, applied) if self.residual else []),
+            launch.normalize(None, x, kept, x, None, own, None, *act),
+            launch.normalize_backward_reduce(cut, x, reduced, None, kept, kept, *act),
+            launch.normalize_backward(cut, x, applied, None, kept, *act),
+            *(self._of_sums(cut, x, own, reduced, applied) if self.residual else []),
         ]
 
-    def _of_two(
-        self, cut: Plan, x: Tensor, reduced: launch.Reduced, applied: launch.Applied
+    def _of_sums(
+        self,
+        cut: Plan,
+        x: Tensor,
+        own: launch.Normalized,
+        reduced: launch.Reduced,
+        applied: launch.Applied,
     ) -> list[Launch]:
-        """The backward of two branches, of which only the result is kept."""
-        if self.activation != "identity" and not derivative_follows_from_result(self.activation):
-            return []
-        kept = None if self.activation == "identity" else x
+        """The forward that keeps the sum, and two branches."""
         act = (self.activation, 0.1)
         return [
-            launch.normalize_backward_reduce(
-                cut, x, reduced, reduced, kept, (None, None), None, *act
-            ),
-            launch.normalize_backward(cut, x, applied, applied, kept, None, *act),
+            launch.normalize(cut, x, x, x, x, own, None, *act),
+            launch.normalize(cut, x, x, x, None, own, own, *act),
+            launch.normalize_backward_reduce(cut, x, reduced, reduced, None, None, *act),
+            launch.normalize_backward(cut, x, applied, applied, None, *act),
         ]
 
 

@@ -21,6 +21,7 @@ from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_backward import NORMALIZE_BACKWARD
 from bnrewrite.ops.normalize_backward_reduce import NORMALIZE_BACKWARD_REDUCE
+from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.normalize_two_backward import NORMALIZE_TWO_BACKWARD
 from bnrewrite.ops.normalize_two_backward_reduce import NORMALIZE_TWO_BACKWARD_REDUCE
@@ -107,6 +108,16 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
             (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, None, False,
              t["grad"], "silu", 0.0),
         ),
+        "normalize_keep_sum": (
+            NORMALIZE_KEEP_SUM,
+            (*(t[k] for k in ("x", "totals", "weight", "bias")), EPS, *running, 0.1, False,
+             t["grad"], "hardswish", 0.0),
+        ),
+        "normalize_keep_sum without anything optional": (
+            NORMALIZE_KEEP_SUM,
+            (t["x"], t["totals"], None, None, EPS, None, None, None, None, False, t["grad"],
+             "identity", 0.0),
+        ),
         "normalize_two": (
             NORMALIZE_TWO,
             (t["grad"], reference.moments(t["grad"]), t["weight"], None, EPS, *running, 0.1, False,
@@ -121,29 +132,30 @@ def _phase_calls(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
         ),
         "normalize_two_backward_reduce": (
             NORMALIZE_TWO_BACKWARD_REDUCE,
-            (t["grad"], t["x"] * 2, t["stats"], t["x"], t["stats"].clone(), t["x"], "leaky_relu",
-             0.1),
+            (t["grad"], t["x"] * 2, t["stats"], None, t["bias"], t["x"], t["stats"].clone(),
+             t["weight"], t["bias"].clone(), "silu", 0.0),
         ),
         "normalize_two_backward_reduce without an activation": (
             NORMALIZE_TWO_BACKWARD_REDUCE,
-            (t["grad"], t["x"] * 2, t["stats"], t["x"], t["stats"].clone(), None, "identity", 0.0),
+            (t["grad"], t["x"] * 2, t["stats"], None, None, t["x"], t["stats"].clone(), None, None,
+             "identity", 0.0),
         ),
         "normalize_two_backward": (
             NORMALIZE_TWO_BACKWARD,
-            (t["grad"], t["x"] * 2, t["stats"], t["totals"], None, t["sums"], t["x"],
-             *(t[k].clone() for k in ("stats", "totals", "weight", "sums")), t["x"], "relu6", 0.0),
+            (t["grad"], t["x"] * 2, t["stats"], t["totals"], None, t["bias"], t["sums"], t["x"],
+             *(t[k].clone() for k in ("stats", "totals", "weight", "bias", "sums")), "gelu", 0.0),
         ),
         "activation_backward_reduce": (
             ACTIVATION_BACKWARD_REDUCE,
             (*(t[k] for k in ("grad", "x", "stats", "weight", "bias")), None, "silu", 0.0, True),
         ),
-        "activation_backward_reduce with residual": (
+        "activation_backward_reduce from the argument": (
             ACTIVATION_BACKWARD_REDUCE,
             (*(t[k] for k in ("grad", "x", "stats", "weight", "bias", "x")), "gelu", 0.0, False),
         ),
         "activation_backward_reduce from the result": (
             ACTIVATION_BACKWARD_REDUCE,
-            (t["grad"], t["x"], t["stats"], None, None, t["x"], "leaky_relu", 0.1, True),
+            (t["grad"], t["x"], t["stats"], None, None, t["x"], "relu", 0.0, True),
         ),
         "normalize_backward through an activation": (
             NORMALIZE_BACKWARD,

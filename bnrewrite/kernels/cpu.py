@@ -9,6 +9,7 @@ from typing import Any
 
 from bnrewrite.kernels import aten, native
 from bnrewrite.kernels.epilogue import (
+    normalize_keep_sum_with,
     normalize_two_backward_reduce_with,
     normalize_two_backward_with,
     normalize_two_with,
@@ -28,6 +29,7 @@ def _first_of(kernel: Callable[..., Any], others: Callable[..., Any]) -> Callabl
 
 moments = _first_of(native.moments, aten.moments)
 normalize = _first_of(native.normalize, aten.normalize)
+normalize_keep_sum = normalize_keep_sum_with(normalize)
 normalize_two = normalize_two_with(normalize)
 normalize_backward_reduce = _first_of(
     native.normalize_backward_reduce, aten.normalize_backward_reduce

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.activations import activate_, activation_backward, derivative_follows_from_result
+from bnrewrite.activations import activate, activate_, activation_backward
+from bnrewrite.two_branches import activation_of_two_backward
 
 NormalizeBackwardReduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,10 +36,9 @@ def through_activation(
     """See :func:`bnrewrite.reference.activation_backward`; in the dtype of ``x``."""
     if activation == "identity" or x.numel() == 0:
         return grad
-    if kept is not None and derivative_follows_from_result(activation):
+    if kept is not None:
         return activation_backward(grad, kept, activation, slope)
     z = reference.affine(x, stats, weight, bias)
-    z = z if kept is None else z + kept
     return activation_backward(grad.to(z.dtype), z, activation, slope).to(x.dtype)
 
 
@@ -69,6 +69,22 @@ def activation_backward_reduce_with(
     return activation_backward_reduce
 
 
+def normalize_keep_sum_with(
+    normalize: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The kernel of ``normalize_keep_sum`` on the device of ``normalize``."""
+
+    def normalize_keep_sum(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`bnrewrite.reference.normalize_keep_sum`."""
+        *others, activation, slope = args
+        total, stats = normalize(x, *others)
+        # The result of an op is a tensor of its own.
+        y = total.clone() if activation == "identity" else activate(total, activation, slope)
+        return y, stats, total
+
+    return normalize_keep_sum
+
+
 def normalize_two_with(
     normalize: Callable[..., tuple[Tensor, Tensor]],
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -93,14 +109,16 @@ def normalize_two_backward_reduce_with(
         grad: Tensor,
         other: Tensor,
         other_stats: Tensor,
+        other_weight: Tensor | None,
+        other_bias: Tensor | None,
         x: Tensor,
         stats: Tensor,
-        kept: Tensor | None,
-        activation: str,
-        slope: float,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""
-        inner = through_activation(grad, x, stats, None, None, kept, activation, slope)
+        inner = activation_of_two_backward(
+            grad, other, other_stats, other_weight, other_bias, x, stats, *rest
+        ).to(x.dtype)
         return reduce(inner, other, other_stats), reduce(inner, x, stats)
 
     return normalize_two_backward_reduce
@@ -113,8 +131,14 @@ def normalize_two_backward_with(
 
     def normalize_two_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         """See :func:`bnrewrite.two_branches.normalize_two_backward`."""
-        other, own, (kept, *act) = args[:5], args[5:10], args[10:]
-        inner = through_activation(grad, own[0], own[1], None, None, kept, *act)
-        return normalize_backward(inner, *other), normalize_backward(inner, *own)
+        (other, other_stats, other_totals, other_weight, other_bias, other_sums) = args[:6]
+        (x, stats, totals, weight, bias, sums), act = args[6:12], args[12:]
+        inner = activation_of_two_backward(
+            grad, other, other_stats, other_weight, other_bias, x, stats, weight, bias, *act
+        ).to(x.dtype)
+        return (
+            normalize_backward(inner, other, other_stats, other_totals, other_weight, other_sums),
+            normalize_backward(inner, x, stats, totals, weight, sums),
+        )
 
     return normalize_two_backward

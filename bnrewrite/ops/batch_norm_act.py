@@ -47,7 +47,7 @@ def _batch_norm_act(
     "own" the sum is ``+=``, which keeps the dtype and the shape.
     """
     if activation != "relu":
-        activations.check_activation(activation, slope)
+        activations.check_activation(activation)
     uses_batch = training or running_mean is None
     if not (uses_batch and joins_phases(input, residual, activation, group)):
         # Both are composites, so the function is the op, without a dispatch of its own.

@@ -20,11 +20,8 @@ def joins_phases(x: Tensor, residual: Tensor | None, activation: str, group: str
         # The strides of a sum are those of its first operand where the two differ.
         if not residual.is_contiguous(memory_format=sites.memory_format(x)):
             return False
-    if activations.torch_keeps_result(activation):
-        return True
-    # Of other activations torch keeps the argument. Keeping the result would make an error of what
-    # changes it in place afterwards, and computing the argument again needs no residual.
-    return sites.prefers_recomputing(x) and residual is None
+    # Of other activations torch keeps the argument, which costs memory traffic.
+    return activations.torch_keeps_result(activation) or sites.prefers_recomputing(x)
 
 
 def compose(

@@ -69,14 +69,15 @@ class GradientOfTwo(NamedTuple):
         own, other = self.own, self.other
         return run(
             NORMALIZE_TWO_BACKWARD,
-            own.grad, other.x, other.stats, other.totals, other.weight, other_sums,
-            own.x, own.stats, own.totals, own.weight, sums, own.kept, *own.act,
+            own.grad, other.x, other.stats, other.totals, other.weight, other.bias, other_sums,
+            own.x, own.stats, own.totals, own.weight, own.bias, sums, *own.act,
         )  # fmt: skip
 
     @property
     def saved(self) -> list[Tensor]:
         """As of :class:`Gradient`."""
-        return [*self.own.saved, *self.other.saved]
+        # What the activation reads of the one, it reads of the other.
+        return [*self.own.saved, *self.other._replace(act=self.own.act).saved]
 
 
 def input_gradients(
@@ -99,6 +100,13 @@ def gradient_of(grad: Tensor | None, x: Tensor, *others: Any) -> Gradient:
     return Gradient(grad.contiguous(memory_format=memory_format(x)), x, *others)
 
 
+def behind_activation(one: Gradient, more: Tensor) -> Gradient:
+    """A site that ends before its activation, whose argument has got the gradient ``more``, too."""
+    arguments = (one.grad, one.x, one.stats, one.weight, one.bias, one.kept, *one.act, True)
+    _, inner = run(ACTIVATION_BACKWARD_REDUCE, *arguments)
+    return one._replace(grad=inner + more, act=IDENTITY)
+
+
 def reduce(one: Gradient, *, write: bool) -> tuple[Tensor, Gradient]:
     """The sums of a site; ``write``: its gradient is wanted behind the activation, too."""
     if one.act[0] == "identity":
@@ -112,6 +120,6 @@ def reduce(one: Gradient, *, write: bool) -> tuple[Tensor, Gradient]:
 def reduce_two(own: Gradient, other: Gradient) -> tuple[Tensor, Tensor]:
     """The sums of ``other`` and of ``own``, whose activation is that of both."""
     return run(
-        NORMALIZE_TWO_BACKWARD_REDUCE, own.grad, other.x, other.stats, own.x, own.stats, own.kept,
-        *own.act,
+        NORMALIZE_TWO_BACKWARD_REDUCE, own.grad, other.x, other.stats, other.weight, other.bias,
+        own.x, own.stats, own.weight, own.bias, *own.act,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.input_gradients import (
     IDENTITY,
     GradientOfTwo,
+    behind_activation,
     gradient_of,
     input_gradients,
     reduce,
@@ -33,6 +34,7 @@ from bnrewrite.ops.input_gradients import (
 from bnrewrite.ops.library import below_autograd, run
 from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
+from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.sites import Site
 from bnrewrite.ops.slot import open_slot
@@ -64,13 +66,20 @@ def normalize_sites(
         for site, x in zip(sites, xs, strict=True)
         for tensor in (x, site.weight, site.bias, site.residual)
     ]
+    inside = _inside_of_others(sites, xs) if len(sites) > 1 else _NOBODY
+    has_backward = torch.is_grad_enabled()
     between = None
-    if group != NO_GROUP and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        between = _put_behind_end_node(tensors, sites)
-    return _BatchNorm.apply(scalars, totals, group, between, named, *tensors)  # pyright: ignore
+    if group != NO_GROUP and not torch.compiler.is_compiling() and has_backward:
+        between = _put_behind_end_node(tensors, sites, inside)
+    results: Any = _BatchNorm.apply(
+        scalars, totals, group, has_backward, inside, between, named, *tensors
+    )
+    return results[: len(sites)]
 
 
-def _put_behind_end_node(tensors: list[Any], sites: Sequence[Site]) -> HandOver | None:
+def _put_behind_end_node(
+    tensors: list[Any], sites: Sequence[Site], inside: set[int]
+) -> HandOver | None:
     """Puts inputs behind the node that ends the collective of their backward, if they need one.
 
     That node reads parameters, too, and a hook on their gradients may run an optimizer: those are
@@ -84,7 +93,8 @@ def _put_behind_end_node(tensors: list[Any], sites: Sequence[Site]) -> HandOver 
         weight, bias = tensors[i + 1], tensors[i + 2]
         if weight is not None and weight.requires_grad:
             moved.append(i + 1)
-        if bias is not None and bias.requires_grad and sites[i // _TENSORS].act[0] != "identity":
+        read = i // _TENSORS in inside or sites[i // _TENSORS].act[0] != "identity"
+        if bias is not None and bias.requires_grad and read:
             moved.append(i + 2)
     between = HandOver([tensors[i].grad_fn for i in wanted])
     behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
@@ -129,16 +139,20 @@ class _BatchNorm(torch.autograd.Function):
     """Normalisation of sites by the statistics of the global batch, and its gradient.
 
     The tensors are x, weight, bias and residual of each site in turn. A residual may also be the
-    result of an earlier site.
+    result of an earlier site, which is ``inside`` if it is normalised together with the later one.
+
+    Results are y of each site, then what was activated, of the sites whose backward needs it: they
+    are results so that derivatives of derivatives pass through them.
     """
 
     @staticmethod
-    def forward(ctx, scalars, totals, group, between, named, *tensors):
+    def forward(ctx, scalars, totals, group, has_backward, inside, between, named, *tensors):
         xs, weights = tensors[::_TENSORS], tensors[1::_TENSORS]
         biases, residuals = tensors[2::_TENSORS], tensors[3::_TENSORS]
         ys: list[Any] = []
         stats: list[Any] = []
         kept: list[Tensor | None] = []
+        keepers: list[int] = []
         with below_autograd():
             parts = _totals_of(totals, xs)
             ones = [
@@ -147,45 +161,50 @@ class _BatchNorm(torch.autograd.Function):
                     xs, parts, weights, biases, scalars, strict=True
                 )
             ]
-            inside = _inside_of_others(xs, scalars) if len(xs) > 1 else _NOBODY
             for i, (one, residual, (_, _, from_site, act)) in enumerate(
                 zip(ones, residuals, scalars, strict=True)
             ):
                 other = residual if from_site is None else ys[from_site]
+                total = None
                 if i in inside:
                     # Nobody reads it, and it is normalised where its sum is.
                     y, stat = xs[i].new_empty(0), None
-                elif from_site in inside:
+                elif from_site is not None and from_site in inside:
                     y, stat, stats[from_site] = run(NORMALIZE_TWO, *ones[from_site], *one, *act)
-                else:
+                elif other is None or activations.torch_keeps_result(act[0]) or not has_backward:
                     y, stat = run(NORMALIZE, *one, other, *act)
+                    total = _kept(one[0], y, other, act[0])
+                else:
+                    y, stat, total = run(NORMALIZE_KEEP_SUM, *one, other, *act)
+                    keepers.append(i)
                 ys.append(y)
                 stats.append(stat)
-                kept.append(_kept(one[0], y, other, act[0]))
+                kept.append(total)
         used = [
-            None if act[0] == "identity" else bias
-            for bias, (_, _, _, act) in zip(biases, scalars, strict=True)
+            None if act[0] == "identity" and i not in inside else bias
+            for i, (bias, (_, _, _, act)) in enumerate(zip(biases, scalars, strict=True))
         ]
         ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
         ctx.inside = inside
+        ctx.keepers = keepers
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.group = group
         ctx.between = between
         ctx.sites = named
         ctx.set_materialize_grads(False)
-        return tuple(ys)
+        return (*ys, *[kept[i] for i in keepers])
 
     @staticmethod
     @runs_in_python
     def backward(ctx, *grads):
-        num = len(grads)
+        num = len(ctx.scalars)
         totals, *saved = ctx.saved_tensors
         xs, weights, biases, stats, kept = (saved[i * num : (i + 1) * num] for i in range(5))
         if not torch.is_grad_enabled():
             with below_autograd():
-                columns = (grads, xs, stats, _totals_of(totals, xs), weights, biases, kept)
-                return _backward(ctx, columns, ctx.between)
+                columns = (xs, stats, _totals_of(totals, xs), weights, biases, kept)
+                return _backward(ctx, grads, columns, ctx.between)
         # create_graph: the statistics depend on x too, and every phase is differentiable.
         totals = all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites)
         parts = _totals_of(totals, xs)
@@ -193,7 +212,7 @@ class _BatchNorm(torch.autograd.Function):
             reference.statistics(total, eps, stat.dtype)
             for total, (eps, _, _), stat in zip(parts, ctx.scalars, stats, strict=True)
         ]
-        return _backward(ctx, (grads, xs, stats, parts, weights, biases, kept), None)
+        return _backward(ctx, grads, (xs, stats, parts, weights, biases, kept), None)
 
 
 def _totals_of(totals: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -201,53 +220,57 @@ def _totals_of(totals: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
     return (totals,) if len(xs) == 1 else totals.split([2 * x.size(1) + 1 for x in xs])
 
 
-def _inside_of_others(xs: Sequence[Tensor], scalars: Sequence[Any]) -> set[int]:
+def _inside_of_others(sites: Sequence[Site], xs: Sequence[Tensor]) -> set[int]:
     """Sites whose results are only part of a later site's, and need no memory of their own."""
     return {
         other
-        for x, (_, running, other, (activation, _)) in zip(xs, scalars, strict=True)
-        if other is not None
+        for x, site in zip(xs, sites, strict=True)
+        if (other := site.residual_site) is not None
         and site_arguments.prefers_recomputing(x)
-        and (activation == "identity" or activations.derivative_follows_from_result(activation))
+        # One kernel makes the gradients of both.
+        and x.requires_grad == xs[other].requires_grad
         # One kernel moves the running statistics of both.
         and not any(
             mine is not None and mine is its
-            for mine in running[:3]
-            for its in scalars[other][1][:3]
+            for mine in site.running[:3]
+            for its in sites[other].running[:3]
         )
     }
 
 
 def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
-    """What the derivative of the activation needs besides the arguments of the forward."""
-    if activation == "identity":
+    """What tells the derivative of an activation; None if the arguments of the forward do."""
+    if activation == "identity" or not activations.torch_keeps_result(activation):
         return None
-    follows = activations.derivative_follows_from_result(activation)
-    if follows and (residual is not None or not site_arguments.prefers_recomputing(x)):
-        return y
-    return residual
+    return y if residual is not None or not site_arguments.prefers_recomputing(x) else None
 
 
-def _backward(ctx, columns, between):
+def _backward(ctx, grads, columns, between):
     num = len(ctx.scalars)
+    of_sums = dict(zip(ctx.keepers, grads[num:], strict=True))
     needs = ctx.needs_input_grad[-_TENSORS * num :]
     results: list[Tensor | None] = [None] * len(needs)
     ones: list[Any] = [None] * num
     sums: list[Any] = [None] * num
     wanted = [i for i in range(num) if needs[_TENSORS * i]]
-    grads = list(columns[0])
-    others = list(zip(*columns[1:], strict=True))
+    grads = list(grads[:num])
+    others = list(zip(*columns, strict=True))
     for i in reversed(range(num)):
         _, from_site, act = ctx.scalars[i]
         first = _TENSORS * i
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
         is_read = grads[i] is not None
         one: Any = gradient_of(grads[i], *others[i], act)
+        if of_sums.get(i) is not None:
+            # From derivatives of derivatives.
+            one = behind_activation(one, of_sums[i])
+            is_read = True
         if sums[i] is None:
-            if is_read and from_site in ctx.inside and {i, from_site}.issubset(wanted):
+            if from_site in ctx.inside:
                 other = gradient_of(one.grad, *others[from_site], IDENTITY)
                 sums[from_site], sums[i] = reduce_two(one, other)
-                ones[i] = GradientOfTwo(one, other, wanted.index(from_site))
+                if i in wanted:
+                    ones[i] = GradientOfTwo(one, other, wanted.index(from_site))
             else:
                 needs_residual = needs[first + 3] or from_site is not None
                 sums[i], one = reduce(one, write=needs_residual)
@@ -268,7 +291,7 @@ def _backward(ctx, columns, between):
         found = _communicate(ctx, [sums[i] for i in wanted], [ones[i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
             results[_TENSORS * i] = grad
-    return None, None, None, None, None, *results
+    return None, None, None, None, None, None, None, *results
 
 
 def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import reference, two_branches
-from bnrewrite.kernels import cpu, gpu
+from bnrewrite.kernels import cpu, gpu_two_branches
 from bnrewrite.kernels.epilogue import normalize_two_with
 from bnrewrite.ops.library import define_phase
 from bnrewrite.ops.normalize import fallback
@@ -32,7 +32,7 @@ NORMALIZE_TWO = define_phase(
     "float? momentum, bool skip_nonfinite, str activation, float slope) "
     "-> (Tensor, Tensor, Tensor)",
     cpu=cpu.normalize_two,
-    cuda=gpu.normalize_two,
+    cuda=gpu_two_branches.normalize_two,
     fake=_fake,
     definition=_definition,
     fallback=normalize_two_with(fallback),

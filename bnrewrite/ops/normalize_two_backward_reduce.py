@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import two_branches
-from bnrewrite.kernels import cpu, gpu
+from bnrewrite.kernels import cpu, gpu_two_branches
 from bnrewrite.ops.library import define_phase
 
 
@@ -16,10 +16,11 @@ def _fake(grad: Tensor, other: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 NORMALIZE_TWO_BACKWARD_REDUCE = define_phase(
-    "normalize_two_backward_reduce(Tensor grad, Tensor other, Tensor other_stats, Tensor x, "
-    "Tensor stats, Tensor? kept, str activation, float slope) -> (Tensor, Tensor)",
+    "normalize_two_backward_reduce(Tensor grad, Tensor other, Tensor other_stats, "
+    "Tensor? other_weight, Tensor? other_bias, Tensor x, Tensor stats, Tensor? weight, "
+    "Tensor? bias, str activation, float slope) -> (Tensor, Tensor)",
     cpu=cpu.normalize_two_backward_reduce,
-    cuda=gpu.normalize_two_backward_reduce,
+    cuda=gpu_two_branches.normalize_two_backward_reduce,
     fake=_fake,
     definition=two_branches.normalize_two_backward_reduce,
 )

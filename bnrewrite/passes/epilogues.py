@@ -41,7 +41,7 @@ def _relu6(**_: Any) -> Activation:
 
 
 def _leaky_relu(negative_slope: Any = 0.01, **_: Any) -> Activation | None:
-    if isinstance(negative_slope, (int, float)) and negative_slope >= 0:
+    if isinstance(negative_slope, (int, float)):
         return Activation("leaky_relu", float(negative_slope), ("negative_slope",))
     return None
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import fx
 
-from bnrewrite.activations import derivative_follows_from_result
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM
@@ -244,11 +243,6 @@ def _extend_by_call(target: OwnerGraph, chain: _Chain, user: fx.Node) -> bool:
             return False
     elif kept:
         chain.reason = kept
-        return True
-    elif chain.residual is not None and not derivative_follows_from_result(activation.name):
-        # Instead of the sum, which torch keeps, its backward would keep the residual, which other
-        # code may change in place.
-        chain.reason = f"a backward of {activation.name} needs the sum"
         return True
     chain.activation = activation
     chain.nodes.append(user)

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bnrewrite import reference
-from bnrewrite.activations import derivative_follows_from_result
 from bnrewrite.kernels.triton.moments import moments_kernel
 from bnrewrite.kernels.triton.normalize import BOOK, normalize_kernel
 from bnrewrite.kernels.triton.normalize_backward import normalize_backward_kernel
@@ -153,6 +152,7 @@ def normalize(
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
+    total: Tensor | None,
     own: Normalized,
     other: Normalized | None,
     activation: str,
@@ -160,7 +160,8 @@ def normalize(
 ) -> Launch:
     """Fills ``y`` and stats (2, C) and moves what is running; without a plan, all but ``y``.
 
-    With ``other`` the residual is normalised, too.
+    ``total`` is filled with what is activated, where it is given. With ``other`` the residual is
+    normalised, too.
     """
     cumulative = own.cumulative or (other is not None and other.cumulative)
     num_books = 1 if cumulative else max(1, -(-x.size(1) // BOOK))
@@ -173,7 +174,7 @@ def normalize(
         normalize_kernel,
         (num_books + plan.num_blocks * num_splits,),
         (
-            x, residual, y, *own.args, *(_NO_OTHER if other is None else other.args), slope,
+            x, residual, y, total, *own.args, *(_NO_OTHER if other is None else other.args), slope,
             *plan.sizes, plan.num_blocks, num_books,
         ),
         _constants(
@@ -189,10 +190,20 @@ _NO_OTHER = (*[None] * 7, 0.0, 0.0)
 
 
 class Reduced(NamedTuple):
-    """An input whose sums are wanted: its statistics (2, C), and its sums (2C,), to be filled."""
+    """An input whose sums are wanted.
+
+    Attributes:
+        x: the input.
+        stats: (2, C), of the forward.
+        weight: (C,), or None; for an activation whose argument is computed again.
+        bias: as ``weight``.
+        sums: (2C,), float64, to be filled.
+    """
 
     x: Tensor
     stats: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     sums: Tensor
 
 
@@ -202,7 +213,6 @@ def normalize_backward_reduce(
     own: Reduced,
     other: Reduced | None,
     kept: Tensor | None,
-    affine: tuple[Tensor | None, Tensor | None],
     grad_residual: Tensor | None,
     activation: str,
     slope: float,
@@ -210,17 +220,16 @@ def normalize_backward_reduce(
     """Fills the sums, float64, and ``grad_residual``; with ``other`` those of both branches."""
     num_splits = plan.num_splits(reduction=True)
     merge = plan.merge if num_splits > 1 else 0
-    follows = kept is not None and derivative_follows_from_result(activation)
     workspace = _workspace(plan, own.x, num_splits, 2 if other is None else 3)
     is_light = activation == "identity" and other is None
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, num_splits),
         (
-            grad, *own, *(other or [None] * 3), kept, *affine, grad_residual, *workspace, slope,
+            grad, *own, *(other or [None] * 5), kept, grad_residual, *workspace, slope,
             *plan.sizes,
         ),
-        _constants(plan, own.x, MERGE=merge, ACTIVATION=activation, KEPT_RESULT=follows),
+        _constants(plan, own.x, MERGE=merge, ACTIVATION=activation),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
         never_spills=_is_tight(plan, own.x) or not is_light,
@@ -236,6 +245,7 @@ class Applied(NamedTuple):
         stats: (2, C), of the forward.
         totals: (2C + 1,), float64, of the forward.
         weight: (C,), or None.
+        bias: (C,), or None; for an activation whose argument is computed again.
         sums: (2C,), float64, of all ranks.
     """
 
@@ -244,6 +254,7 @@ class Applied(NamedTuple):
     stats: Tensor
     totals: Tensor
     weight: Tensor | None
+    bias: Tensor | None
     sums: Tensor
 
 
@@ -253,18 +264,16 @@ def normalize_backward(
     own: Applied,
     other: Applied | None,
     kept: Tensor | None,
-    bias: Tensor | None,
     activation: str,
     slope: float,
 ) -> Launch:
     """Fills ``own.dx``; with ``other`` the gradients of both branches."""
-    follows = kept is not None and derivative_follows_from_result(activation)
     is_wide = own.x.dtype == torch.float64
     return Launch(
         normalize_backward_kernel,
         (plan.num_blocks, plan.num_splits(reduction=False)),
-        (grad, *own, *(other or [None] * 6), kept, bias, slope, *plan.sizes),
-        _constants(plan, own.x, ACTIVATION=activation, KEPT_RESULT=follows),
+        (grad, *own, *(other or [None] * 7), kept, slope, *plan.sizes),
+        _constants(plan, own.x, ACTIVATION=activation),
         # What derivatives compute in float64 takes most registers of all.
         min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,
         never_spills=_is_tight(plan, own.x) or other is not None,

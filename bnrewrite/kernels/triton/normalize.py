@@ -96,6 +96,7 @@ def normalize_kernel(
     x: tl.tensor,
     residual: tl.tensor | None,
     y: tl.tensor,
+    total: tl.tensor | None,
     totals: tl.tensor,
     weight: tl.tensor | None,
     bias: tl.tensor | None,
@@ -132,9 +133,10 @@ def normalize_kernel(
 ) -> None:
     """Y and stats, see :func:`bnrewrite.reference.normalize`; moves the running statistics.
 
-    With ``other_totals`` the residual is normalised as well, on the way.
+    With ``other_totals`` the residual is normalised as well, on the way. ``total``, what is
+    activated, is written where it is given.
 
-    Bytes: x, and the residual if there is one, read once; y written once.
+    Bytes: x, and the residual if there is one, read once; y written once, and so is ``total``.
 
     Grid: ``num_books`` programs for what happens once per channel, then one for each of the splits
     of each of the ``num_blocks`` channel blocks.
@@ -172,5 +174,7 @@ def normalize_kernel(
                 if other_totals is not None:
                     r = (r - other_mean) * other_scale
                 z += r
+            if total is not None:
+                tl.store(total + start + offsets, z.to(total.dtype.element_ty), mask=mask)
             result = activate(z, slope, ACTIVATION)
             tl.store(y + start + offsets, result.to(y.dtype.element_ty), mask=mask)

@@ -2,7 +2,7 @@
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportReturnType=false, reportPossiblyUnboundVariable=false
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 
 import triton
@@ -41,15 +41,16 @@ def normalize_backward_kernel(
     stats: tl.tensor,
     totals: tl.tensor,
     weight: tl.tensor | None,
+    bias: tl.tensor | None,
     sums: tl.tensor,
     other: tl.tensor | None,
     other_dx: tl.tensor | None,
     other_stats: tl.tensor | None,
     other_totals: tl.tensor | None,
     other_weight: tl.tensor | None,
+    other_bias: tl.tensor | None,
     other_sums: tl.tensor | None,
     kept: tl.tensor | None,
-    bias: tl.tensor | None,
     slope: tl.float64,
     N: tl.int64,
     C: tl.int64,
@@ -60,17 +61,16 @@ def normalize_backward_kernel(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEPT_RESULT: tl.constexpr,
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
 
     With ``other``, the second input of :func:`bnrewrite.two_branches.normalize_two`, its gradient,
     too.
 
-    Bytes: g, x and ``other`` read once, their gradients written once. With an activation after two
-    branches or a residual whose gradient nobody wants, ``kept`` is read too, as in the reduction;
-    where the reduction has written the gradient of what was activated, that is ``grad``, and the
-    activation is "identity".
+    Bytes: g, x and ``other`` read once, their gradients written once. With an activation after a
+    residual whose gradient nobody wants, ``kept`` is read too, as in the reduction; where the
+    reduction has written the gradient of what was activated, that is ``grad``, and the activation
+    is "identity".
 
     Grid: channel blocks, splits.
     """
@@ -83,22 +83,24 @@ def normalize_backward_kernel(
         other_mean, other_scale, other_mean_g, other_slope = _coefficients(
             other_stats, other_totals, other_weight, other_sums, c, c_mask, C, ACC
         )
+        shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
     last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
     for t in range(tl.program_id(1), last, tl.num_programs(1)):
         start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
+        if other is not None:
+            o_centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
         if ACTIVATION != "identity":
-            if KEPT_RESULT:
+            if kept is not None:
                 z = tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
             else:
                 z = centred * scale + shift
-                if kept is not None:
-                    z += tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
+                if other is not None:
+                    z += o_centred * other_scale
             g = activation_backward(g, z, slope, ACTIVATION)
         gradient = scale * (g - mean_g - centred * slope_x)
         tl.store(dx + start + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
         if other is not None:
-            centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
-            gradient = other_scale * (g - other_mean_g - centred * other_slope)
+            gradient = other_scale * (g - other_mean_g - o_centred * other_slope)
             tl.store(other_dx + start + offsets, gradient.to(other_dx.dtype.element_ty), mask=mask)

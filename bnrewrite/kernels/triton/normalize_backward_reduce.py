@@ -2,6 +2,7 @@
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 
 import triton
@@ -16,13 +17,15 @@ def normalize_backward_reduce_kernel(
     grad: tl.tensor,
     x: tl.tensor,
     stats: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
     sums: tl.tensor,
     other: tl.tensor | None,
     other_stats: tl.tensor | None,
+    other_weight: tl.tensor | None,
+    other_bias: tl.tensor | None,
     other_sums: tl.tensor | None,
     kept: tl.tensor | None,
-    weight: tl.tensor | None,
-    bias: tl.tensor | None,
     grad_residual: tl.tensor | None,
     partials: tl.tensor,
     arrivals: tl.tensor,
@@ -37,15 +40,14 @@ def normalize_backward_reduce_kernel(
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEPT_RESULT: tl.constexpr,
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
 
     With ``other``, the second input of :func:`bnrewrite.two_branches.normalize_two`, its sums too.
 
-    Bytes: g, x and ``other`` read once. With an activation after a sum, ``kept`` is read too: the
-    result (KEPT_RESULT) or the residual. ``grad_residual``, the gradient of what was activated, is
-    written where it is given.
+    Bytes: g, x and ``other`` read once. With an activation after a residual, ``kept`` is read too:
+    what was activated, or the result of a ReLU; without it, what was activated is computed again.
+    ``grad_residual``, the gradient of that, is written where it is given.
 
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
@@ -62,18 +64,23 @@ def normalize_backward_reduce_kernel(
     sum_gx = tl.zeros((BLOCK_C, BLOCK_S), ACC)
     if other is not None:
         other_mean = per_channel(other_stats, c, c_mask, ACC, 0.0)
+        other_rstd = per_channel(other_stats + C, c, c_mask, ACC, 0.0)
+        other_scale = other_rstd * per_channel(other_weight, c, c_mask, ACC, 1.0)
+        shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
         sum_go = tl.zeros((BLOCK_C, BLOCK_S), ACC)
     for t in range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
         start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
+        if other is not None:
+            o_centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
         if ACTIVATION != "identity":
-            if KEPT_RESULT:
+            if kept is not None:
                 z = tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
             else:
                 z = centred * scale + shift
-                if kept is not None:
-                    z += tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
+                if other is not None:
+                    z += o_centred * other_scale
             g = activation_backward(g, z, slope, ACTIVATION)
         if grad_residual is not None:
             tl.store(
@@ -83,12 +90,10 @@ def normalize_backward_reduce_kernel(
         # Where g is masked it is zero, and the mean of a channel is finite or spoils it anyway.
         sum_gx += tl.where(mask, g * centred, 0.0)
         if other is not None:
-            centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
-            sum_go += tl.where(mask, g * centred, 0.0)
+            sum_go += tl.where(mask, g * o_centred, 0.0)
     total = tl.sum(sum_g, 1).to(tl.float64)
     total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
     if other is not None:
-        other_rstd = per_channel(other_stats + C, c, c_mask, ACC, 0.0)
         total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
     if MERGE:
         ROWS: tl.constexpr = 2 if other is None else 3
