@@ -253,7 +253,8 @@ def _sites(
             where=one.where,
         )
         for one in rewritten.values()
-        if one.mode is not None
+        # A module that is not there under its name is a part that was converted anew.
+        if one.mode is not None and one.path is None
     ]
     return tuple(
         dataclasses.replace(

@@ -46,7 +46,7 @@ class Round:
 def rounds_of(module: nn.Module) -> Iterator[Round]:
     """The rounds of a training step of ``module``, as far as graphs tell in their order."""
     state = owner_state(module) if is_owner(module) else None
-    if state is not None:
+    if state is not None and state.train.has_its_sites(module):
         yield from _rounds_of_graph(module, state)
     elif is_site(module):
         mode = site_state(module).mode

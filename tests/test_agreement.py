@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import register_parametrization
 
 import bnrewrite
@@ -305,6 +306,31 @@ def _attack(rank: int, world_size: int) -> list[int]:
 
 def test_evaluation_with_gradients_on_all_ranks_is_agreed_on_once(ranks: RankPool) -> None:
     assert ranks.run(_attack, 2) == [[2, 0, 0]] * 2
+
+
+def _explain_alone(rank: int, world_size: int, how: str) -> str:
+    """Between steps, rank 0 alone asks for gradients of an evaluation, as saliency maps do."""
+    wrapped = "DDP" in how
+    model = _net()
+    running: Any = DistributedDataParallel(model) if wrapped else model
+    for step in range(4):
+        running(_x()).square().mean().backward()
+        if rank == 0 and step % 2:
+            model.eval()
+            x = _x().requires_grad_()
+            y = model(x).square().mean()
+            if "grad" in how:
+                torch.autograd.grad(y, x)
+            else:
+                y.backward()
+            model.train()
+    return ""
+
+
+@pytest.mark.parametrize("how", ["grad", "grad, under DDP", "backward, beside DDP"])
+def test_a_rank_may_explain_its_evaluation_alone(ranks: RankPool, how: str) -> None:
+    """Neither accumulates gradients that a training step would wait for."""
+    assert ranks.run(_explain_alone, 2, how) == ["", ""]
 
 
 class _Count:

@@ -58,13 +58,19 @@ class Net(nn.Module):
         self.how = "none"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.how == "selective around all":
+            contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+            return checkpoint(self._all, x, use_reentrant=False, context_fn=contexts)
+        return self._all(x)
+
+    def _all(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
             x = self._run(block, x)
         return self.head(x)
 
     def _run(self, block: nn.Module, x: Tensor) -> Any:
-        if self.how == "none":
+        if self.how in ("none", "selective around all"):
             return block(x)
         if self.how == "selective":
             contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -132,10 +138,15 @@ def _assert_equal(results: list[list[Tensor]], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["none", "reentrant", "non-reentrant", "sequential", "selective", *NESTED]
-)
+    "how",
+    [
+        "none", "reentrant", "non-reentrant", "sequential", "selective", "selective around all",
+        *NESTED,
+    ],
+)  # fmt: skip
 def test_training_equals_one_process_without_checkpointing(ranks: RankPool, how: str) -> None:
-    wrap = "DDP" if how in ("none", "non-reentrant", "sequential", "selective") else "static graph"
+    plain = ("none", "non-reentrant", "sequential", "selective", "selective around all")
+    wrap = "DDP" if how in plain else "static graph"
     _assert_equal(ranks.run(_rank, 2, how, wrap), _expected())
 
 
@@ -145,7 +156,7 @@ def test_so_it_does_with_other_wrappers(ranks: RankPool, how: str, wrap: str) ->
     _assert_equal(ranks.run(_rank, 2, how, wrap), _expected())
 
 
-HOWS = ("none", "reentrant", "non-reentrant", "selective", *NESTED)
+HOWS = ("none", "reentrant", "non-reentrant", "selective", "selective around all", *NESTED)
 
 
 def _count(rank: int, world_size: int, passes: tuple[str, ...] | None) -> dict[str, Any]:

@@ -495,6 +495,32 @@ def _step_in_backward(rank: int, world_size: int, recomputes: bool) -> list[list
     return found
 
 
+def _two_losses(rank: int, world_size: int) -> list[list[Tensor]]:
+    """Biases that an optimizer changes between the backwards of two forwards, without and with."""
+    results = []
+    for convert in (lambda model: model, lambda model: bnrewrite.convert(model, mode="sync")):
+        torch.manual_seed(0)
+        model = convert(
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        ).double()
+        biases = [model[1].bias, model[3].bias]
+        optimizer = torch.optim.SGD(biases, lr=0.1)
+        # The same batch on all ranks, so that torch's BatchNorm sees the same statistics.
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+        for loss in [model(x).square().mean(), model(x + 1).square().mean()]:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append([bias.detach() for bias in biases])
+    return results
+
+
+def test_a_bias_may_change_before_the_backward(ranks: RankPool) -> None:
+    """Torch's BatchNorm does not keep it."""
+    for plain, ours in ranks.run(_two_losses, 2):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
 def test_an_optimizer_may_step_in_the_backward(ranks: RankPool, recomputes: bool) -> None:
     for left, stepped in ranks.run(_step_in_backward, 2, recomputes):

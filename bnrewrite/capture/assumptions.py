@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from bnrewrite.capture.reads import Outside, Reads
+from bnrewrite.capture.outside import Outside
+from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import below, original_class
@@ -60,6 +61,8 @@ class Assumptions:
         """Notes that the traced code read the attribute ``name`` of ``module``."""
         if name in ("_parameters", "_buffers"):
             self.tensors[path, name] = _tensors(value)
+        if name in _INTERNAL or name == "_modules":
+            reads.keep(value)
         if name in _INTERNAL or name.startswith("_bnrewrite"):
             return
         if name == "_modules":

@@ -11,7 +11,7 @@ from torch import nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.candidates import mentions_batch_norm
 from bnrewrite.capture.captured import Captured
-from bnrewrite.capture.tracer import Form
+from bnrewrite.capture.forms import Form
 from bnrewrite.modes import Mode, ModeTable
 from bnrewrite.passes.base import PassReport, joined
 from bnrewrite.passes.replace_batch_norm import functional_name

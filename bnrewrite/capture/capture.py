@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.captured import Captured
+from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
 from bnrewrite.capture.splice import spliced
-from bnrewrite.capture.tracer import PLAIN, Form, OwnerTracer, Refused, arguments_of
+from bnrewrite.capture.tracer import OwnerTracer
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.nodes import copied
@@ -65,7 +66,7 @@ def _capture_form(
             if eval.same_as(train):
                 eval = train
         for one in {id(one): one for one in (optimised, eval)}.values():
-            one.finish()
+            one.finish(module)
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
     return Capture(optimised, eval, reports, calls=calls, plain=train)

@@ -11,12 +11,18 @@ from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.code import function_of
-from bnrewrite.capture.reads import COMPILING
+from bnrewrite.capture.outside import COMPILING
 from bnrewrite.guards import guard_answer
+from bnrewrite.modes import Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
-from bnrewrite.sites.floor import has_global_hooks, has_hooks_of_its_own, is_site
+from bnrewrite.sites.floor import (
+    has_global_hooks,
+    has_hooks_of_its_own,
+    is_site,
+    site_state,
+)
 
 
 @dataclasses.dataclass
@@ -32,7 +38,7 @@ class Captured:
         tensor_arguments: positions of the arguments that must be tensors.
         list_arguments: positions of those that must be lists.
         assumptions: what else was baked in.
-        sites: paths of the BatchNorm modules whose calls became ops.
+        sites: mode and group of the BatchNorm modules whose calls became ops, by path.
         function: the compiled graph; its first argument is the owner. None until the first call.
         otherwise: the graph for calls of another form, if there is one.
         key: of the captured graph in this process.
@@ -46,7 +52,7 @@ class Captured:
     names: list[str]
     tensor_arguments: list[int]
     assumptions: Assumptions
-    sites: list[str] = dataclasses.field(default_factory=list)
+    sites: dict[str, tuple[Mode, str]] = dataclasses.field(default_factory=dict)
     list_arguments: list[int] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
@@ -64,12 +70,14 @@ class Captured:
         """Paths of the modules whose forwards are part of the graph."""
         return self.assumptions.classes.keys()
 
-    def finish(self) -> None:
+    def finish(self, owner: nn.Module) -> None:
         """Checks the rewritten graph, and finds the sites whose modules it stands for."""
         self.graph.lint()
         calls = {str(node.target) for node in self.graph.find_nodes(op="call_module")}
         paths = {site.path for _, sites in self.site_calls() for site in sites}
-        self.sites = sorted(path for path in paths - calls if path)
+        found = sorted(path for path in paths - calls if path)
+        states = {path: site_state(below(owner, path)) for path in found}
+        self.sites = {path: (state.mode, state.group) for path, state in states.items()}
 
     def run(self, owner: nn.Module, values: tuple[Any, ...]) -> Any:
         """What the graph makes of the required arguments; the first call compiles it."""
@@ -152,13 +160,23 @@ class Captured:
         try:
             if not self.assumptions.hold(owner):
                 return False
-            for path in self.sites:
-                site = below(owner, path)
-                if not is_site(site) or has_hooks_of_its_own(site):
-                    return False
+            return self.has_its_sites(owner)
         except AttributeError:
             # A module that the graph calls is gone.
             return False
+
+    def has_its_sites(self, owner: nn.Module) -> bool:
+        """Whether the sites are what they were, and none has grown a hook.
+
+        A part of a converted model may be converted anew.
+        """
+        for path, (mode, group) in self.sites.items():
+            site = below(owner, path)
+            if not is_site(site) or has_hooks_of_its_own(site):
+                return False
+            state = site_state(site)
+            if not (state.mode is mode or state.mode == mode) or state.group != group:
+                return False
         return True
 
     def _outside_holds(self) -> bool:

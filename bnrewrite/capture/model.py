@@ -7,8 +7,8 @@ from torch import nn
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import sharing_candidates
 from bnrewrite.capture.capture import capture
+from bnrewrite.capture.forms import Form
 from bnrewrite.capture.owner import attach_owner, owner_state_of
-from bnrewrite.capture.tracer import Form
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.sites.floor import has_own_forward, is_site

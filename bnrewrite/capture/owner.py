@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, nn
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
@@ -20,13 +21,13 @@ from bnrewrite.sites.classes import Converted, below, change_class, restore_clas
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     Intercept,
-    Tracing,
     call_in_trace,
     floor_recipe,
     is_site,
     site_state,
 )
 from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
+from bnrewrite.sites.tracing import Tracing, tracer_here
 
 _STATE = "_bnrewrite_owner"
 
@@ -116,8 +117,10 @@ class OwnerForward(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured graph where it stands for this call, else the original forward."""
         module: Any = self
-        if Tracing.tracer is not None:
+        if Tracing.tracer is not None and tracer_here() is not None:
             return call_in_trace(self, args, kwargs)
+        if fx_trace._is_fx_tracing_flag and not torch.compiler.is_compiling():
+            return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
             # Made of a converted module's class, as slices of a Sequential are.
             return super().forward(*args, **kwargs)  # pyright: ignore
@@ -134,6 +137,17 @@ class OwnerForward(Converted):
         if not training:
             self._bnrewrite_schedule.after_evaluation(result)
         return result
+
+    def _bnrewrite_symbolically(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The original forward, for ``torch.fx``: sites stay calls of their modules."""
+        state = self._bnrewrite_owner
+        functional = [] if state is None else state.train.functional_sites()
+        if functional:
+            raise UnsupportedBatchNorm(
+                f"{functional[0].name}: torch.fx would trace this call of F.batch_norm, which is "
+                "distributed, as torch's own. Trace bnrewrite.revert(model), or before convert().",
+            )
+        return super().forward(*args, **kwargs)  # pyright: ignore
 
     def _bnrewrite_choose(
         self, training: bool, args: tuple, kwargs: dict[str, Any]

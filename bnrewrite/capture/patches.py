@@ -7,20 +7,28 @@ whichever tracer runs; only the classes of the modules that are traced change fo
 
 import builtins
 import contextlib
+import functools
+import logging
 import math
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch import nn
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
-from bnrewrite.capture.proxy import Proxy
-from bnrewrite.sites.floor import Tracing
+from bnrewrite.capture.frames import is_ours
+from bnrewrite.capture.proxy import PROXIES
+from bnrewrite.capture.questions import QUESTIONS
+from bnrewrite.sites.tracing import tracer_here
 
 _write = nn.Module.__setattr__
 _call = nn.Module.__call__
@@ -28,14 +36,16 @@ _ask = builtins.isinstance
 
 
 class Patches:
-    """What is changed now.
+    """What is changed now, by one thread at a time.
 
     Attributes:
+        lock: held while anything is changed.
         patcher: keeps the functions that record calls with proxies, like ``math.sqrt``; None while
             nothing is changed.
         recorded: their identities.
     """
 
+    lock: ClassVar[Any] = threading.RLock()
     patcher: Any = None
     recorded: ClassVar[set[int]] = fx_trace.Tracer()._autowrap_function_ids
 
@@ -43,14 +53,27 @@ class Patches:
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Makes modules and functions tell the tracer that runs, if one does; may be nested."""
-    if Patches.patcher is not None:
-        yield
-        return
+    with Patches.lock:
+        if Patches.patcher is not None:
+            yield
+            return
+        with _patched_once():
+            yield
+
+
+@contextlib.contextmanager
+def _patched_once() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for holder, name, new in (
             (nn.Module, "__setattr__", _attribute),
             (nn.Module, "__call__", _module_call),
             (torch.autograd.Function, "apply", classmethod(_function_call)),
+            (contextlib._GeneratorContextManager, "__enter__", _enter_generator),
+            (_pytree, "_get_node_type", _node_type_of_tree),
+            *(
+                (holder, name, _refusing(vars(holder)[name], reason))
+                for holder, name, reason in _EFFECTS
+            ),
         ):
             stack.callback(setattr, holder, name, vars(holder)[name])
             setattr(holder, name, new)
@@ -67,6 +90,13 @@ def record_functions(home: Any) -> None:
     fx_trace._autowrap_check(Patches.patcher, home, Patches.recorded)
 
 
+def record_questions(home: dict[str, Any], names: frozenset[str]) -> None:
+    """Has code with the globals ``home``, which uses ``names``, ask the tracer about proxies."""
+    for name in names & QUESTIONS.keys():
+        if name not in home:
+            Patches.patcher.patch(home, name, QUESTIONS[name])
+
+
 def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls ``function``, code of fx, which asks ``isinstance`` hundreds of times."""
     asked, builtins.isinstance = builtins.isinstance, _ask
@@ -77,16 +107,18 @@ def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _attribute(module: nn.Module, name: str, value: Any) -> None:
-    tracer = Tracing.tracer
+    tracer = tracer_here()
     if tracer is not None and tracer.recording:
         tracer.refuse(f"sets the attribute {name!r}")
     _write(module, name, value)
 
 
 def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    tracer = Tracing.tracer
+    tracer = tracer_here()
     if tracer is None:
         return _call(module, *args, **kwargs)
+    if type(module).__call__ is not nn.Module.__call__:
+        tracer.refuse(f"calls a {type(module).__name__}, which has a __call__ of its own")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _call(module, *args, **kwargs)
@@ -95,21 +127,83 @@ def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
-    tracer = Tracing.tracer
+    tracer = tracer_here()
     if tracer is not None:
         tracer.refuse(f"calls the autograd.Function {cls.__name__}")
     return _apply(cls, *args, **kwargs)
 
 
+def _refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """``function``, which traced code must not call."""
+
+    @functools.wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        tracer = tracer_here()
+        if tracer is not None and tracer.recording:
+            tracer.refuse(reason)
+        return function(*args, **kwargs)
+
+    return refusing
+
+
+def _enter_generator(manager: Any) -> Any:
+    tracer = tracer_here()
+    if tracer is not None and tracer.recording and not _asked_by_torch():
+        function = manager.func
+        if str(function.__module__).startswith("torch"):
+            tracer.refuse(f"enters {function.__name__}")
+    return _enter(manager)
+
+
+def _node_type_of_tree(tree: Any) -> Any:
+    if type(tree) in PROXIES and tree.tracer.recording:
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == _pytree.__name__ and frame.f_back is not None:
+            frame = frame.f_back
+        if not is_ours(frame.f_code.co_filename):
+            tree.tracer.refuse("asks for the structure of a value that it computes")
+    return _node_type(tree)
+
+
+_node_type = _pytree._get_node_type
+
+_enter = contextlib._GeneratorContextManager.__enter__
+
+_GRADIENTS = "enters no_grad or enable_grad"
+
+_EFFECTS: tuple[tuple[Any, str, str], ...] = (
+    (torch.no_grad, "__enter__", _GRADIENTS),
+    (torch.enable_grad, "__enter__", _GRADIENTS),
+    (torch.set_grad_enabled, "__init__", _GRADIENTS),
+    (torch.inference_mode, "__enter__", "enters inference_mode"),
+    (torch.amp.autocast_mode.autocast, "__enter__", "enters autocast"),
+    (
+        torch.autograd.graph.saved_tensors_hooks,
+        "__enter__",
+        "enters a checkpoint or saved-tensor hooks",
+    ),
+    *(
+        (nn.Module, f"register_{kind}", "registers a hook")
+        for kind in (
+            "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook",
+            "backward_hook",
+        )
+    ),
+    (RemovableHandle, "remove", "removes a hook"),
+    (nn.Module, "zero_grad", "calls zero_grad()"),
+    (logging.Logger, "_log", "logs a message"),
+)  # fmt: skip
+"""What a graph would lose or do once, whatever has it done: a class, a method and the reason."""
+
 _apply: Any = vars(torch.autograd.Function)["apply"].__func__
 
 
 def _is_instance(value: Any, classes: Any) -> bool:
-    if type(value) is Proxy and value.tracer.recording and not _asked_by_torch():
+    if type(value) in PROXIES and value.tracer.recording and not _asked_by_torch():
         return value.tracer.passes_for(value, classes)
     answer = _ask(value, classes)
     if _ask(value, nn.Module):
-        tracer = Tracing.tracer
+        tracer = tracer_here()
         if tracer is not None and tracer.recording and not _asked_by_torch():
             tracer.note_instance(value, classes, answer)
     return answer
@@ -155,8 +249,10 @@ def _noted(
     reads = tracer.reads
 
     def getattribute(module: nn.Module, name: str) -> Any:
-        if not tracer.recording or name.startswith("__"):
-            if name == "__dict__" and tracer.recording and not _asked_by_torch():
+        if not tracer.recording or tracer.thread != get_ident():
+            return read(module, name)
+        if name.startswith("__"):
+            if name == "__dict__" and not _asked_by_torch():
                 tracer.refuse("reads the __dict__ of a module")
             return read(module, name)
         path = paths.get(id(module))

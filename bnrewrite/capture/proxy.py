@@ -1,22 +1,100 @@
 """The proxies of captured forwards."""
 
 import operator
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx
 from torch.fx.graph import inplace_methods
 
+from bnrewrite.capture.bytecode import decisions
 
-class Proxy(fx.Proxy):
+
+class _Watched:
+    """What Python asks of a value without an operation that could be recorded.
+
+    The answer would be that of the proxy, and be baked in: so the forward is refused where its code
+    asks, and whatever torch asks is answered.
+    """
+
+    tracer: Any
+
+    # Numbers of numpy leave operations to the other operand, as they do with tensors.
+    __array_priority__ = 1000
+    __array_ufunc__ = None
+
+    def _refuse(self, what: str) -> None:
+        if self.tracer.recording and not _asks_for_torch(sys._getframe(2)):
+            self.tracer.refuse(what)
+
+    def __hash__(self) -> int:
+        self._refuse("looks up a value that it computes in a set or a dict")
+        return id(self)
+
+    def __str__(self) -> str:
+        return self._text()
+
+    def __repr__(self) -> str:
+        return self._text()
+
+    def __format__(self, spec: str) -> str:
+        return self._text()
+
+    def _text(self) -> str:
+        frame = sys._getframe(2)
+        # The text of an assertion is made whether it holds or not.
+        asserts = "_assert" in frame.f_code.co_names
+        if self.tracer.recording and not asserts and not _asks_for_torch(frame):
+            self.tracer.refuse("makes a text of a value that it computes")
+        return f"{type(self).__name__}({object.__repr__(self)})"
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("makes an array of numpy of a value that it computes")
+
+    def __array_function__(self, function: Callable[..., Any], *_: Any) -> NoReturn:
+        raise TypeError(f"calls {function.__name__} of numpy with a value that it computes")
+
+    @property
+    def __class__(self) -> type:
+        frame = sys._getframe(1)
+        # Functions in C ask for it, too.
+        found = decisions(frame.f_code) if self.tracer.recording else None
+        if found is not None and frame.f_lasti in found.classes and not _asks_for_torch(frame):
+            self.tracer.refuse("asks for the class of a value that it computes")
+        return type(self)
+
+
+class Proxy(_Watched, fx.Proxy):
     """A proxy on which ``a += b`` is recorded as the change in place that it is.
 
     fx records ``a = a + b``, after which other names of the same tensor would keep the old values.
     """
 
+    def __getattr__(self, name: str) -> "Attribute":
+        return Attribute(self, name)
 
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Proxy, Any], fx.Proxy]:
-    def method(self: Proxy, other: Any) -> fx.Proxy:
+
+class Attribute(_Watched, fx.proxy.Attribute):
+    """An attribute of a value, or a method that is about to be called."""
+
+    def __init__(self, root: Any, attr: str) -> None:
+        super().__init__(root, attr)  # pyright: ignore[reportCallIssue]
+        self.tracer.watch_attribute(self)
+
+    def __getattr__(self, name: str) -> "Attribute":
+        return Attribute(self, name)
+
+
+PROXIES = (Proxy, Attribute)
+
+
+def _asks_for_torch(frame: Any) -> bool:
+    return frame.f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], fx.Proxy]:
+    def method(self: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return method
@@ -24,4 +102,4 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Proxy, Any], fx.
 
 for _name in inplace_methods:
     if _name != "setitem":
-        setattr(Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+        setattr(_Watched, f"__{_name}__", _in_place(getattr(operator, _name)))

@@ -7,124 +7,47 @@ when they are read.
 
 import collections
 import contextlib
+import contextvars
+import ctypes
 import dataclasses
 import operator
-import os
 import random
+import threading
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, MemberDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from bnrewrite.capture.bytecode import decisions
 from bnrewrite.capture.candidates import code_names
+from bnrewrite.capture.comparisons import compares_arguments, watch_calls
+from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
+from bnrewrite.capture.patches import record_questions
+from bnrewrite.capture.questions import is_question
 from bnrewrite.capture.seen import (
     CONSTANTS,
     CONTAINERS,
     MISSING,
     Looks,
-    Seen,
+    holds_data,
     is_library,
     parts,
     routines,
     same_keys,
 )
 
+_AMBIENT = frozenset(("time", "_contextvars", "contextvars"))
+"""Modules whose answers differ from call to call."""
+
+_SHARED = (contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array)
+"""Values that depend on the thread, on the context or on other processes."""
+
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 _MOST = 1000
 """Elements of a container that are still compared at every call."""
-
-
-def _autocast() -> tuple[Any, ...]:
-    kinds = ("cpu", "cuda")
-    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
-
-
-ASKED: dict[str, Callable[[], Any]] = {
-    "is_grad_enabled": torch.is_grad_enabled,
-    "is_inference_mode_enabled": torch.is_inference_mode_enabled,
-    "is_autocast_enabled": _autocast,
-    "get_autocast_dtype": _autocast,
-    "get_default_dtype": torch.get_default_dtype,
-    "get_default_device": torch.get_default_device,
-    "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
-    "get_num_threads": torch.get_num_threads,
-    "environ": lambda: dict(os.environ),
-    "getenv": lambda: dict(os.environ),
-    "is_compiling": torch.compiler.is_compiling,
-    "is_exporting": torch.compiler.is_exporting,
-    "is_tracing": torch.jit.is_tracing,
-    "is_in_onnx_export": torch.onnx.is_in_onnx_export,
-    "is_initialized": dist.is_initialized,
-    "get_rank": lambda: dist.get_rank() if dist.is_initialized() else None,
-    "get_world_size": lambda: dist.get_world_size() if dist.is_initialized() else None,
-}
-"""What code may ask torch or the system for, by the names of the functions."""
-
-_TRACING = frozenset(("is_fx_tracing", "is_fx_symbolic_tracing"))
-"""Those with another answer in a trace than in a call."""
-
-COMPILING = frozenset(("is_compiling", "is_exporting", "is_tracing", "is_in_onnx_export"))
-"""Those with another answer while a compiler traces."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outside:
-    """What functions named and asked for: the same for all modules of a process.
-
-    Attributes:
-        values: by the holder and the name there, what was found. Holders are dictionaries of
-            globals and of defaults, classes, functions and cells.
-        answers: of torch, by the name of the question.
-    """
-
-    values: dict[tuple[int, str], Seen] = dataclasses.field(default_factory=dict)
-    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    holders: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was read."""
-        return not (self.values or self.answers)
-
-    def holds(self) -> bool:
-        """Whether all of it is still so."""
-        for (number, name), seen in self.values.items():
-            value = _read(self.holders[number], name)
-            # The common case, without a call.
-            if value is seen.value and type(seen) is Seen:
-                continue
-            if not seen.matches(value, None):
-                return False
-        return all(ASKED[name]() == answer for name, answer in self.answers.items())
-
-
-def _read(holder: Any, name: str) -> Any:
-    if isinstance(holder, dict):
-        return holder.get(name, MISSING)
-    if isinstance(holder, type):
-        return vars(holder).get(name, MISSING)
-    if isinstance(holder, FunctionType):
-        return holder.__defaults__
-    try:
-        return holder.cell_contents
-    except ValueError:
-        return MISSING
-
-
-def _write(holder: Any, name: str, value: Any) -> None:
-    if isinstance(holder, dict):
-        holder[name] = value
-    elif isinstance(holder, type):
-        setattr(holder, name, value)
-    elif isinstance(holder, FunctionType):
-        holder.__defaults__ = value
-    else:
-        holder.cell_contents = value
 
 
 class Reads:
@@ -145,7 +68,7 @@ class Reads:
         # By identity; what is here is kept alive, so that numbers stay those of one object.
         self._known: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}
-        self._objects: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._objects: dict[int, dict[str, Any]] = {}
         self._attributes: dict[int, dict[str, Any]] = collections.defaultdict(dict)
         self._named: dict[tuple[int, str], Any] = {}
         self._outside = Outside()
@@ -157,6 +80,12 @@ class Reads:
         """Classes of objects that are read tell of it until the end."""
         with self._classes:
             yield
+
+    def keep(self, value: Any) -> None:
+        """Notes what a table of a module holds, which is put back if the traced code changes it."""
+        if isinstance(value, dict) and id(value) not in self._known:
+            self._known[id(value)] = value
+            self._copies[id(value)] = parts(value)
 
     def see(self, value: Any) -> None:
         """Notes that the traced code may look into ``value`` from now on."""
@@ -174,11 +103,12 @@ class Reads:
                 self.see(one)
         if isinstance(value, _RANDOM):
             self._tracer.refuse("draws random numbers in Python")
+        if isinstance(value, _SHARED):
+            self._tracer.refuse(f"reads a {type(value).__name__}, which others may change")
         if isinstance(value, collections.abc.Iterator):
             self._tracer.refuse(f"reads an iterator, a {type(value).__name__}")
-        if not is_library(type(value).__module__):
-            attributes = _attributes_of(value)
-            self._objects[id(value)] = attributes, dict(attributes)
+        if not is_library(type(value).__module__) or holds_data(type(value)):
+            self._objects[id(value)] = _attributes_of(value)
             self._watch(type(value))
 
     def _watch(self, cls: type) -> None:
@@ -187,7 +117,7 @@ class Reads:
             return
         self._patched.add(cls)
         for base in cls.__mro__:
-            if not is_library(base.__module__) and base is not object:
+            if not is_library(base.__module__):
                 for name, value in list(vars(base).items()):
                     # Those that operators call are not read as attributes.
                     if name.startswith("__") and name not in ("__init__", "__new__"):
@@ -206,7 +136,12 @@ class Reads:
 
     def _noted(self, read: Callable[[Any, str], Any], look_up: Any) -> Any:
         def getattribute(value: Any, name: str) -> Any:
-            if not self._tracer.recording or id(value) not in self._known or _is_special(name):
+            if (
+                not self._tracer.recording
+                or self._tracer.thread != threading.get_ident()
+                or id(value) not in self._known
+                or _is_special(name)
+            ):
                 return read(value, name)
             try:
                 found = read(value, name)
@@ -233,12 +168,18 @@ class Reads:
             return
         self._codes.add(function.__code__)
         names = code_names(function.__code__)
+        record_questions(function.__globals__, names)
+        decided = decisions(function.__code__)
+        if decided is not None and decided.matches:
+            self._tracer.refuse("matches values against patterns")
+        if decided is not None and compares_arguments(function.__code__, decided):
+            watch_calls(self._tracer)
         if "type" in names or "__class__" in names:
             self.asks_types = True
             for cls in self._traced:
                 for name in names:
                     self.see_in_class(cls, name)
-        for name in names & _TRACING:
+        for name in names & TRACING:
             self._tracer.refuse(f"asks {name}()")
         for name in names & ASKED.keys():
             self._outside.answers[name] = ASKED[name]()
@@ -253,9 +194,12 @@ class Reads:
 
     def _name(self, holder: Any, name: str, names: frozenset[str]) -> None:
         """Notes one value that code names, and what it may read of that by ``names``."""
-        value = _read(holder, name)
-        if (id(holder), name) in self._named or value is MISSING:
+        value = read_of(holder, name)
+        if (id(holder), name) in self._named or value is MISSING or is_question(value):
             return
+        home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
+        if home in _AMBIENT:
+            self._tracer.refuse(f"asks for what {home} tells")
         if isinstance(value, ModuleType) and is_library(value.__name__):
             return
         self._outside.holders[id(holder)] = holder
@@ -297,17 +241,17 @@ class Reads:
             ):
                 changed = "changes a list, set or dict that it keeps"
                 _refill(value, keys, elements)
-        for number, (attributes, before) in self._objects.items():
-            if not _identical(attributes, before):
-                kind = type(self._known[number]).__name__
+        for number, before in self._objects.items():
+            value = self._known[number]
+            if not _identical(_attributes_of(value), before):
+                kind = type(value).__name__
                 changed = f"changes an attribute of an object that it keeps, a {kind}"
-                attributes.clear()
-                attributes.update(before)
+                _give_back(value, before)
         for (number, name), before in self._named.items():
             holder = self._outside.holders[number]
-            if _read(holder, name) is not before:
+            if read_of(holder, name) is not before:
                 changed = f"changes {name or 'a variable'}, which it shares with others"
-                _write(holder, name, before)
+                write_to(holder, name, before)
         return changed
 
     def looks(self, paths: dict[int, str]) -> Looks:
@@ -321,11 +265,24 @@ class Reads:
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
-    try:
-        return object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        # It has slots.
-        return {}
+    """What ``value`` holds now, in its dictionary and in slots."""
+    found: dict[str, Any] = {}
+    for base in type(value).__mro__:
+        for name, slot in vars(base).items():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):
+                    found[name] = slot.__get__(value)
+    with contextlib.suppress(AttributeError):
+        found.update(object.__getattribute__(value, "__dict__"))
+    return found
+
+
+def _give_back(value: Any, attributes: dict[str, Any]) -> None:
+    """Gives an object the attributes back that it held."""
+    for name in _attributes_of(value).keys() - attributes.keys():
+        object.__delattr__(value, name)
+    for name, one in attributes.items():
+        object.__setattr__(value, name, one)
 
 
 def _is_special(name: str) -> bool:

@@ -10,7 +10,10 @@ import dataclasses
 import enum
 import functools
 import inspect
+import os
 import sys
+import sysconfig
+import threading
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +31,8 @@ CONSTANTS = (
 
 SEQUENCES = (list, tuple, collections.deque)
 SETS = (set, frozenset)
-CONTAINERS = (*SEQUENCES, *SETS, dict, types.SimpleNamespace, functools.partial)
+MAPPINGS = (dict, types.MappingProxyType)
+CONTAINERS = (*SEQUENCES, *SETS, *MAPPINGS, types.SimpleNamespace, functools.partial)
 
 MISSING = enum.Enum("MISSING", "MISSING").MISSING
 """Stands for an attribute that was asked for and is not there."""
@@ -154,7 +158,7 @@ def parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
     Of anything else, nothing.
     """
-    if isinstance(value, dict):
+    if isinstance(value, MAPPINGS):
         return tuple(value), tuple(value.values())
     if isinstance(value, SEQUENCES):
         return (), tuple(value)
@@ -213,10 +217,35 @@ def _of_array(array: np.ndarray) -> tuple[Any, ...]:
 
 def is_library(module: Any) -> bool:
     """Whether code of the module of this name is not looked into."""
-    return str(module).partition(".")[0] in _LIBRARIES
+    name = str(module)
+    top = name.partition(".")[0]
+    if top in _LIBRARIES:
+        return True
+    return top in sys.stdlib_module_names and name != "__main__" and _is_of_python(name)
 
 
-_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "bnrewrite"}
+def _is_of_python(name: str) -> bool:
+    """Whether a module with a name of Python's library is Python's, and no one of the user's."""
+    module = sys.modules.get(name)
+    if module is None:
+        return False
+    file = getattr(module, "__file__", None)
+    return file is None or (file.startswith(_PYTHON) and not file.startswith(_INSTALLED))
+
+
+_LIBRARIES = {"torch", "numpy", "bnrewrite"}
+
+_PYTHON, _INSTALLED = (
+    tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)
+    for names in (("stdlib", "platstdlib"), ("purelib", "platlib"))
+)
+
+_DATA = frozenset(("argparse", "collections", "configparser", "multiprocessing", "optparse"))
+
+
+def holds_data(cls: type) -> bool:
+    """Whether a class of Python's library holds data like classes of a user do."""
+    return cls.__module__.partition(".")[0] in _DATA or cls is threading.Event
 
 
 def routines(value: Any) -> Iterable[Any]:

@@ -8,16 +8,22 @@ on tensors of its own, or branches on data.
 """
 
 import contextlib
+import enum
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.bytecode import returns_none
+from bnrewrite.capture.comparisons import refuse_decisions, restoring_calls
+from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
 from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.capture.patches import (
     CONTEXT,
@@ -29,37 +35,10 @@ from bnrewrite.capture.patches import (
     plainly,
     record_functions,
 )
-from bnrewrite.capture.proxy import Proxy
+from bnrewrite.capture.proxy import Attribute, Proxy
 from bnrewrite.capture.reads import Reads
-from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import Tracing
-
-
-class Form(NamedTuple):
-    """One way to call a forward.
-
-    Attributes:
-        lists: whether arguments that are asked for their type are lists, and not tensors.
-        given: names of the optional arguments that are given, in order, and are not None.
-    """
-
-    lists: bool = False
-    given: tuple[str, ...] = ()
-
-
-PLAIN = Form()
-
-
-class Refused(BnRewriteError):  # noqa: N818
-    """A forward that a captured graph would change; the message says why and where.
-
-    ``assumptions`` is what the trace had read when it ended, ``scope`` the path of the module whose
-    forward was at fault.
-    """
-
-    assumptions: Assumptions | None = None
-    scope: str = ""
+from bnrewrite.sites.tracing import Tracing
 
 
 class OwnerTracer(fx.Tracer):
@@ -87,6 +66,7 @@ class OwnerTracer(fx.Tracer):
         self.asked: set[str] = set()
         self.refusal: Refused | None = None
         self.recording = False
+        self.thread = threading.get_ident()
         self.parameter_proxies: dict[str, fx.Proxy] = {}
 
     def note_refusal(self, reason: str) -> None:
@@ -119,6 +99,7 @@ class OwnerTracer(fx.Tracer):
                 noting_reads(paths, self),
                 keeping_random_state(self),
                 RefuseEffects(self),
+                restoring_calls(),
             ):
                 graph = self._record_graph(root, paths)
         except Exception as error:
@@ -176,7 +157,15 @@ class OwnerTracer(fx.Tracer):
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy of a new node; no code of the user's runs meanwhile."""
-        return plainly(super().create_proxy, *args, **kwargs)
+        new = plainly(super().create_proxy, *args, **kwargs)
+        if self.recording:
+            refuse_decisions(self, new)
+        return new
+
+    def watch_attribute(self, attribute: Attribute) -> None:
+        """Has the trace refused where the code compares an attribute of a value at once."""
+        if self.recording:
+            refuse_decisions(self, attribute)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -235,6 +224,9 @@ class OwnerTracer(fx.Tracer):
             return a.node
         if kind in _PLAIN:
             return a
+        plain = _plain(a)
+        if plain is not None:
+            return plain
         if kind is OrderedDict:
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
@@ -252,8 +244,14 @@ class OwnerTracer(fx.Tracer):
         """A call; what fx reads of the module on the way is not the forward's doing."""
         with self.paused():
             path = self.path_of_module(m)
+            if not path:
+                self.refuse("calls itself")
+            called = None
             if path not in self._through:
-                return self.create_proxy("call_module", path, args, kwargs)
+                called = self.create_proxy("call_module", path, args, kwargs)
+        if called is not None:
+            refuse_decisions(self, called)
+            return called
         self.assumptions.classes[path] = original_class(m)
         self._see_forward(m)
         self._scopes.append((path, self._num_calls))
@@ -274,12 +272,18 @@ class OwnerTracer(fx.Tracer):
         finally:
             self.recording = recording
 
+    def has_attribute(self, value: Any, name: str) -> bool:
+        """The answer to ``hasattr`` about a value: what is no tensor's may be there or not."""
+        if not hasattr(Tensor, name):
+            self.refuse(f"asks whether a value has {name!r}")
+        return self.passes_for(value, Tensor)
+
     def passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
         """The answer to ``isinstance``: all arguments that are asked are of one type."""
         if proxy.node.op == "placeholder":
             self.asked.add(proxy.node.name)
             return issubclass(list if self._form.lists else Tensor, classes)
-        if not self._is_layer(proxy.node):
+        if not self.is_layer(proxy.node):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
 
@@ -289,10 +293,20 @@ class OwnerTracer(fx.Tracer):
         if path is not None:
             self.assumptions.instances[path, classes] = answer
 
-    def _is_layer(self, node: fx.Node) -> bool:
-        """Whether ``node`` calls a layer of torch's that makes a tensor."""
+    def is_layer(self, node: fx.Node) -> bool:
+        """Whether ``node`` calls a layer of torch's that makes a tensor; notes that it does."""
         if node.op != "call_module":
             return False
+        cls = self._called_class(node)
+        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
+
+    def gives_a_value(self, node: fx.Node) -> bool:
+        """Whether the module that ``node`` calls never returns None; notes its class."""
+        forward = inspect.unwrap(self._called_class(node).forward)
+        return self.is_layer(node) or not returns_none(getattr(forward, "__code__", None))
+
+    def _called_class(self, node: fx.Node) -> type:
+        """Class of the module that makes the result of ``node``, and in a sequence of the last."""
         path = str(node.target)
         layer = self.root.get_submodule(path)  # pyright: ignore
         while original_class(layer) is nn.Sequential and len(layer):  # pyright: ignore
@@ -300,10 +314,26 @@ class OwnerTracer(fx.Tracer):
             name, layer = list(layer.named_children())[-1]
             path = f"{path}.{name}"
         self.assumptions.layers[path] = cls = original_class(layer)
-        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
+        return cls
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+def _plain(value: Any) -> Any:
+    """A number or text of a class of its own as what it is, since code spells it; else None.
+
+    numpy's float64 is one, and torch takes it for the float that it is.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, enum.Enum):
+        return None
+    for cls in (float, int, str):
+        if isinstance(value, cls):
+            return value if type(value) in _PLAIN else cls(value)
+    return None
+
 
 _CONTAINERS = (
     dict, list, tuple, torch.Size, fx.immutable_collections.immutable_dict,
@@ -316,24 +346,3 @@ _LAYERS = (
     nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample,
 )  # fmt: skip
 """Layers that make a tensor of whatever they accept."""
-
-
-def arguments_of(forward: Callable, form: Form) -> list[str]:
-    """Names of the arguments that ``forward`` cannot do without, and of those that are given.
-
-    Raises:
-        Refused: it requires a keyword-only argument.
-    """
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            raise Refused(f"requires the keyword argument {parameter.name!r}")
-    return [
-        parameter.name
-        for parameter in parameters
-        if parameter.name in form.given
-        or (
-            parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            and parameter.default is parameter.empty
-        )
-    ]

@@ -14,15 +14,22 @@ libraries, and of torch's ``_composable``, are not known here; what they run com
 do compiled graphs and sites without running statistics, which have nothing to be known by.
 """
 
+import contextlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
@@ -95,13 +102,41 @@ def communicate_once(
     record = getattr(repeated, _RECORD, None)
     result = None if record is None else record.take(key, shapes, run)
     if result is None:
-        with below_autograd():
+        with below_autograd(), hidden_from_policies():
             result = communicate()
     for keeper in keepers:
         if not hasattr(keeper, _RECORD):
             setattr(keeper, _RECORD, _Record())
         getattr(keeper, _RECORD).keep(key, shapes, buffers, result)
     return result
+
+
+def hidden_from_policies() -> contextlib.AbstractContextManager[None]:
+    """Hides ops from selective checkpointing, which counts on each of them running again."""
+    return _hidden() if torch._C._len_torch_dispatch_stack() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _hidden() -> Iterator[None]:
+    modes = _get_current_dispatch_mode_stack()
+    others = [mode for mode in modes if not isinstance(mode, _POLICIES)]
+    if len(others) == len(modes):
+        yield
+        return
+    with _disable_current_modes():
+        for mode in others:
+            _push_mode(mode)
+        try:
+            yield
+        finally:
+            for _ in others:
+                _pop_mode()
+
+
+_POLICIES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 def _may_be_checkpointed() -> bool:

@@ -93,8 +93,7 @@ def _put_behind_end_node(
         weight, bias = tensors[i + 1], tensors[i + 2]
         if weight is not None and weight.requires_grad:
             moved.append(i + 1)
-        read = i // _TENSORS in inside or sites[i // _TENSORS].act[0] != "identity"
-        if bias is not None and bias.requires_grad and read:
+        if bias is not None and bias.requires_grad and _reads_bias(i // _TENSORS, sites, inside):
             moved.append(i + 2)
     between = HandOver([tensors[i].grad_fn for i in wanted])
     behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
@@ -102,6 +101,14 @@ def _put_behind_end_node(
     for i, tensor in zip(moved, behind, strict=True):
         tensors[i] = tensor
     return between
+
+
+def _reads_bias(index: int, sites: Sequence[Site], inside: set[int]) -> bool:
+    """Whether the backward computes again what the site ``index`` activated, or a part of that."""
+    site = sites[index]
+    if site.act[0] == "identity" or not site_arguments.prefers_recomputing(site.input):
+        return index in inside
+    return site.residual is None and (site.residual_site is None or site.residual_site in inside)
 
 
 class _EndCollective(torch.autograd.Function):
@@ -181,8 +188,10 @@ class _BatchNorm(torch.autograd.Function):
                 stats.append(stat)
                 kept.append(total)
         used = [
-            None if act[0] == "identity" and i not in inside else bias
-            for i, (bias, (_, _, _, act)) in enumerate(zip(biases, scalars, strict=True))
+            bias if i in inside or (act[0] != "identity" and total is None) else None
+            for i, (bias, total, (_, _, _, act)) in enumerate(
+                zip(biases, kept, scalars, strict=True)
+            )
         ]
         ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]

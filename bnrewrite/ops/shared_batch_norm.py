@@ -21,7 +21,7 @@ from bnrewrite.collectives import end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
-from bnrewrite.ops.checkpointing import communicate_once
+from bnrewrite.ops.checkpointing import communicate_once, hidden_from_policies
 from bnrewrite.ops.epilogue import compose, joins_phases
 from bnrewrite.ops.library import (
     LIBRARY,
@@ -159,7 +159,7 @@ def _finish_batch_norm(
     if taking_part:
         place = {i: index for index, i in enumerate(taking_part)}
         members = [_member(sites[i], place) if i in fused else sites[i].alone() for i in place]
-        with below_autograd():
+        with below_autograd(), hidden_from_policies():
             totals = end_all_reduce_sum(pending, sum(2 * x.size(1) + 1 for x in xs.values()))
         group_name = next(iter(taking_part.values()))
         ys = normalize_sites(_counted(members), list(xs.values()), totals, group_name)

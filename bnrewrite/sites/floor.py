@@ -28,6 +28,7 @@ from bnrewrite.sites.classes import (
 )
 from bnrewrite.sites.evaluate import evaluate, site_number
 from bnrewrite.sites.schedule import EVALUATES, SCHEDULE, Schedule
+from bnrewrite.sites.tracing import Tracing, tracer_here
 
 _STATE = "_bnrewrite_site"
 
@@ -71,12 +72,6 @@ def checked_input(check: Any, x: Tensor) -> Tensor:
     """``x`` after the ``_check_input_dim`` of its BatchNorm module has accepted it."""
     check(x)
     return x
-
-
-class Tracing:
-    """The tracer that captures a module at this moment, or None."""
-
-    tracer: Any = None
 
 
 def call_in_trace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,7 +124,7 @@ class SiteForward(Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input`` (N, C, *) with the mode and group of the site."""
-        if Tracing.tracer is not None:
+        if Tracing.tracer is not None and tracer_here() is not None:
             if not has_own_forward(self):  # pyright: ignore
                 return call_in_trace(self, (input,), {})
             # A subclass that calls super().forward() is being traced.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -130,6 +131,9 @@ class Schedule:
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        if self._told() is not None and DistributedDataParallel._active_ddp_module is None:
+            # A gradient that the DDP instance of the model does not reduce is none of a step.
+            return
         world = default_group()
         if world is not None and self._seen() is not world:
             for leaf in tree_leaves(result):
@@ -142,6 +146,9 @@ class Schedule:
         if world is None or self._seen() is world or not check_enabled():
             return
         members = self.members()
+        if not _gradients_are_wanted(members):
+            # A saliency map or an attack asks for that of an input: nobody trains.
+            return
         flags = _flags(members)
         group, known = self._evaluated
         known = known if group() is world else []
@@ -242,6 +249,25 @@ class Schedule:
                         shared=weakref.ref(self.ddp_buffers),
                     ),
                 )
+
+
+def _gradients_are_wanted(members: list[Any]) -> bool:
+    """Whether the backward that runs now makes gradients of parameters of ``members``.
+
+    Where none of them can have one, others may train all the same.
+    """
+    parameters = [p for member in members for p in member.parameters() if p.requires_grad]
+    return not parameters or any(map(_gradient_is_wanted, parameters))
+
+
+def _gradient_is_wanted(parameter: Tensor) -> bool:
+    with torch.enable_grad():
+        node = get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # So torch says that autograd.grad() was given this very parameter.
+        return True
 
 
 def _flags(members: list[Any]) -> list[Flags]:

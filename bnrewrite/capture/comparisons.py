@@ -1,0 +1,131 @@
+"""Refusing what code decides about values by itself: by identity, by exceptions, by patterns."""
+
+import contextlib
+import operator
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor
+
+from bnrewrite.capture.bytecode import Decisions, decisions
+from bnrewrite.capture.frames import is_ours, user_frames
+from bnrewrite.capture.proxy import PROXIES, Attribute
+
+
+def refuse_decisions(tracer: Any, new: Any) -> None:
+    """Has ``tracer`` refuse a forward that decides something about a value that it computes.
+
+    A proxy answers such questions as itself: it is not None, it is no other proxy, nothing that it
+    does raises. Looked at are ``new``, a value that was just made, and those in variables of the
+    code that runs.
+    """
+    for depth, frame in enumerate(user_frames()):
+        found = decisions(frame.f_code)
+        if found is None:
+            continue
+        at = frame.f_lasti
+        if any(start <= at < end for start, end in found.tried):
+            tracer.refuse("computes where it catches exceptions")
+        if depth == 0:
+            _refuse_comparison(tracer, new, at in found.none_results, at in found.results)
+        if found.none_names or found.names:
+            _refuse_in_variables(tracer, frame.f_locals, found)
+
+
+@contextlib.contextmanager
+def restoring_calls() -> Iterator[None]:
+    """Ends what :func:`watch_calls` begins."""
+    before = sys.gettrace()
+    try:
+        yield
+    finally:
+        if sys.gettrace() is not before:
+            sys.settrace(before)
+
+
+def compares_arguments(code: CodeType, found: Decisions) -> bool:
+    """Whether ``code`` compares its own arguments, and may do nothing else with them."""
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return code.co_name != "forward" and not (found.none_names | found.names).isdisjoint(names)
+
+
+def watch_calls(tracer: Any) -> None:
+    """Has ``tracer`` refuse functions that are given a value and only compare it.
+
+    They make no value, so that nothing else would notice. Python then tells of every call, which
+    costs about half as much as the trace, so it is for code that has such functions.
+    """
+    before: Any = sys.gettrace()
+    if isinstance(before, _Calls) and before.tracer is tracer:
+        return
+    sys.settrace(_Calls(tracer, before))
+
+
+class _Calls:
+    """What Python tells of calls, on their way to whom it told before, a debugger perhaps."""
+
+    def __init__(self, tracer: Any, before: Any) -> None:
+        self.tracer = tracer
+        self.before = before
+
+    def __call__(self, frame: FrameType, event: Any, arg: Any) -> Any:
+        if self.tracer.recording:
+            found = _of_users(frame.f_code)
+            if found is not None and (found.none_names or found.names):
+                _refuse_in_variables(self.tracer, frame.f_locals, found)
+        return None if self.before is None else self.before(frame, event, arg)
+
+
+_USERS: dict[int, tuple[CodeType, Decisions | None]] = {}
+
+
+def _of_users(code: CodeType) -> Decisions | None:
+    """What ``code`` decides, if it is no code of torch or of this package."""
+    found = _USERS.get(id(code))
+    if found is None:
+        found = _USERS[id(code)] = (code, None if is_ours(code.co_filename) else decisions(code))
+    return found[1]
+
+
+def _refuse_in_variables(tracer: Any, variables: dict[str, Any], found: Decisions) -> None:
+    for name in found.none_names | found.names:
+        value = variables.get(name)
+        if type(value) in PROXIES:
+            _refuse_comparison(tracer, value, name in found.none_names, name in found.names)
+
+
+def _refuse_comparison(tracer: Any, value: Any, with_none: bool, with_others: bool) -> None:
+    if with_others:
+        tracer.refuse("compares a value that it computes by its identity")
+    if with_none and _may_be_none(tracer, value):
+        tracer.refuse("compares a value that it computes with None")
+
+
+def _may_be_none(tracer: Any, value: Any) -> bool:
+    """Whether a value may be None: what a call gives, a member of something, a gradient."""
+    if type(value) is Attribute and value._node is None:
+        return _attribute_may_be_none(value.attr)
+    node = value.node
+    if node.op == "call_module":
+        return not tracer.gives_a_value(node)
+    if node.op == "call_method":
+        return not hasattr(Tensor, str(node.target))
+    if node.op != "call_function":
+        # Calls with None for an argument run no graph, and parameters are looked at.
+        return False
+    if node.target is getattr:
+        return _attribute_may_be_none(str(node.args[1]))
+    if node.target is operator.getitem:
+        return True
+    home = getattr(node.target, "__module__", None) or ""
+    return not home.startswith(("torch", "_operator", "math"))
+
+
+_OPTIONAL = frozenset(("grad", "grad_fn", "names"))
+"""Attributes of tensors that may be None."""
+
+
+def _attribute_may_be_none(name: str) -> bool:
+    return name in _OPTIONAL or not hasattr(Tensor, name)

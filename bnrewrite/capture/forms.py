@@ -1,0 +1,55 @@
+"""Forms of calls of a forward: each has a graph of its own, or none."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.errors import BnRewriteError
+
+
+class Form(NamedTuple):
+    """One way to call a forward.
+
+    Attributes:
+        lists: whether arguments that are asked for their type are lists, and not tensors.
+        given: names of the optional arguments that are given, in order, and are not None.
+    """
+
+    lists: bool = False
+    given: tuple[str, ...] = ()
+
+
+PLAIN = Form()
+
+
+class Refused(BnRewriteError):  # noqa: N818
+    """A forward that a captured graph would change; the message says why and where.
+
+    ``assumptions`` is what the trace had read when it ended, ``scope`` the path of the module whose
+    forward was at fault.
+    """
+
+    assumptions: Assumptions | None = None
+    scope: str = ""
+
+
+def arguments_of(forward: Callable, form: Form) -> list[str]:
+    """Names of the arguments that ``forward`` cannot do without, and of those that are given.
+
+    Raises:
+        Refused: it requires a keyword-only argument.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            raise Refused(f"requires the keyword argument {parameter.name!r}")
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.name in form.given
+        or (
+            parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            and parameter.default is parameter.empty
+        )
+    ]

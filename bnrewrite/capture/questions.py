@@ -1,0 +1,89 @@
+"""Builtins that code asks about values, as the traced code finds them while a trace records.
+
+They stand in the globals of its modules until the conversion ends, in front of the builtins.
+"""
+
+from typing import Any
+
+from bnrewrite.capture.proxy import PROXIES
+from bnrewrite.sites.tracing import tracer_here
+
+
+def _recorder(value: Any) -> Any:
+    """The tracer that records ``value``, a proxy; None for any other value."""
+    return value.tracer if type(value) in PROXIES and value.tracer.recording else None
+
+
+def _has_attribute(value: Any, name: str, /) -> bool:
+    tracer = _recorder(value)
+    return hasattr(value, name) if tracer is None else tracer.has_attribute(value, name)
+
+
+def _get_attribute(value: Any, name: str, /, *default: Any) -> Any:
+    tracer = _recorder(value)
+    if tracer is not None and default:
+        tracer.has_attribute(value, name)
+    return getattr(value, name, *default)
+
+
+def _identity(value: Any, /) -> int:
+    tracer = _recorder(value)
+    if tracer is not None:
+        tracer.refuse("asks for the identity of a value that it computes")
+    return id(value)
+
+
+def _is_callable(value: Any, /) -> bool:
+    tracer = _recorder(value)
+    if tracer is not None:
+        tracer.refuse("asks whether a value that it computes can be called")
+    return callable(value)
+
+
+_prints = print
+
+
+def _print(*args: Any, **kwargs: Any) -> None:
+    tracer = tracer_here()
+    if tracer is not None and tracer.recording:
+        tracer.refuse("prints")
+    _prints(*args, **kwargs)
+
+
+class _TypeOfTypes(type):
+    """Has ``type(value)`` ask, and everything else be as with ``type``."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            tracer = _recorder(args[0])
+            if tracer is not None:
+                tracer.refuse("asks for the type of a value that it computes")
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class _Type(type, metaclass=_TypeOfTypes):
+    """Stands for ``type``."""
+
+
+QUESTIONS: dict[str, Any] = {
+    "hasattr": _has_attribute,
+    "getattr": _get_attribute,
+    "id": _identity,
+    "callable": _is_callable,
+    "print": _print,
+    "type": _Type,
+}
+"""By the names of the builtins that they stand for."""
+
+_OURS = frozenset(map(id, QUESTIONS.values()))
+
+
+def is_question(value: Any) -> bool:
+    """Whether ``value`` is one of :data:`QUESTIONS`, and no name of the user's."""
+    return id(value) in _OURS
