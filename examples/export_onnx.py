@@ -1,10 +1,11 @@
 """Export of a trained network to ONNX, and its answers in onnxruntime.
 
-    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py --checkpoint checkpoint.pt
+    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py
     python examples/export_onnx.py checkpoint.pt digits.onnx
 
-Without a checkpoint it exports fresh weights. The network need not be converted: the exported
-graph is that of evaluation, which conversion does not change.
+Without arguments it takes the checkpoint.pt that the training wrote, and fresh weights where there
+is none. The network need not be converted: the exported graph is that of evaluation, which
+conversion does not change.
 """
 
 import argparse
@@ -26,8 +27,11 @@ def main() -> None:
     args = parser.parse_args()
 
     network = bnrewrite.convert(DigitsNet(), mode="sync")
-    if args.checkpoint is not None:
-        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    trained = Path("checkpoint.pt")
+    checkpoint = args.checkpoint or (trained if trained.exists() else None)
+    print(f"weights: {checkpoint or 'fresh ones'}")
+    if checkpoint is not None:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         network.load_state_dict(state["network"])
 
     _, test_data = load_digits(seed=0)

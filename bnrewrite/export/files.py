@@ -35,7 +35,13 @@ def staged(target: Path | None) -> Iterator[Path]:
             # The weights first: a model must never name a file that is not there yet.
             paths = sorted(folder.iterdir(), key=lambda path: path.name == name)
             for path in paths:
-                os.replace(path, target.parent / path.name)
+                place = target.parent / path.name
+                if path.name != name and place.exists() and place != replaced:
+                    raise ExportError(
+                        f"the weights would go to {str(place)!r}, which is there and belongs to no "
+                        f"model at {target.name!r}. Remove it, or choose another path."
+                    )
+                os.replace(path, place)
             if replaced is not None and replaced.name not in [path.name for path in paths]:
                 replaced.unlink()
                 log.info("removed %s, the weights of the replaced model", replaced.name)

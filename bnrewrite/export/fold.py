@@ -152,6 +152,8 @@ def _replace(
         layer.replace_input_with(2, bias_value)
     else:
         bias_value.const_value = ir.tensor(bias, name=str(bias_value.name))
+        # A Gemm broadcasts its bias, and the one of a BatchNorm differs between channels.
+        bias_value.shape = ir.Shape(bias.shape)
     result, merged = node.outputs[0], layer.outputs[0]
     merged.shape = result.shape
     for index, output in enumerate(graph.outputs):

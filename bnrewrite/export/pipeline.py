@@ -19,7 +19,7 @@ from bnrewrite.export.mixed import widen_batch_norms
 from bnrewrite.export.paths import data_name
 from bnrewrite.export.plain import plain_copy
 from bnrewrite.export.report import ExportReport, TensorReport
-from bnrewrite.export.second import second_example
+from bnrewrite.export.second import axis_limits, second_example
 from bnrewrite.export.trace import Traced, trace
 
 log = logging.getLogger(__name__)
@@ -91,20 +91,35 @@ def run(job: Job, target: Path | None) -> ExportReport:
         log.info("writing and checking")
         files.write(model, path, external=external)
         verify.check(path)
-        verified = _verify(job, traced, path)
+        verified = _verify(job, traced, model, path)
         proto = onnx.load(path) if target is None else None
     counts = num_folded, traced.num_batch_stats
-    return _report(job, model, (target, proto, external), counts, verified)
+    ranges = _ranges(model, traced)
+    return _report(job, model, (target, proto, external), counts, verified, ranges)
 
 
-def _verify(job: Job, traced: Traced, path: Path) -> _Verified:
+def _ranges(model: ir.Model, traced: Traced) -> dict[str, tuple[int, int | None]]:
+    """Limits of dynamic axes, by their names in the file."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for value, limits in zip(model.graph.inputs, axis_limits(traced.program), strict=True):
+        shape = _tensor_report(value).shape
+        found.update({str(shape[axis]): limit for axis, limit in limits.items()})
+    return found
+
+
+def _verify(job: Job, traced: Traced, model: ir.Model, path: Path) -> _Verified:
     if not job.verify:
         return _Verified(why_not="verify=False")
     if not verify.has_onnxruntime():
         return _Verified(why_not="onnxruntime is not installed")
     log.info("comparing with the model in onnxruntime")
     runtime = verify.Runtime(path)
-    tolerance = verify.Tolerance(*job.tolerances)
+    rounded = any(
+        attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS)
+        for node in model.graph.all_nodes()
+        for attribute in node.attributes.values()
+    )
+    tolerance = verify.Tolerance(*job.tolerances, rounded)
     total = _compare(job, runtime, job.example.tensors, job.expected, tolerance)
     sizes = [_batch_size(job.example.tensors)]
     second = second_example(traced.program, job.example, job.axes)
@@ -139,6 +154,7 @@ def _report(
     written: tuple[Path | None, onnx.ModelProto | None, bool],
     counts: tuple[int, int],
     verified: _Verified,
+    ranges: dict[str, tuple[int, int | None]],
 ) -> ExportReport:
     target, proto, external = written
     nodes = [node.op_type for node in model.graph.all_nodes()]
@@ -158,6 +174,7 @@ def _report(
         max_rel=None if difference is None else difference.max_rel,
         inputs=tuple(map(_tensor_report, model.graph.inputs)),
         outputs=tuple(map(_tensor_report, model.graph.outputs)),
+        ranges=ranges,
         model=proto,
     )
 

@@ -1,16 +1,18 @@
 """A plain copy of a module: reverted, in eval mode, sharing every tensor with the original."""
 
 import contextlib
+import enum
 import functools
 import inspect
-from collections import OrderedDict, defaultdict
-from types import CellType, FunctionType, MethodType
+from collections import Counter, OrderedDict, defaultdict, deque
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from bnrewrite.capture.seen import is_library
 from bnrewrite.sites.classes import original_class
 
 _MARK = "_bnrewrite_"
@@ -39,20 +41,27 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` as if it had never been converted, compiled or wrapped, in eval mode.
 
-    Modules are copied, with the containers and bound methods that refer to them; parameters,
-    buffers and every other object are shared. Nothing of the user's runs: not ``train``, which
-    subclasses override with side effects, and not ``__deepcopy__``, which fails on process groups
-    and on tensors that are not leaves.
+    Modules are copied, with the containers, objects, functions and bound methods that refer to
+    them or keep what they compute; what several of them share, their copies share. Parameters,
+    buffers and objects of libraries are shared with the original. Nothing of the user's runs: not
+    ``train``, which subclasses override with side effects, and not ``__deepcopy__``, which fails on
+    process groups and on tensors that are not leaves.
     """
     return _Copier().module(model)
 
 
 class _Copier:
-    """Copies modules one by one and remembers which became which."""
+    """Copies values one by one and remembers which became which."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, nn.Module] = {}
-        self._functions: dict[int, FunctionType] = {}
+        # By identity; the originals are kept alive, so that numbers stay those of one object.
+        self._copies: dict[int, Any] = {}
+        self._originals: list[Any] = []
+
+    def _remember(self, original: Any, copied: Any) -> Any:
+        self._copies[id(original)] = copied
+        self._originals.append(original)
+        return copied
 
     def module(self, original: nn.Module) -> nn.Module:
         if isinstance(original, torch.jit.ScriptModule):
@@ -60,9 +69,7 @@ class _Copier:
         original = unwrap(original)
         if id(original) in self._copies:
             return self._copies[id(original)]
-        cls = original_class(original)
-        copied = cls.__new__(cls)
-        self._copies[id(original)] = copied
+        copied = self._remember(original, _empty(original_class(original)))
         for name, value in original.__dict__.items():
             if not name.startswith(_MARK):
                 copied.__dict__[name] = self.value(value)
@@ -73,29 +80,63 @@ class _Copier:
     def value(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             return self.module(value)
+        if id(value) in self._copies:
+            return self._copies[id(value)]
         kind = type(value)
-        if kind in (dict, OrderedDict):
-            return kind((key, self.value(one)) for key, one in value.items())
-        if kind is defaultdict:
-            items = ((key, self.value(one)) for key, one in value.items())
-            return defaultdict(value.default_factory, items)
-        if kind in (list, tuple, set):
-            return kind(self.value(one) for one in value)
-        if kind is MethodType and isinstance(value.__self__, nn.Module):
-            return MethodType(value.__func__, self.module(value.__self__))
+        if kind in (dict, OrderedDict, defaultdict, Counter):
+            copied = self._remember(value, kind())
+            if kind is defaultdict:
+                copied.default_factory = value.default_factory
+            for key, one in value.items():
+                copied[key] = self.value(one)
+            return copied
+        if kind in (list, set, deque):
+            copied = deque(maxlen=value.maxlen) if kind is deque else kind()
+            self._remember(value, copied)
+            (copied.update if kind is set else copied.extend)(map(self.value, value))
+            return copied
+        if kind is tuple:
+            return kind(map(self.value, value))
+        make = getattr(kind, "_make", None) if issubclass(kind, tuple) else None
+        if make is not None:
+            return make(map(self.value, value))
+        if kind is MethodType:
+            return MethodType(value.__func__, self.value(value.__self__))
         if kind is FunctionType and value.__closure__:
             return self.function(value)
         if kind is functools.partial:
             arguments = map(self.value, value.args)
             keywords = {name: self.value(one) for name, one in value.keywords.items()}
             return functools.partial(self.value(value.func), *arguments, **keywords)
+        if kind is SimpleNamespace or _is_of_user(value):
+            return self._object(value)
         return value
+
+    def _object(self, original: Any) -> Any:
+        """An object with attributes; itself where Python cannot make an empty one."""
+        contents: Any = original
+        base: Any = next((one for one in _BASES if isinstance(original, one)), object)
+        try:
+            copied = base.__new__(type(original))
+        except TypeError:
+            return original
+        self._remember(original, copied)
+        if base is list:
+            base.extend(copied, map(self.value, base.__iter__(contents)))
+        elif base is dict:
+            base.update(copied, {key: self.value(one) for key, one in base.items(contents)})
+        for name, value in vars(original).items():
+            copied.__dict__[name] = self.value(value)
+        return copied
 
     def function(self, original: FunctionType) -> FunctionType:
         """A function that closes over modules, as forwards put on an instance and hooks do."""
-        if id(original) in self._functions:
-            return self._functions[id(original)]
-        cells = tuple(CellType() for _ in original.__closure__ or ())
+        closure = original.__closure__ or ()
+        known = [id(cell) in self._copies for cell in closure]
+        cells = tuple(
+            self._copies[id(cell)] if is_known else self._remember(cell, CellType())
+            for cell, is_known in zip(closure, known, strict=True)
+        )
         copied = FunctionType(
             original.__code__,
             original.__globals__,
@@ -105,9 +146,33 @@ class _Copier:
         )
         copied.__kwdefaults__ = original.__kwdefaults__
         copied.__dict__.update(original.__dict__)
-        self._functions[id(original)] = copied
-        for cell, before in zip(cells, original.__closure__ or (), strict=True):
+        self._remember(original, copied)
+        for cell, before, is_known in zip(cells, closure, known, strict=True):
             # A cell may be empty: its variable was not assigned yet.
             with contextlib.suppress(ValueError):
-                cell.cell_contents = self.value(before.cell_contents)
+                if not is_known:
+                    cell.cell_contents = self.value(before.cell_contents)
         return copied
+
+
+_BASES = (list, dict, SimpleNamespace)
+"""Of which Python makes empty objects in ways of their own."""
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    """A module of this very class; that of a GraphModule makes a new class each time."""
+    try:
+        return object.__new__(cls)
+    except TypeError:
+        return cls.__new__(cls)
+
+
+def _is_of_user(value: Any) -> bool:
+    """Whether ``value`` is an object of a class of the user's, which may refer to modules."""
+    cls = type(value)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, (type, ModuleType, FunctionType, enum.Enum, BaseException))
+        and not isinstance(value, (torch.Tensor, OrderedDict))
+        and not is_library(cls.__module__)
+    )

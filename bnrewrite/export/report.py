@@ -45,6 +45,8 @@ class ExportReport:
         max_rel: largest difference relative to the scale of its output, likewise.
         inputs: inputs of the graph.
         outputs: outputs of the graph.
+        ranges: sizes that dynamic axes are limited to, by their names, because the model does
+            something else beyond them, or fails: the least and the largest, None for no limit.
         model: the ONNX model if no path was given.
     """
 
@@ -62,6 +64,7 @@ class ExportReport:
     max_rel: float | None
     inputs: tuple[TensorReport, ...]
     outputs: tuple[TensorReport, ...]
+    ranges: dict[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
     model: "ModelProto | None" = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +82,8 @@ class ExportReport:
         ]
         for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
             lines.append(f"  {kind:18}  {', '.join(map(str, tensors))}")
+        if self.ranges:
+            lines.append(f"  only for            {', '.join(map(_range, self.ranges.items()))}")
         if self.external_data:
             lines.append(f"  weights             {self.external_data}")
         if self.verified:
@@ -90,3 +95,8 @@ class ExportReport:
         else:
             lines.append(f"  not verified        {self.unverified}; onnx.checker passed")
         return "\n".join(lines)
+
+
+def _range(named: tuple[str, tuple[int, int | None]]) -> str:
+    name, (least, largest) = named
+    return f"{name} from {least}" + ("" if largest is None else f" to {largest}")

@@ -45,6 +45,28 @@ def second_example(
     return None
 
 
+def axis_limits(program: ExportedProgram) -> list[dict[int, tuple[int, int | None]]]:
+    """For each input the least and the largest size of those dynamic axes that are limited.
+
+    Every axis holds something: sizes of one and two are no limits that code has asked about.
+    """
+    found: list[dict[int, tuple[int, int | None]]] = []
+    for shape in _sizes(program):
+        limits: dict[int, tuple[int, int | None]] = {}
+        for axis, size in enumerate(shape):
+            limit = None if isinstance(size, int) else program.range_constraints.get(size)
+            if limit is None:
+                continue
+            largest = int(limit.upper) if limit.upper < _ENDLESS else None
+            if limit.lower > _FEW or largest is not None:
+                limits[axis] = int(limit.lower), largest
+        found.append(limits)
+    return found
+
+
+_FEW, _ENDLESS = 2, 2**31
+
+
 def _of_one_name(symbol: Any, sizes: list[list[Any]], axes: Axes) -> list[Any]:
     """``symbol`` and the symbols of the axes to which the user gave the same name."""
     names = {

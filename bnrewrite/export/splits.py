@@ -55,8 +55,8 @@ def _slice(graph: ir.Graph, reader: ir.Node, source: ir.Value, size: ir.Value, a
     old = reader.outputs[0]
     piece.type, piece.shape = old.type, old.shape
     graph.insert_before(reader, list(made.nodes))
-    old.replace_all_uses_with(piece)
     for index, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[index] = piece
+    old.replace_all_uses_with(piece)
     graph.remove(reader, safe=True)

@@ -87,6 +87,8 @@ def trace(model: nn.Module, example: Example, axes: Axes) -> Traced:
 
 
 def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
+    # What strict tracing notes at its inputs, it would find there the next time.
+    tensors = tuple(tensor.detach() for tensor in example.tensors)
     shapes = {"tensors": tuple(torch_shapes(axes))} if any(axes) else None
     # Without it, an example with a batch of one would fix the batch.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
@@ -100,9 +102,7 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
         # leaves a size dynamic that the code converts to an int, which fixes it otherwise.
         for strict in (False, True):
             try:
-                return torch.export.export(
-                    adapter, example.tensors, dynamic_shapes=shapes, strict=strict
-                )
+                return torch.export.export(adapter, tensors, dynamic_shapes=shapes, strict=strict)
             except Exception as error:
                 log.debug("torch.export with strict=%s fails: %s", strict, error)
                 failures.append(error)
