@@ -1,6 +1,7 @@
 """Forwards that decide by what no proxy can show run as they are; others are captured."""
 
 import argparse
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -41,6 +43,7 @@ class Net(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.conv2, self.bn2 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.aux, self.even, self.scaled = Aux(), Even(), Scaled(4, 4, 1)
+        self.hands = HandsOn()
         self.w = nn.Parameter(torch.ones(4, 3, 1, 1))
         self.args = argparse.Namespace(scale=1.0)
         self.slots = Slots()
@@ -58,6 +61,15 @@ class Net(nn.Module):
 class Aux(nn.Module):
     def forward(self, x: Tensor) -> Tensor | None:
         return x if self.training else None
+
+
+class HandsOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Aux()
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        return self.inner(x)
 
 
 class Even(nn.Module):
@@ -204,6 +216,73 @@ def _exists(value: Any) -> bool:
     return value is not None
 
 
+def _returned(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    extra = self.aux(y)
+    if extra is None:
+        return y * 2
+    return extra
+
+
+def _conditional(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    extra = self.aux(y)
+    return y * 2 if extra is None else extra
+
+
+def _walrus(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    if (extra := self.aux(y)) is not None:
+        return extra
+    return y * 2
+
+
+def _filtered(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    return sum([one for one in (y, self.aux(y)) if one is not None])  # pyright: ignore
+
+
+def _generated_sum(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    return y + sum(one for one in (y, self.aux(y)) if one is not None)
+
+
+def _nested(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    def exists(value: Any) -> bool:
+        return value is not None
+
+    return y * 2 if exists(self.aux(x)) else y
+
+
+def _first(*values: Any) -> Any:
+    for value in values:
+        if value is not None:
+            return value
+    return None
+
+
+def _helper(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    return _first(self.aux(y), y * 2)
+
+
+def _call(self: Net, x: Tensor) -> Tensor | None:
+    return self.aux(x)
+
+
+def _called(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    return y if _call(self, x) is None else y * 2
+
+
+def _of_dtype(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    return y * 2 if x.dtype is torch.float32 else y
+
+
+def _suppressed(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    with contextlib.suppress(RuntimeError):
+        y = self.even(y) * 2
+    return y
+
+
+def _handed_on(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    extra = self.hands(y)
+    return y if extra is None else y + extra
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "autocast that changes nothing": (_in_autocast, "enters autocast"),
     "enable_grad that changes nothing": (_with_gradients, "enters no_grad or enable_grad"),
@@ -228,6 +307,19 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "tree_map": (lambda self, y, x: tree_map(lambda t: t * 3, y), "asks for the structure"),
     "callable": (lambda self, y, x: y * 2 if callable(x) else y, "can be called"),
     "id": (lambda self, y, x: y * (2 if id(x) == id(X) else 1), "asks for the identity"),
+    "a return at once": (_returned, "with None"),
+    "a conditional expression": (_conditional, "with None"),
+    "a walrus": (_walrus, "with None"),
+    "a comprehension": (_filtered, "with None"),
+    "a generator": (_generated_sum, "with None"),
+    "a nested function": (_nested, "with None"),
+    "a function of any values": (_helper, "with None"),
+    "the result of a function": (_called, "with None"),
+    "a child that hands None on": (_handed_on, "with None"),
+    "a dtype": (_of_dtype, "by its identity"),
+    "suppress": (_suppressed, "catches exceptions"),
+    "dir": (lambda self, y, x: y * (2 if "tensors" in dir(x) else 1), "asks for the attributes"),
+    "builtins": (lambda self, y, x: y * (2 if builtins.hasattr(x, "tensors") else 1), "builtins"),
     "a function that only compares": (
         lambda self, y, x: y * 2 if _exists(self.aux(x)) else y,
         "with None",
@@ -309,6 +401,7 @@ CAPTURED: dict[str, Callable[..., Any]] = {
     "hasattr of a module": lambda self, y, x: y if hasattr(self, "nothing") else y * 2,
     "type of a module": lambda self, y, x: y * (2 if type(self.conv1) is nn.Conv2d else 1),
     "type as a class": lambda self, y, x: y * (2 if isinstance(nn.Conv2d, type) else 1),
+    "the type of a class": lambda self, y, x: y * (2 if type(nn.Conv2d) is type else 1),
     "an assertion": _asserted,
     "nullcontext": lambda self, y, x: contextlib.nullcontext(y).__enter__() * 2,
     "finally": lambda self, y, x: _cleaned_up(y),
@@ -463,6 +556,79 @@ def test_another_thread_goes_on_while_a_model_is_converted() -> None:
         sys.setswitchinterval(interval)
     assert not failed
     assert all(map(is_owner, models))
+
+
+def test_another_thread_runs_graphs_while_a_model_is_converted() -> None:
+    """Those with calls of ``F.batch_norm``, which torch.fx itself would not keep."""
+    other = bnrewrite.convert(perturb(Plain(calls=True))).eval()
+    expected, failed, ends = other(X), [], threading.Event()
+
+    def go_on() -> None:
+        while not ends.is_set():
+            try:
+                torch.testing.assert_close(other(X), expected)
+            except Exception as error:
+                failed.append(repr(error))
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        for _ in range(10):
+            bnrewrite.convert(Net(lambda self, y, x: y))
+    finally:
+        ends.set()
+        thread.join()
+    assert not failed
+
+
+def test_other_tracers_of_torch_record_what_a_graph_does() -> None:
+    model = bnrewrite.convert(perturb(Plain(calls=True)))
+    traced = make_fx(model)(X)
+    torch.testing.assert_close(traced(X), model(X))
+
+
+def test_a_child_that_asks_whether_its_argument_is_none() -> None:
+    """Calls with None run no graph of the child, so its graph is no part of another."""
+
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, mask: Any) -> Tensor:
+            y = self.bn(self.conv(x))
+            return y if mask is None else y * mask
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Masks(), Masks()
+
+        def forward(self, x: Any) -> Tensor:
+            return self.one(x.x, x.mask) + self.two(x.x, x.mask)
+
+    for mask in (None, X[:, :1]):
+        _assert_same(Two, lambda model, mask=mask: [model(Batch(X, mask))])
+
+
+def test_a_debugger_goes_on_seeing_calls() -> None:
+    seen: list[str] = []
+
+    def debugger(frame: Any, event: str, arg: Any) -> Any:
+        seen.append(frame.f_code.co_name)
+        # As a tracer in C does.
+        sys.settrace(debugger)
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(debugger)
+    try:
+        model = bnrewrite.convert(Net(REFUSED["a function that only compares"][0]))
+        assert sys.gettrace() is debugger
+    finally:
+        sys.settrace(before)
+    assert "with None" in bnrewrite.report(model).skipped[0].reason
+    assert "<lambda>" in seen
 
 
 def test_builtins_of_the_code_are_as_they_were() -> None:

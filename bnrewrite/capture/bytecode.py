@@ -7,16 +7,16 @@ notices. Where code does so is found in its instructions, once for each piece of
 import dataclasses
 import dis
 import itertools
+import sys
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 _NONE_JUMPS = frozenset(
     f"POP_JUMP_{way}IF_{what}"
     for way in ("", "FORWARD_", "BACKWARD_")
     for what in ("NONE", "NOT_NONE")
 )
-_NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "PRECALL", "NOT_TAKEN"))
+_NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "NOT_TAKEN"))
 _HANDLES = frozenset(("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "POP_EXCEPT"))
 _PATTERNS = frozenset(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"))
 
@@ -30,6 +30,7 @@ class Decisions:
         names: variables that are compared by ``is`` with anything else.
         none_results: offsets of instructions whose result is compared with None at once.
         results: offsets of those whose result is compared by ``is`` with anything else.
+        calls: whether any of these instructions is a call.
         classes: offsets of those that read ``__class__``.
         tried: ranges of offsets in which exceptions are caught.
         matches: whether it matches values against patterns of classes, mappings or sequences.
@@ -39,6 +40,7 @@ class Decisions:
     names: frozenset[str]
     none_results: frozenset[int]
     results: frozenset[int]
+    calls: bool
     classes: frozenset[int]
     tried: tuple[tuple[int, int], ...]
     matches: bool
@@ -65,58 +67,81 @@ def decisions(code: CodeType) -> Decisions | None:
     return found[1]
 
 
-def returns_none(code: CodeType | None) -> bool:
-    """Whether code may say ``return None``, or return a variable that it sets to None.
-
-    Of what it returns of others nothing is known; they rarely give None.
-    """
-    if code is None:
-        return True
-    instructions = [one for one in dis.get_instructions(code) if one.opname not in _NO_OPERATION]
-    empty: set[Any] = set()
-    returned: set[Any] = set()
-    for before, one in itertools.pairwise(instructions):
-        gives_none = before.opname == "LOAD_CONST" and before.argval is None
-        if one.opname == "RETURN_CONST" and one.argval is None:
-            return True
-        if one.opname == "RETURN_VALUE" and gives_none:
-            return True
-        if one.opname.startswith("STORE_FAST") and gives_none:
-            empty.add(one.argval)
-        if one.opname == "RETURN_VALUE" and before.opname.startswith("LOAD_FAST"):
-            returned.add(before.argval)
-    return not empty.isdisjoint(returned)
-
-
 def _read(code: CodeType) -> Decisions:
     all_instructions = list(dis.get_instructions(code))
-    instructions = [one for one in all_instructions if one.opname not in _NO_OPERATION]
+    instructions = instructions_of(code)
     none_names: set[str] = set()
     names: set[str] = set()
     none_results: set[int] = set()
     results: set[int] = set()
     for index, one in enumerate(instructions):
-        before = instructions[max(index - 2, 0) : index]
-        if not before:
-            continue
         if one.opname in _NONE_JUMPS:
-            _note(before[-1], none_names, none_results)
+            _note(instructions[index - 1], none_names, none_results)
         elif one.opname == "IS_OP":
-            with_none = before[-1].opname == "LOAD_CONST" and before[-1].argval is None
-            if with_none:
-                _note(before[0], none_names, none_results)
+            right = instructions[index - 1]
+            left = instructions[start_of(instructions, index - 1) - 1]
+            if right.opname == "LOAD_CONST" and right.argval is None:
+                _note(left, none_names, none_results)
             else:
-                for operand in before:
+                for operand in (left, right):
                     _note(operand, names, results)
+    calls = any(
+        one.opname.startswith("CALL") and one.offset in none_results | results
+        for one in instructions
+    )
+    for one, following in itertools.pairwise(all_instructions):
+        # While a function in Python runs, its caller is at the end of what belongs to the call.
+        inside = range(one.offset, following.offset, 2)
+        for offsets in (none_results, results):
+            if one.offset in offsets:
+                offsets.update(inside)
     return Decisions(
         frozenset(none_names),
         frozenset(names),
         frozenset(none_results),
         frozenset(results),
+        calls,
         frozenset(one.offset for one in instructions if one.argval == "__class__"),
         tuple(_tried(code, all_instructions)),
         any(one.opname in _PATTERNS for one in instructions),
     )
+
+
+def instructions_of(code: CodeType) -> list[dis.Instruction]:
+    """The instructions of ``code`` that do something."""
+    return [one for one in dis.get_instructions(code) if one.opname not in _NO_OPERATION]
+
+
+def start_of(instructions: list[dis.Instruction], end: int) -> int:
+    """Where the expression begins whose value the instruction at ``end`` leaves on the stack."""
+    depth = 0
+    for index in range(end, -1, -1):
+        one = instructions[index]
+        depth += dis.stack_effect(one.opcode, one.arg, jump=False)
+        if depth >= 1:
+            return index
+    return 0
+
+
+def is_used_as_value(code: CodeType, name: str) -> bool:
+    """Whether ``code`` does something else with the global ``name`` than to call it.
+
+    Before Python 3.11 the bytecode does not tell; then the answer is no.
+    """
+    if sys.version_info < (3, 11):
+        return False
+    return any(
+        one.opname == "LOAD_GLOBAL" and one.argval == name and "NULL" not in one.argrepr
+        for one in dis.get_instructions(code)
+    ) or any(is_used_as_value(one, name) for one in code.co_consts if isinstance(one, CodeType))
+
+
+def compares(code: CodeType) -> bool:
+    """Whether ``code``, or code inside it, compares variables or results of calls by ``is``."""
+    found = decisions(code)
+    if found is not None and (found.none_names or found.names or found.calls):
+        return True
+    return any(compares(one) for one in code.co_consts if isinstance(one, CodeType))
 
 
 def _note(operand: dis.Instruction, names: set[str], results: set[int]) -> None:

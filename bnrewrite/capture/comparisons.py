@@ -45,22 +45,30 @@ def restoring_calls() -> Iterator[None]:
             sys.settrace(before)
 
 
-def compares_arguments(code: CodeType, found: Decisions) -> bool:
-    """Whether ``code`` compares its own arguments, and may do nothing else with them."""
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return code.co_name != "forward" and not (found.none_names | found.names).isdisjoint(names)
-
-
 def watch_calls(tracer: Any) -> None:
-    """Has ``tracer`` refuse functions that are given a value and only compare it.
+    """Has ``tracer`` look at the variables of code that compares them, line by line.
 
-    They make no value, so that nothing else would notice. Python then tells of every call, which
-    costs about half as much as the trace, so it is for code that has such functions.
+    Such code may make no value, so that nothing else would notice. Python then tells of every call,
+    which costs time, so it is for code that compares variables at all.
     """
     before: Any = sys.gettrace()
     if isinstance(before, _Calls) and before.tracer is tracer:
         return
     sys.settrace(_Calls(tracer, before))
+
+
+@contextlib.contextmanager
+def untold() -> Iterator[None]:
+    """Code of torch and of this package that runs meanwhile compares nothing of the user's."""
+    calls = sys.gettrace()
+    if not isinstance(calls, _Calls):
+        yield
+        return
+    sys.settrace(calls.before)
+    try:
+        yield
+    finally:
+        sys.settrace(calls)
 
 
 class _Calls:
@@ -71,11 +79,45 @@ class _Calls:
         self.before = before
 
     def __call__(self, frame: FrameType, event: Any, arg: Any) -> Any:
+        wants = self.tracer.recording and self._watches(frame)
+        if wants:
+            self._look(frame, event, arg)
+        if self.before is None:
+            return self._look if wants else None
+        others = self.before(frame, event, arg)
+        if sys.gettrace() is not self:
+            # A tracer in C puts itself back.
+            sys.settrace(self)
+        if not wants:
+            return others
+
+        def both(frame: FrameType, event: Any, arg: Any) -> Any:
+            self._look(frame, event, arg)
+            if others is not None:
+                others(frame, event, arg)
+            return both
+
+        return both
+
+    def _watches(self, frame: FrameType) -> bool:
+        """Whether a frame compares its variables, or its result is compared where it is called."""
+        found = _of_users(frame.f_code)
+        if found is not None and (found.none_names or found.names):
+            return True
+        caller = None if frame.f_back is None else _of_users(frame.f_back.f_code)
+        return caller is not None and caller.calls
+
+    def _look(self, frame: FrameType, event: Any, arg: Any) -> Any:
         if self.tracer.recording:
             found = _of_users(frame.f_code)
-            if found is not None and (found.none_names or found.names):
+            if found is not None:
                 _refuse_in_variables(self.tracer, frame.f_locals, found)
-        return None if self.before is None else self.before(frame, event, arg)
+            if event == "return" and type(arg) in PROXIES and frame.f_back is not None:
+                caller, at = _of_users(frame.f_back.f_code), frame.f_back.f_lasti
+                if caller is not None:
+                    with_none, with_others = at in caller.none_results, at in caller.results
+                    _refuse_comparison(self.tracer, arg, with_none, with_others)
+        return self._look
 
 
 _USERS: dict[int, tuple[CodeType, Decisions | None]] = {}

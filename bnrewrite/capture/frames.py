@@ -13,6 +13,12 @@ def is_ours(filename: str) -> bool:
     return filename.startswith((_TORCH, _HERE)) and not filename.startswith(_DEMO)
 
 
+def is_of_package(frame: FrameType) -> bool:
+    """Whether the code of a frame is this package's own, but for the demo."""
+    filename = frame.f_code.co_filename
+    return filename.startswith(_HERE) and not filename.startswith(_DEMO)
+
+
 TRACES = "_record_graph"
 """Name of the function that calls the traced code."""
 

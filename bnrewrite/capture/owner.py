@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as fx_trace
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured
+from bnrewrite.capture.forms import PLAIN, arguments_of
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
@@ -17,7 +19,13 @@ from bnrewrite.modes import Frozen
 from bnrewrite.naming import holds
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.overlap_backward import waiting_convolutions
-from bnrewrite.sites.classes import Converted, below, change_class, restore_class
+from bnrewrite.sites.classes import (
+    Converted,
+    below,
+    change_class,
+    original_class,
+    restore_class,
+)
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import (
     Intercept,
@@ -119,7 +127,11 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None and tracer_here() is not None:
             return call_in_trace(self, args, kwargs)
-        if fx_trace._is_fx_tracing_flag and not torch.compiler.is_compiling():
+        if (
+            fx_trace._is_fx_tracing_flag
+            and not torch.compiler.is_compiling()
+            and _are_symbols(args, kwargs)
+        ):
             return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
             # Made of a converted module's class, as slices of a Sequential are.
@@ -147,6 +159,10 @@ class OwnerForward(Converted):
                 f"{functional[0].name}: torch.fx would trace this call of F.batch_norm, which is "
                 "distributed, as torch's own. Trace bnrewrite.revert(model), or before convert().",
             )
+        if isinstance(args, fx.Proxy):
+            # The root of the trace: all arguments are one symbol, and all that must be given are.
+            names = arguments_of(original_class(self).forward, PLAIN)  # pyright: ignore
+            return super().forward(*(args[i] for i in range(len(names))))  # pyright: ignore
         return super().forward(*args, **kwargs)  # pyright: ignore
 
     def _bnrewrite_choose(
@@ -197,6 +213,13 @@ class OwnerForward(Converted):
             module: Any = self
             recipe = self._bnrewrite_owner.recipe
             module.__dict__[_STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
+
+
+def _are_symbols(args: Any, kwargs: Any) -> bool:
+    """Whether ``torch.fx`` records symbols; other tracers set its flag, too, and so do we."""
+    return isinstance(args, fx.Proxy) or any(
+        isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))
+    )
 
 
 def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:

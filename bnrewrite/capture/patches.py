@@ -7,14 +7,14 @@ whichever tracer runs; only the classes of the modules that are traced change fo
 
 import builtins
 import contextlib
-import functools
-import logging
 import math
+import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from threading import get_ident
+from types import FunctionType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,11 +23,16 @@ import torch.fx._symbolic_trace as fx_trace
 from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
-from bnrewrite.capture.frames import is_ours
+from bnrewrite.capture.bytecode import is_used_as_value
 from bnrewrite.capture.proxy import PROXIES
 from bnrewrite.capture.questions import QUESTIONS
+from bnrewrite.capture.refusals import (
+    EFFECTS,
+    enter_generator,
+    node_type_of_tree,
+    refusing,
+)
 from bnrewrite.sites.tracing import tracer_here
 
 _write = nn.Module.__setattr__
@@ -43,11 +48,22 @@ class Patches:
         patcher: keeps the functions that record calls with proxies, like ``math.sqrt``; None while
             nothing is changed.
         recorded: their identities.
+        keep_type: identities of globals in which ``type`` stays what it is.
     """
+
+    keep_type: ClassVar[set[int]] = set()
 
     lock: ClassVar[Any] = threading.RLock()
     patcher: Any = None
     recorded: ClassVar[set[int]] = fx_trace.Tracer()._autowrap_function_ids
+
+
+def _renew_lock() -> None:
+    Patches.lock = threading.RLock()
+
+
+# Another thread may hold it when a process forks, and is not there in the child.
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager
@@ -68,16 +84,17 @@ def _patched_once() -> Iterator[None]:
             (nn.Module, "__setattr__", _attribute),
             (nn.Module, "__call__", _module_call),
             (torch.autograd.Function, "apply", classmethod(_function_call)),
-            (contextlib._GeneratorContextManager, "__enter__", _enter_generator),
-            (_pytree, "_get_node_type", _node_type_of_tree),
+            (contextlib._GeneratorContextManager, "__enter__", enter_generator),
+            (_pytree, "_get_node_type", node_type_of_tree),
             *(
-                (holder, name, _refusing(vars(holder)[name], reason))
-                for holder, name, reason in _EFFECTS
+                (holder, name, refusing(vars(holder)[name], reason))
+                for holder, name, reason in EFFECTS
             ),
         ):
             stack.callback(setattr, holder, name, vars(holder)[name])
             setattr(holder, name, new)
         stack.callback(setattr, Patches, "patcher", None)
+        stack.callback(Patches.keep_type.clear)
         Patches.patcher = stack.enter_context(fx_trace._new_patcher())
         # What the user gave to torch.fx.wrap.
         fx_trace._patch_wrapped_functions(Patches.patcher)
@@ -90,10 +107,19 @@ def record_functions(home: Any) -> None:
     fx_trace._autowrap_check(Patches.patcher, home, Patches.recorded)
 
 
-def record_questions(home: dict[str, Any], names: frozenset[str]) -> None:
-    """Has code with the globals ``home``, which uses ``names``, ask the tracer about proxies."""
+def record_questions(function: FunctionType, names: frozenset[str], tracer: Any) -> None:
+    """Has ``function``, whose code uses ``names``, ask ``tracer`` about proxies.
+
+    What stands for a builtin is called like it, and is no such class: code that uses ``type``
+    itself as a value keeps it, and so does all code with the same globals.
+    """
+    home = function.__globals__
+    if "type" in names and is_used_as_value(function.__code__, "type"):
+        if home.get("type") is QUESTIONS["type"]:
+            tracer.refuse("uses type as a value, beside code that asks for types")
+        Patches.keep_type.add(id(home))
     for name in names & QUESTIONS.keys():
-        if name not in home:
+        if name not in home and not (name == "type" and id(home) in Patches.keep_type):
             Patches.patcher.patch(home, name, QUESTIONS[name])
 
 
@@ -132,68 +158,6 @@ def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
         tracer.refuse(f"calls the autograd.Function {cls.__name__}")
     return _apply(cls, *args, **kwargs)
 
-
-def _refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """``function``, which traced code must not call."""
-
-    @functools.wraps(function)
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        tracer = tracer_here()
-        if tracer is not None and tracer.recording:
-            tracer.refuse(reason)
-        return function(*args, **kwargs)
-
-    return refusing
-
-
-def _enter_generator(manager: Any) -> Any:
-    tracer = tracer_here()
-    if tracer is not None and tracer.recording and not _asked_by_torch():
-        function = manager.func
-        if str(function.__module__).startswith("torch"):
-            tracer.refuse(f"enters {function.__name__}")
-    return _enter(manager)
-
-
-def _node_type_of_tree(tree: Any) -> Any:
-    if type(tree) in PROXIES and tree.tracer.recording:
-        frame = sys._getframe(1)
-        while frame.f_globals.get("__name__") == _pytree.__name__ and frame.f_back is not None:
-            frame = frame.f_back
-        if not is_ours(frame.f_code.co_filename):
-            tree.tracer.refuse("asks for the structure of a value that it computes")
-    return _node_type(tree)
-
-
-_node_type = _pytree._get_node_type
-
-_enter = contextlib._GeneratorContextManager.__enter__
-
-_GRADIENTS = "enters no_grad or enable_grad"
-
-_EFFECTS: tuple[tuple[Any, str, str], ...] = (
-    (torch.no_grad, "__enter__", _GRADIENTS),
-    (torch.enable_grad, "__enter__", _GRADIENTS),
-    (torch.set_grad_enabled, "__init__", _GRADIENTS),
-    (torch.inference_mode, "__enter__", "enters inference_mode"),
-    (torch.amp.autocast_mode.autocast, "__enter__", "enters autocast"),
-    (
-        torch.autograd.graph.saved_tensors_hooks,
-        "__enter__",
-        "enters a checkpoint or saved-tensor hooks",
-    ),
-    *(
-        (nn.Module, f"register_{kind}", "registers a hook")
-        for kind in (
-            "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook",
-            "backward_hook",
-        )
-    ),
-    (RemovableHandle, "remove", "removes a hook"),
-    (nn.Module, "zero_grad", "calls zero_grad()"),
-    (logging.Logger, "_log", "logs a message"),
-)  # fmt: skip
-"""What a graph would lose or do once, whatever has it done: a class, a method and the reason."""
 
 _apply: Any = vars(torch.autograd.Function)["apply"].__func__
 

@@ -3,6 +3,7 @@
 They stand in the globals of its modules until the conversion ends, in front of the builtins.
 """
 
+import sys
 from typing import Any
 
 from bnrewrite.capture.proxy import PROXIES
@@ -38,6 +39,14 @@ def _is_callable(value: Any, /) -> bool:
     if tracer is not None:
         tracer.refuse("asks whether a value that it computes can be called")
     return callable(value)
+
+
+def _directory(*values: Any) -> list[str]:
+    tracer = _recorder(values[0]) if values else None
+    if tracer is not None:
+        tracer.refuse("asks for the attributes of a value that it computes")
+    # Without a value it means the names of the code that asks.
+    return dir(*values) if values else sorted(sys._getframe(1).f_locals)
 
 
 _prints = print
@@ -76,6 +85,7 @@ QUESTIONS: dict[str, Any] = {
     "getattr": _get_attribute,
     "id": _identity,
     "callable": _is_callable,
+    "dir": _directory,
     "print": _print,
     "type": _Type,
 }

@@ -5,6 +5,7 @@ list. What functions name is found in their code, before they run; attributes of
 when they are read.
 """
 
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -20,9 +21,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bnrewrite.capture.bytecode import decisions
+from bnrewrite.capture.bytecode import compares, decisions
 from bnrewrite.capture.candidates import code_names
-from bnrewrite.capture.comparisons import compares_arguments, watch_calls
+from bnrewrite.capture.comparisons import watch_calls
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
 from bnrewrite.capture.patches import record_questions
 from bnrewrite.capture.questions import is_question
@@ -168,11 +169,11 @@ class Reads:
             return
         self._codes.add(function.__code__)
         names = code_names(function.__code__)
-        record_questions(function.__globals__, names)
+        record_questions(function, names, self._tracer)
         decided = decisions(function.__code__)
         if decided is not None and decided.matches:
             self._tracer.refuse("matches values against patterns")
-        if decided is not None and compares_arguments(function.__code__, decided):
+        if compares(function.__code__):
             watch_calls(self._tracer)
         if "type" in names or "__class__" in names:
             self.asks_types = True
@@ -198,7 +199,7 @@ class Reads:
         if (id(holder), name) in self._named or value is MISSING or is_question(value):
             return
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
-        if home in _AMBIENT:
+        if home in _AMBIENT or value is builtins:
             self._tracer.refuse(f"asks for what {home} tells")
         if isinstance(value, ModuleType) and is_library(value.__name__):
             return

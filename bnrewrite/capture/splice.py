@@ -6,12 +6,14 @@ was traced with, or its owner with the result, a trace has to tell.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.bytecode import decisions
 from bnrewrite.capture.captured import Captured
 from bnrewrite.passes.base import Attribute, Rewrite, joined, where
 from bnrewrite.sites.classes import below, original_class
@@ -169,7 +171,7 @@ class _Splicer:
                 result = self._next(f"{path}.{name}", path, result, call)
             return result
         captured = self._graph_of(path)
-        if captured is None or not _takes(captured, args):
+        if captured is None or not _takes(captured, args) or _compares_arguments(module, captured):
             raise _NotSpliced
         self.assumptions.add(captured.assumptions, path)
         placeholders = captured.graph.find_nodes(op="placeholder")
@@ -209,3 +211,10 @@ def _takes(captured: Captured, args: tuple[fx.Node, ...]) -> bool:
         and not captured.tensor_arguments
         and not captured.functional_sites()
     )
+
+
+def _compares_arguments(module: nn.Module, captured: Captured) -> bool:
+    """Whether the forward asks whether what it is given is None, which calls of it never are."""
+    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
+    found = None if code is None else decisions(code)
+    return found is not None and not found.none_names.isdisjoint(captured.arguments)

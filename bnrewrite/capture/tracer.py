@@ -8,23 +8,20 @@ on tensors of its own, or branches on data.
 """
 
 import contextlib
-import enum
 import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
-from bnrewrite.capture.bytecode import returns_none
-from bnrewrite.capture.comparisons import refuse_decisions, restoring_calls
+from bnrewrite.capture.comparisons import refuse_decisions, restoring_calls, untold
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
 from bnrewrite.capture.frames import user_frame, where, where_of
+from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
 from bnrewrite.capture.patches import (
     CONTEXT,
     RefuseEffects,
@@ -37,7 +34,8 @@ from bnrewrite.capture.patches import (
 )
 from bnrewrite.capture.proxy import Attribute, Proxy
 from bnrewrite.capture.reads import Reads
-from bnrewrite.sites.classes import original_class
+from bnrewrite.capture.returns import never_returns_none
+from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.tracing import Tracing
 
 
@@ -157,7 +155,8 @@ class OwnerTracer(fx.Tracer):
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy of a new node; no code of the user's runs meanwhile."""
-        new = plainly(super().create_proxy, *args, **kwargs)
+        with untold():
+            new = plainly(super().create_proxy, *args, **kwargs)
         if self.recording:
             refuse_decisions(self, new)
         return new
@@ -222,9 +221,9 @@ class OwnerTracer(fx.Tracer):
         kind = type(a)
         if kind is Proxy:
             return a.node
-        if kind in _PLAIN:
+        if kind in PLAIN_TYPES:
             return a
-        plain = _plain(a)
+        plain = literal(a)
         if plain is not None:
             return plain
         if kind is OrderedDict:
@@ -234,7 +233,7 @@ class OwnerTracer(fx.Tracer):
             self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
         if (
             isinstance(a, (dict, list, tuple))
-            and kind not in _CONTAINERS
+            and kind not in CONTAINERS
             and not hasattr(a, "_fields")
         ):
             self.refuse(f"makes a {kind.__name__}, which a graph would turn into a plain one")
@@ -268,7 +267,8 @@ class OwnerTracer(fx.Tracer):
         """What is read meanwhile is not the forward's doing."""
         recording, self.recording = self.recording, False
         try:
-            yield
+            with untold():
+                yield
         finally:
             self.recording = recording
 
@@ -302,8 +302,9 @@ class OwnerTracer(fx.Tracer):
 
     def gives_a_value(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls never returns None; notes its class."""
-        forward = inspect.unwrap(self._called_class(node).forward)
-        return self.is_layer(node) or not returns_none(getattr(forward, "__code__", None))
+        with self.paused():
+            self._called_class(node)
+            return never_returns_none(below(self.root, str(node.target)))
 
     def _called_class(self, node: fx.Node) -> type:
         """Class of the module that makes the result of ``node``, and in a sequence of the last."""
@@ -316,29 +317,6 @@ class OwnerTracer(fx.Tracer):
         self.assumptions.layers[path] = cls = original_class(layer)
         return cls
 
-
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-
-
-def _plain(value: Any) -> Any:
-    """A number or text of a class of its own as what it is, since code spells it; else None.
-
-    numpy's float64 is one, and torch takes it for the float that it is.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, enum.Enum):
-        return None
-    for cls in (float, int, str):
-        if isinstance(value, cls):
-            return value if type(value) in _PLAIN else cls(value)
-    return None
-
-
-_CONTAINERS = (
-    dict, list, tuple, torch.Size, fx.immutable_collections.immutable_dict,
-    fx.immutable_collections.immutable_list,
-)  # fmt: skip
 
 _LAYERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,

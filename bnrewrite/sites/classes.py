@@ -74,8 +74,8 @@ def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
 def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> FunctionType:
     """``forward`` that shows the arguments of ``original``.
 
-    ``torch.export`` reads the names for ``dynamic_shapes`` there, and trainers the columns to keep;
-    ``torch.fx`` unwraps it.
+    ``torch.export`` reads the names for ``dynamic_shapes`` there, and trainers the columns to keep.
+    It is no wrapper (``__wrapped__``): what takes wrappers off would take the conversion off.
     """
     shown = FunctionType(
         forward.__code__,
@@ -86,7 +86,6 @@ def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> Func
     )
     shown.__doc__ = original.__doc__
     shown.__dict__["__signature__"] = inspect.signature(original)
-    shown.__dict__["__wrapped__"] = original
     return shown
 
 

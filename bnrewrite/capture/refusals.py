@@ -1,0 +1,84 @@
+"""What traced code must not call, since a graph would lose it, or do it once."""
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
+
+from bnrewrite.capture.frames import is_of_package, is_ours
+from bnrewrite.capture.proxy import PROXIES
+from bnrewrite.sites.tracing import tracer_here
+
+
+def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """``function``, which traced code must not call."""
+
+    @functools.wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        tracer = tracer_here()
+        if tracer is not None and tracer.recording and not is_of_package(sys._getframe(1)):
+            tracer.refuse(reason)
+        return function(*args, **kwargs)
+
+    return refusing
+
+
+def enter_generator(manager: Any) -> Any:
+    """``__enter__`` of a context of ``contextlib.contextmanager``; those of torch set something."""
+    tracer = tracer_here()
+    if tracer is not None and tracer.recording and not is_ours(sys._getframe(1).f_code.co_filename):
+        function = manager.func
+        if str(function.__module__).startswith("torch"):
+            tracer.refuse(f"enters {function.__name__}")
+    return _enter(manager)
+
+
+def node_type_of_tree(tree: Any) -> Any:
+    """What torch's trees ask of each value: a proxy may be a tree of its own."""
+    if type(tree) in PROXIES and tree.tracer.recording:
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == _pytree.__name__ and frame.f_back is not None:
+            frame = frame.f_back
+        if not is_ours(frame.f_code.co_filename):
+            tree.tracer.refuse("asks for the structure of a value that it computes")
+    return _node_type(tree)
+
+
+_node_type = _pytree._get_node_type
+
+_enter = contextlib._GeneratorContextManager.__enter__
+
+_GRADIENTS = "enters no_grad or enable_grad"
+
+EFFECTS: tuple[tuple[Any, str, str], ...] = (
+    (torch.no_grad, "__enter__", _GRADIENTS),
+    (torch.enable_grad, "__enter__", _GRADIENTS),
+    (torch.set_grad_enabled, "__init__", _GRADIENTS),
+    (torch.inference_mode, "__enter__", "enters inference_mode"),
+    (torch.amp.autocast_mode.autocast, "__enter__", "enters autocast"),
+    (
+        torch.autograd.graph.saved_tensors_hooks,
+        "__enter__",
+        "enters a checkpoint or saved-tensor hooks",
+    ),
+    *(
+        (nn.Module, f"register_{kind}", "registers a hook")
+        for kind in (
+            "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook",
+            "backward_hook",
+        )
+    ),
+    (RemovableHandle, "remove", "removes a hook"),
+    (nn.Module, "zero_grad", "calls zero_grad()"),
+    # After it has found who logs.
+    (logging.Logger, "handle", "logs a message"),
+    (contextlib.suppress, "__enter__", "catches exceptions"),
+)  # fmt: skip
+"""What a graph would lose or do once, whatever has it done: a class, a method and the reason."""
