@@ -118,7 +118,8 @@ class Held(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if callable(self.by):
             return self.by(x)
-        return (self.by[0] if isinstance(self.by, list) else self.by.bn)(x)
+        held: Any = self.by
+        return (held[0] if isinstance(held, list) else held.bn)(x)
 
 
 @pytest.mark.parametrize("kind", ["object", "namedtuple", "namespace", "list", "method", "itself"])
