@@ -116,9 +116,9 @@ class Held(nn.Module):
             self.by.append(self.by)
 
     def forward(self, x: Tensor) -> Tensor:
-        if callable(self.by):
-            return self.by(x)
         held: Any = self.by
+        if callable(held):
+            return held(x)
         return (held[0] if isinstance(held, list) else held.bn)(x)
 
 
