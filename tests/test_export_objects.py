@@ -118,7 +118,7 @@ class Held(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         held: Any = self.by
         if callable(held):
-            return held(x)
+            return held(x)  # pyright: ignore[reportReturnType]
         return (held[0] if isinstance(held, list) else held.bn)(x)
 
 
