@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bnrewrite.capture.bytecode import Decisions, decisions
-from bnrewrite.capture.frames import is_ours, user_frames
+from bnrewrite.capture.frames import TRACES, is_ours
 from bnrewrite.capture.proxy import PROXIES, Attribute
 
 
@@ -21,14 +21,20 @@ def refuse_decisions(tracer: Any, new: Any) -> None:
     does raises. Looked at are ``new``, a value that was just made, and those in variables of the
     code that runs.
     """
-    for depth, frame in enumerate(user_frames()):
-        found = decisions(frame.f_code)
+    innermost = True
+    outer: FrameType | None = sys._getframe(1)
+    while outer is not None and outer.f_code.co_name != TRACES:
+        frame, outer = outer, outer.f_back
+        code, at = frame.f_code, frame.f_lasti
+        _, is_users, found = _USERS.get(id(code)) or _know(code)
+        if not is_users:
+            continue
+        is_innermost, innermost = innermost, False
         if found is None:
             continue
-        at = frame.f_lasti
         if any(start <= at < end for start, end in found.tried):
             tracer.refuse("computes where it catches exceptions")
-        if depth == 0:
+        if is_innermost:
             _refuse_comparison(tracer, new, at in found.none_results, at in found.results)
         if found.none_names or found.names:
             _refuse_in_variables(tracer, frame.f_locals, found)
@@ -120,15 +126,19 @@ class _Calls:
         return self._look
 
 
-_USERS: dict[int, tuple[CodeType, Decisions | None]] = {}
+_USERS: dict[int, tuple[CodeType, bool, Decisions | None]] = {}
+"""What is known of code, by its identity: itself, whether it is a user's, what that decides."""
 
 
 def _of_users(code: CodeType) -> Decisions | None:
     """What ``code`` decides, if it is no code of torch or of this package."""
-    found = _USERS.get(id(code))
-    if found is None:
-        found = _USERS[id(code)] = (code, None if is_ours(code.co_filename) else decisions(code))
-    return found[1]
+    return (_USERS.get(id(code)) or _know(code))[2]
+
+
+def _know(code: CodeType) -> tuple[CodeType, bool, Decisions | None]:
+    is_users = not is_ours(code.co_filename)
+    found = _USERS[id(code)] = (code, is_users, decisions(code) if is_users else None)
+    return found
 
 
 def _refuse_in_variables(tracer: Any, variables: dict[str, Any], found: Decisions) -> None:

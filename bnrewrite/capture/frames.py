@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -36,15 +36,6 @@ def user_frame() -> FrameType | None:
             return None
         frame = frame.f_back
     return frame
-
-
-def user_frames() -> Iterator[FrameType]:
-    """The frames of the traced code, the innermost first."""
-    frame = user_frame()
-    while frame is not None and frame.f_code.co_name != TRACES:
-        if not is_ours(frame.f_code.co_filename):
-            yield frame
-        frame = frame.f_back
 
 
 def where() -> str:

@@ -93,7 +93,14 @@ def _put_behind_end_node(
         weight, bias = tensors[i + 1], tensors[i + 2]
         if weight is not None and weight.requires_grad:
             moved.append(i + 1)
-        if bias is not None and bias.requires_grad and _reads_bias(i // _TENSORS, sites, inside):
+        # The common case, without a call.
+        followed = inside or sites[i // _TENSORS].act[0] != "identity"
+        if (
+            followed
+            and bias is not None
+            and bias.requires_grad
+            and _reads_bias(i // _TENSORS, sites, inside)
+        ):
             moved.append(i + 2)
     between = HandOver([tensors[i].grad_fn for i in wanted])
     behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
@@ -188,11 +195,11 @@ class _BatchNorm(torch.autograd.Function):
                 stats.append(stat)
                 kept.append(total)
         used = [
-            bias if i in inside or (act[0] != "identity" and total is None) else None
-            for i, (bias, total, (_, _, _, act)) in enumerate(
-                zip(biases, kept, scalars, strict=True)
-            )
+            bias if total is None and act[0] != "identity" else None
+            for bias, total, (_, _, _, act) in zip(biases, kept, scalars, strict=True)
         ]
+        for i in inside:
+            used[i] = biases[i]
         ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
         ctx.inside = inside
@@ -202,7 +209,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.between = between
         ctx.sites = named
         ctx.set_materialize_grads(False)
-        return (*ys, *[kept[i] for i in keepers])
+        return (*ys, *[kept[i] for i in keepers]) if keepers else tuple(ys)
 
     @staticmethod
     @runs_in_python
@@ -256,7 +263,7 @@ def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Ten
 
 def _backward(ctx, grads, columns, between):
     num = len(ctx.scalars)
-    of_sums = dict(zip(ctx.keepers, grads[num:], strict=True))
+    of_sums = dict(zip(ctx.keepers, grads[num:], strict=True)) if ctx.keepers else None
     needs = ctx.needs_input_grad[-_TENSORS * num :]
     results: list[Tensor | None] = [None] * len(needs)
     ones: list[Any] = [None] * num
@@ -270,7 +277,7 @@ def _backward(ctx, grads, columns, between):
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
         is_read = grads[i] is not None
         one: Any = gradient_of(grads[i], *others[i], act)
-        if of_sums.get(i) is not None:
+        if of_sums is not None and of_sums.get(i) is not None:
             # From derivatives of derivatives.
             one = behind_activation(one, of_sums[i])
             is_read = True
