@@ -13,6 +13,11 @@ def is_ours(filename: str) -> bool:
     return filename.startswith((_TORCH, _HERE)) and not filename.startswith(_DEMO)
 
 
+def asks_for_torch(frame: FrameType) -> bool:
+    """Whether what a frame asks of a value is asked by torch or by this package, demo and all."""
+    return frame.f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
+
+
 def is_of_package(frame: FrameType) -> bool:
     """Whether the code of a frame is this package's own, but for the demo."""
     filename = frame.f_code.co_filename

@@ -25,6 +25,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.bytecode import is_used_as_value
+from bnrewrite.capture.frames import asks_for_torch
 from bnrewrite.capture.proxy import PROXIES
 from bnrewrite.capture.questions import QUESTIONS
 from bnrewrite.capture.refusals import (
@@ -163,18 +164,14 @@ _apply: Any = vars(torch.autograd.Function)["apply"].__func__
 
 
 def _is_instance(value: Any, classes: Any) -> bool:
-    if type(value) in PROXIES and value.tracer.recording and not _asked_by_torch():
+    if type(value) in PROXIES and value.tracer.recording and not asks_for_torch(sys._getframe(1)):
         return value.tracer.passes_for(value, classes)
     answer = _ask(value, classes)
     if _ask(value, nn.Module):
         tracer = tracer_here()
-        if tracer is not None and tracer.recording and not _asked_by_torch():
+        if tracer is not None and tracer.recording and not asks_for_torch(sys._getframe(1)):
             tracer.note_instance(value, classes, answer)
     return answer
-
-
-def _asked_by_torch() -> bool:
-    return sys._getframe(2).f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
 
 
 @contextlib.contextmanager
@@ -216,7 +213,7 @@ def _noted(
         if not tracer.recording or tracer.thread != get_ident():
             return read(module, name)
         if name.startswith("__"):
-            if name == "__dict__" and not _asked_by_torch():
+            if name == "__dict__" and not asks_for_torch(sys._getframe(1)):
                 tracer.refuse("reads the __dict__ of a module")
             return read(module, name)
         path = paths.get(id(module))

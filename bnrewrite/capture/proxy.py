@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.graph import inplace_methods
 
 from bnrewrite.capture.bytecode import decisions
+from bnrewrite.capture.frames import asks_for_torch
 
 
 class _Watched:
@@ -25,7 +26,7 @@ class _Watched:
     __array_ufunc__ = None
 
     def _refuse(self, what: str) -> None:
-        if self.tracer.recording and not _asks_for_torch(sys._getframe(2)):
+        if self.tracer.recording and not asks_for_torch(sys._getframe(2)):
             self.tracer.refuse(what)
 
     def __hash__(self) -> int:
@@ -45,7 +46,7 @@ class _Watched:
         frame = sys._getframe(2)
         # The text of an assertion is made whether it holds or not.
         asserts = "_assert" in frame.f_code.co_names
-        if self.tracer.recording and not asserts and not _asks_for_torch(frame):
+        if self.tracer.recording and not asserts and not asks_for_torch(frame):
             self.tracer.refuse("makes a text of a value that it computes")
         return f"{type(self).__name__}({object.__repr__(self)})"
 
@@ -60,7 +61,7 @@ class _Watched:
         frame = sys._getframe(1)
         # Functions in C ask for it, too.
         found = decisions(frame.f_code) if self.tracer.recording else None
-        if found is not None and frame.f_lasti in found.classes and not _asks_for_torch(frame):
+        if found is not None and frame.f_lasti in found.classes and not asks_for_torch(frame):
             self.tracer.refuse("asks for the class of a value that it computes")
         return type(self)
 
@@ -87,10 +88,6 @@ class Attribute(_Watched, fx.proxy.Attribute):
 
 
 PROXIES = (Proxy, Attribute)
-
-
-def _asks_for_torch(frame: Any) -> bool:
-    return frame.f_globals.get("__name__", "").startswith(("torch.", "bnrewrite."))
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], fx.Proxy]:
