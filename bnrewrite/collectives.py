@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.groups import NO_GROUP, group_of, name_in, place_in, ranks_that_gather
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
 
@@ -74,9 +74,9 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
     num_ranks = ranks_that_gather(group)
     if num_ranks and packed.is_cpu and _is_small(packed, num_ranks):
         # In eager mode the caller may hand out parts of it, and whoever gets them may write there.
-        sent = packed if torch.compiler.is_compiling() else packed.clone()
+        sent = packed if is_compiling() else packed.clone()
         return [_start_all_gather(sent, group, num_ranks, site), sent]
-    if not torch.compiler.is_compiling() and runs_unseen(packed):
+    if not is_compiling() and runs_unseen(packed):
         reduced = packed.clone()
         begin = lambda to: to.allreduce([reduced])  # noqa: E731
         return [launch("all-reduce", reduced, group_of(group), site, begin)]
@@ -104,14 +104,14 @@ def end_all_reduce_sum(pending: Sequence[Tensor], size: int) -> Tensor:
 
 def wait(pending: Tensor) -> Tensor:
     """The result of a collective that was launched."""
-    if not torch.compiler.is_compiling() and is_watched(pending):
+    if not is_compiling() and is_watched(pending):
         return finish(pending)
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
 def _wait_or_name(pending: Tensor, what: str, group: str, site: tuple[Any, ...]) -> Tensor:
     """:func:`wait`, with all of this in the error outside of compiled graphs."""
-    if torch.compiler.is_compiling() or is_watched(pending):
+    if is_compiling() or is_watched(pending):
         return wait(pending)
     started = time.monotonic()
     try:
@@ -158,7 +158,7 @@ def send_around(
     num_sent, num_received = [0] * size, [0] * size
     num_sent[(rank - shift) % size] = values.size(0)
     num_received[(rank + shift) % size] = values.size(0)
-    if not torch.compiler.is_compiling() and runs_unseen(values):
+    if not is_compiling() and runs_unseen(values):
         received = torch.empty_like(values)
         begin = lambda to: to.alltoall_base(received, values, num_received, num_sent)  # noqa: E731
         return finish(launch("exchange", received, group_of(group), site, begin))
@@ -192,7 +192,7 @@ def all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...
 
 def _start_all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...]) -> Tensor:
     """Launches an all-gather into (W * K,)."""
-    if not torch.compiler.is_compiling() and runs_unseen(values):
+    if not is_compiling() and runs_unseen(values):
         table = values.new_empty(world_size * values.numel())
         begin = lambda to: to._allgather_base(table, values)  # noqa: E731
         return launch("all-gather", table, group_of(group), site, begin)

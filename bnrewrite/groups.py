@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from bnrewrite.errors import GroupError
-from bnrewrite.guards import guard_answer
+from bnrewrite.guards import guard_answer, is_compiling
 
 NO_GROUP = ""
 """Name that stands for "nothing to communicate"."""
@@ -91,7 +91,7 @@ def active_group(name: str, training: bool) -> str:
     """
     if not training or name == NO_GROUP:
         return NO_GROUP
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _guarded_active_group(name)
     return _active_group(name)
 
@@ -177,7 +177,7 @@ def place_in(group: str) -> tuple[int, int]:
     """
     if group == NO_GROUP:
         return 0, 1
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _guarded_place_in(group)
     return _place_in(group)
 

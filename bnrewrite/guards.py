@@ -17,6 +17,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 _GUARDED = "_bnrewrite_answers"
 
 
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, "_compile_session_context")
+    else _is_compiling
+)
+"""Whether a compiler or an exporter traces what runs.
+
+Up to torch 2.12 torch's own function denies it while AOTAutograd traces what Dynamo found.
+"""
+
+
 def is_ordered_by_compiler() -> bool:
     """Whether a compiler makes a graph of what runs, which it orders by itself.
 
@@ -24,7 +39,7 @@ def is_ordered_by_compiler() -> bool:
     """
     # Who has not imported it has not entered it.
     compiled_autograd: Any = sys.modules.get("torch._dynamo.compiled_autograd")
-    return torch.compiler.is_compiling() or (
+    return is_compiling() or (
         compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
     )
 

@@ -200,7 +200,7 @@ def _unlike(rank: int, world_size: int, what: str) -> list[Tensor]:
         with CountCollectives():
             return _train(model, rank)
     if rank == 0 and what == "profiler":
-        with torch.profiler.profile():
+        with torch.profiler.profile(acc_events=True):
             return _train(model, rank)
     return _train(model, rank)
 

@@ -25,7 +25,9 @@ ROUNDING = 1e-10
 def test_demo_compares_trains_draws_and_exports(tmp_path: Path) -> None:
     done = run(["-m", "bnrewrite", "demo", "--epochs", "1"], folder=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "the demo is free of warnings and logs"
+    # Builds of torch for CUDA say so where there is a toolkit and no GPU.
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert said == [], "the demo is free of warnings and logs"
     folder = tmp_path / "demo-out"
     assert sorted(os.listdir(folder)) == ["curves.png", "digits.onnx", "results.json"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

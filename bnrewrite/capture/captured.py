@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.outside import COMPILING
-from bnrewrite.guards import guard_answer
+from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
@@ -81,7 +81,7 @@ class Captured:
 
     def run(self, owner: nn.Module, values: tuple[Any, ...]) -> Any:
         """What the graph makes of the required arguments; the first call compiles it."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _compile_while_compiling(self.key)
         elif self.function is None:
             self.compile()
@@ -181,7 +181,7 @@ class Captured:
 
     def _outside_holds(self) -> bool:
         outside = self.assumptions.outside
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return outside.is_empty or _outside_holds_while_compiling(self.key)
         return outside.holds()
 

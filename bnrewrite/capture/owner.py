@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -15,6 +14,7 @@ from bnrewrite.capture.forms import PLAIN, arguments_of
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
 from bnrewrite.naming import holds
 from bnrewrite.passes.base import joined
@@ -127,11 +127,7 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None and tracer_here() is not None:
             return call_in_trace(self, args, kwargs)
-        if (
-            fx_trace._is_fx_tracing_flag
-            and not torch.compiler.is_compiling()
-            and _are_symbols(args, kwargs)
-        ):
+        if fx_trace._is_fx_tracing_flag and not is_compiling() and _are_symbols(args, kwargs):
             return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
             # Made of a converted module's class, as slices of a Sequential are.
@@ -185,7 +181,7 @@ class OwnerForward(Converted):
     def _bnrewrite_note(self, left: bool) -> None:
         """Notes whether the module leaves a graph whose collectives its own forward has not."""
         attributes = self.__dict__
-        if attributes.get(LEFT, False) is not left and not torch.compiler.is_compiling():
+        if attributes.get(LEFT, False) is not left and not is_compiling():
             attributes[LEFT] = left
             self._bnrewrite_schedule.change()
 
@@ -195,7 +191,7 @@ class OwnerForward(Converted):
         module: Any = self
         original = super().forward  # pyright: ignore
         if not is_site(module):
-            if captured is None or not training or torch.compiler.is_compiling():
+            if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
             # What this rank computes in another order others might wait for.
             with waiting_convolutions(module, captured.graph):

@@ -157,10 +157,11 @@ def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
     tracer = tracer_here()
     if tracer is not None:
         tracer.refuse(f"calls the autograd.Function {cls.__name__}")
-    return _apply(cls, *args, **kwargs)
+    return _apply.__get__(None, cls)(*args, **kwargs)
 
 
-_apply: Any = vars(torch.autograd.Function)["apply"].__func__
+# A class method of Python up to torch 2.13, one of C from 2.14 on.
+_apply: Any = vars(torch.autograd.Function)["apply"]
 
 
 def _is_instance(value: Any, classes: Any) -> bool:

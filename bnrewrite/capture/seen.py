@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnrewrite.guards import is_compiling
 from bnrewrite.sites.classes import below, original_class
 
 CONSTANTS = (
@@ -86,7 +87,7 @@ class _SeenArray(Seen):
 
     def matches(self, value: Any, owner: nn.Module | None) -> bool:
         # For a compiler it is a tensor, whose values it does not know.
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         return not compiling and isinstance(value, np.ndarray) and _of_array(value) == self.value
 
 

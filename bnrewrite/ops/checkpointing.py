@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import (
 
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import is_compiling
 from bnrewrite.ops.library import below_autograd
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def communicate_once(
     # The common case pays these comparisons.
     if (
         group == NO_GROUP
-        or torch.compiler.is_compiling()
+        or is_compiling()
         or not _may_be_checkpointed()
         or any(buffer is None for buffer in buffers)
     ):

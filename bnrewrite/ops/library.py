@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import runs_unseen
 
 LIBRARY = torch.library.Library("bnrewrite", "DEF")
@@ -58,7 +58,7 @@ def run(phase: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
 def run_composite(composite: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
     """``composite(x, *args)``, as its function where a dispatch would do no more than call it."""
     if (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and torch._C._len_torch_function_stack() == 0
         and _needs_no_dispatch(x, args)
     ):

@@ -19,7 +19,7 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
+from bnrewrite.guards import is_compiling, is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.input_gradients import (
@@ -58,7 +58,7 @@ def normalize_sites(
     """
     # Only to name the sites if a peer dies; a compiler has no use for it.
     named: tuple[Tensor | None, ...] = ()
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         named = tuple([one for site in sites for one in site.per_channel[:3]])
     scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
     tensors = [
@@ -69,7 +69,7 @@ def normalize_sites(
     inside = _inside_of_others(sites, xs) if len(sites) > 1 else _NOBODY
     has_backward = torch.is_grad_enabled()
     between = None
-    if group != NO_GROUP and not torch.compiler.is_compiling() and has_backward:
+    if group != NO_GROUP and not is_compiling() and has_backward:
         between = _put_behind_end_node(tensors, sites, inside)
     results: Any = _BatchNorm.apply(
         scalars, totals, group, has_backward, inside, between, named, *tensors

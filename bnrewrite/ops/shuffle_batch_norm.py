@@ -20,7 +20,7 @@ from bnrewrite import reference
 from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
 from bnrewrite.ops.library import (
     LIBRARY,
@@ -151,7 +151,7 @@ def _shuffle_batch_norm(
         detach=backward == "detach",
         follow_group=running == "group" and running_mean is not None,
         seed=seed,
-        tensors=() if torch.compiler.is_compiling() else per_channel,
+        tensors=() if is_compiling() else per_channel,
     )
     return _ShuffleBatchNorm.apply(
         dense(input),

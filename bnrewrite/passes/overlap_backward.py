@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from bnrewrite.groups import NO_GROUP, active_group
+from bnrewrite.guards import is_compiling
 from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.library import is_traced_by_jit, knows_only_torch
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
@@ -125,7 +126,7 @@ def convolve(conv: Any, x: Tensor, group: str) -> Tensor:
         x: its input.
         group: name of the group with which the sites beside it communicate now, or "".
     """
-    if group == NO_GROUP or torch.compiler.is_compiling() or "forward" in conv.__dict__:
+    if group == NO_GROUP or is_compiling() or "forward" in conv.__dict__:
         return conv(x)
     if not has_hooks(conv):
         return _forward(conv, x)
@@ -189,7 +190,7 @@ def _can_wait(conv: Any, x: Tensor) -> bool:
     """
     weight = conv._parameters.get("weight")
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not is_traced_by_jit()
         and not knows_only_torch()
         and torch.is_grad_enabled()

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.agreement import View, agree, can_agree, default_group
 from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
-from bnrewrite.guards import errors_pass_through_dynamo
+from bnrewrite.guards import errors_pass_through_dynamo, is_compiling
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
@@ -118,7 +118,7 @@ class Schedule:
             ScheduleError: the ranks differ.
             PeerError: a rank did not answer.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _agree_while_compiling(self.key)
         elif self.is_news():
             self.look()
@@ -129,7 +129,7 @@ class Schedule:
         A rank may evaluate by itself while others wait. One that goes backward through it trains,
         and if others train with batch statistics meanwhile, they wait for it for ever.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_compiling() or not torch.is_grad_enabled():
             return
         if self._told() is not None and DistributedDataParallel._active_ddp_module is None:
             # A gradient that the DDP instance of the model does not reduce is none of a step.
@@ -210,7 +210,7 @@ class Schedule:
 
     def _before_ddp(self, *_: Any) -> None:
         """Looks before a forward of DDP whether a state was loaded, as compiled members cannot."""
-        if not torch.compiler.is_compiling() and self.ddp_buffers.loaded():
+        if not is_compiling() and self.ddp_buffers.loaded():
             self.look()
 
     def members(self) -> list[Any]:
