@@ -9,27 +9,13 @@ from typing import Any, TypeVar
 import torch
 
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.torch_versions import is_compiling
 
 T = TypeVar("T", bound="str | bool | tuple[int, ...]")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GUARDED = "_bnrewrite_answers"
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
-
-
-is_compiling: Callable[[], bool] = (
-    torch.compiler.is_compiling
-    if hasattr(torch.compiler, "_compile_session_context")
-    else _is_compiling
-)
-"""Whether a compiler or an exporter traces what runs.
-
-Up to torch 2.12 torch's own function denies it while AOTAutograd traces what Dynamo found.
-"""
 
 
 def is_ordered_by_compiler() -> bool:

@@ -15,6 +15,7 @@ import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.tracer import OwnerTracer
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.torch_versions import is_fx_tracing
 from tests.cases import DenseLayers, OptionalFromParent, OrderedOutput
 
 
@@ -75,7 +76,7 @@ def _touched() -> list[Any]:
         math.sqrt,
         gc.isenabled(),
         fx._symbolic_trace.CURRENT_PATCHER,
-        fx._symbolic_trace._is_fx_tracing_flag,
+        is_fx_tracing(),
     ]
 
 

@@ -31,6 +31,7 @@ LAYERS = (
         "commandline", "differences",
     ),
     ("errors", "guards"),
+    ("torch_versions",),
 )  # fmt: skip
 """From top to bottom: a part imports from its own layer and from those below it."""
 

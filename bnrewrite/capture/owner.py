@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +13,6 @@ from bnrewrite.capture.forms import PLAIN, arguments_of
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
 from bnrewrite.naming import holds
 from bnrewrite.passes.base import joined
@@ -36,6 +34,7 @@ from bnrewrite.sites.floor import (
 )
 from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
 from bnrewrite.sites.tracing import Tracing, tracer_here
+from bnrewrite.torch_versions import is_compiling, is_fx_tracing
 
 _STATE = "_bnrewrite_owner"
 
@@ -127,7 +126,7 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None and tracer_here() is not None:
             return call_in_trace(self, args, kwargs)
-        if fx_trace._is_fx_tracing_flag and not is_compiling() and _are_symbols(args, kwargs):
+        if not is_compiling() and is_fx_tracing() and _are_symbols(args, kwargs):
             return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
             # Made of a converted module's class, as slices of a Sequential are.

@@ -35,6 +35,7 @@ from bnrewrite.capture.refusals import (
     refusing,
 )
 from bnrewrite.sites.tracing import tracer_here
+from bnrewrite.torch_versions import autograd_apply
 
 _write = nn.Module.__setattr__
 _call = nn.Module.__call__
@@ -157,11 +158,7 @@ def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
     tracer = tracer_here()
     if tracer is not None:
         tracer.refuse(f"calls the autograd.Function {cls.__name__}")
-    return _apply.__get__(None, cls)(*args, **kwargs)
-
-
-# A class method of Python up to torch 2.13, one of C from 2.14 on.
-_apply: Any = vars(torch.autograd.Function)["apply"]
+    return autograd_apply(cls)(*args, **kwargs)
 
 
 def _is_instance(value: Any, classes: Any) -> bool:

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import torch.fx._symbolic_trace as fx_trace
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
@@ -37,6 +36,7 @@ from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.returns import never_returns_none
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.tracing import Tracing
+from bnrewrite.torch_versions import fx_tracing
 
 
 class OwnerTracer(fx.Tracer):
@@ -131,11 +131,8 @@ class OwnerTracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self._see_forward(root)
         function, arguments = self.create_args_for_root(forward, is_module=True)
-        was_tracing, fx_trace._is_fx_tracing_flag = fx_trace._is_fx_tracing_flag, True
-        try:
+        with fx_tracing():
             self.create_node("output", "output", (self.create_arg(function(*arguments)),), {})
-        finally:
-            fx_trace._is_fx_tracing_flag = was_tracing
         return self.graph
 
     def _see_forward(self, module: nn.Module) -> None:

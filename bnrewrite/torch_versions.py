@@ -1,0 +1,65 @@
+"""What torch 2.11 to 2.15 do in different ways, under one name each.
+
+Where a version can be told by what it has, that is asked for, not its number.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx._symbolic_trace
+
+_fx: Any = torch.fx._symbolic_trace
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, "_compile_session_context")
+    else _is_compiling
+)
+"""Whether a compiler or an exporter traces what runs.
+
+In torch 2.11, torch's own function denies it while AOTAutograd traces what Dynamo found.
+"""
+
+_HAS_FLAG = hasattr(_fx, "_is_fx_tracing_flag")
+"""A global up to torch 2.13, then one for each thread."""
+
+
+def _flag() -> bool:
+    return _fx._is_fx_tracing_flag
+
+
+def _set_flag(value: bool) -> None:
+    _fx._is_fx_tracing_flag = value
+
+
+is_fx_tracing: Callable[[], bool] = _flag if _HAS_FLAG else _fx._get_is_fx_tracing
+"""Whether ``torch.fx``, in a trace of ours or of somebody else, records what runs."""
+
+_set_fx_tracing: Callable[[bool], None] = _set_flag if _HAS_FLAG else _fx._set_is_fx_tracing
+
+
+@contextmanager
+def fx_tracing() -> Iterator[None]:
+    """Has torch take what runs for recorded by ``torch.fx``."""
+    before = is_fx_tracing()
+    _set_fx_tracing(True)
+    try:
+        yield
+    finally:
+        _set_fx_tracing(before)
+
+
+def autograd_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` as torch has it, whatever stands in its place now."""
+    return _apply.__get__(None, function)
+
+
+# A class method of Python up to torch 2.13, one of C from 2.14 on.
+_apply: Any = vars(torch.autograd.Function)["apply"]
