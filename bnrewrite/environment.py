@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from bnrewrite.convert import convert
 from bnrewrite.kernels.native.load import whence
+from bnrewrite.report import report
+from bnrewrite.torch_versions import NEWEST, OLDEST, is_tested
 
 _PACKAGES = ("bnrewrite", "torch", "triton", "onnx", "onnxscript", "onnxruntime", "torchvision")
 _BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
@@ -43,6 +45,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _remark(name: str) -> str:
+    """What is to be said of the version of a package, if anything."""
+    if name != "torch" or is_tested():
+        return ""
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return f"  not tested: {oldest} to {newest} are"
+
+
 def devices() -> list[str]:
     """The CPU and the GPUs, with what decides about speed."""
     found = [f"cpu, {torch.get_num_threads()} threads, kernels {whence()}"]
@@ -64,9 +74,20 @@ def backends() -> list[str]:
 
 
 def self_check() -> list[Check]:
-    """A converted layer against ``F.batch_norm``, on each kind of device."""
+    """A converted layer against ``F.batch_norm``, on each kind of device; a layer in a graph."""
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [check for kind in kinds for check in _check_device(torch.device(kind))]
+    checks = [check for kind in kinds for check in _check_device(torch.device(kind))]
+    return [*checks, _check_capture()]
+
+
+def _check_capture() -> Check:
+    """Whether ``torch.fx`` of this version can be made to record: what it left is the difference.
+
+    Layers outside graphs compute the same, so that nothing else would show it.
+    """
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    left = [site for site in report(model).sites if site.owner is None]
+    return Check("sites outside graphs", len(left), 0)
 
 
 def _check_device(device: torch.device) -> list[Check]:
@@ -110,7 +131,7 @@ def _forward_backward(
 
 def describe(checks: list[Check]) -> str:
     """The text of ``python -m bnrewrite env``."""
-    lines = [f"{name:14}{version}" for name, version in versions().items()]
+    lines = [f"{name:14}{version}{_remark(name)}" for name, version in versions().items()]
     lines += [f"{'device':14}{device}" for device in devices()]
     lines.append(f"{'backends':14}{', '.join(backends()) or 'none'}")
     lines.append("self-check: a converted BatchNorm2d against F.batch_norm, float64")

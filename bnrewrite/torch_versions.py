@@ -10,6 +10,15 @@ from typing import Any
 import torch
 import torch.fx._symbolic_trace
 
+OLDEST, NEWEST = (2, 11), (2, 15)
+"""Between these, ends included, the tests pass."""
+
+
+def is_tested() -> bool:
+    """Whether the torch that runs is one of those."""
+    return OLDEST <= tuple(map(int, torch.__version__.split(".")[:2])) <= NEWEST
+
+
 _fx: Any = torch.fx._symbolic_trace
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import bnrewrite
 from bnrewrite import cli
 from tests.launching import environment, run
 
@@ -124,12 +126,34 @@ def test_env_fails_when_a_converted_layer_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def convert_badly(layer):
+        layer = bnrewrite.convert(layer)
         layer.eps = 0.5
         return layer
 
     monkeypatch.setattr("bnrewrite.environment.convert", convert_badly)
     assert cli.main(["env"]) == 1
     assert "cpu output" in capsys.readouterr().out
+
+
+def test_env_fails_when_nothing_can_be_captured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bnrewrite.capture.tracer.fx_tracing", "gone")
+    assert cli.main(["env"]) == 1
+    assert re.search(r"sites outside graphs +1\.0e\+00  FAILED", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("version", "remarked"), [("2.11.0+cu130", False), ("3.0", True)])
+def test_env_says_which_torch_is_not_tested(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str,
+    remarked: bool,
+) -> None:
+    monkeypatch.setattr("torch.__version__", version)
+    assert cli.main(["env"]) == 0
+    (line,) = re.findall("^torch .*", capsys.readouterr().out, re.MULTILINE)
+    assert ("  not tested: 2.11 to 2.15 are" in line) == remarked
 
 
 def test_export_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from bnrewrite import cli
+from bnrewrite.torch_versions import NEWEST, OLDEST, is_tested
 from tests.launching import ROOT, run, torchrun
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +64,10 @@ def test_set_up_names_the_torch_that_is_tested() -> None:
         command = _text(marker)
         assert f'pip install torch==2.13.0 -e ".[{extra}]"' in command
         assert len(command.splitlines()) == 1
-    assert (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 14)
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    assert f"torch {oldest} to {newest}" in README
+    assert f'"torch>={oldest}"' in (ROOT / "pyproject.toml").read_text()
+    assert is_tested()
 
 
 def test_files_that_it_names_exist() -> None:
