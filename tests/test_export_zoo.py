@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bnrewrite
+from benchmarks.models import prepare_torchvision
 from bnrewrite import export_onnx
 from bnrewrite.export import files
 from tests.export_models import Block, Mixed, initializers, operators, randomize
@@ -19,12 +20,8 @@ from tests.zoo.export import mild_statistics
 
 @pytest.fixture(scope="module")
 def torchvision_models() -> Any:
-    # A CPU build of torch may lack the compiled operators that torchvision declares fakes for.
-    library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield pytest.importorskip("torchvision.models")
-    del library
+    prepare_torchvision()
+    return pytest.importorskip("torchvision.models")
 
 
 def image(size: int) -> Tensor:

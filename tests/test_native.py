@@ -436,7 +436,7 @@ class TestArgumentsThatAreNoMemory:
     def test_a_profiler_sees_every_phase(self, group: str) -> None:
         t = case((4, 8, 64, 64), "contiguous", torch.float32, CPU)
         x, end = t["x"].requires_grad_(), (*[None] * 3, True, True, 0.1, EPS, group)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             BATCH_NORM(x, t["weight"], t["bias"], *end).backward(t["grad"])
         local = {"batch_norm_local", "batch_norm_local_backward"}
         phases = {"moments", "normalize", "normalize_backward_reduce", "normalize_backward"}

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from tests.zoo.spec import Spec, images, prepare_torchvision, require
+from benchmarks.models import prepare_torchvision
+from tests.zoo.spec import Spec, images, require
 
 _ENCODERS = ("resnet18", "timm-regnetx_002", "mobilenet_v2", "timm-efficientnet-b0", "densenet121")
 
 
 def specs() -> Iterator[Spec]:
     """Every decoder with every encoder of a few kinds that it accepts."""
-    require("segmentation_models_pytorch")
+    require("segmentation_models_pytorch", "torchvision")
     prepare_torchvision()
     import segmentation_models_pytorch as smp
 

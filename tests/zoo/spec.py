@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,29 +141,3 @@ def require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise MissingPackage(f"{package} is not installed: pip install 'bnrewrite[zoo]'")
-
-
-_LIBRARIES: list[torch.library.Library] = []
-
-
-def prepare_torchvision() -> None:
-    """Makes ``import torchvision`` work where its compiled library does not fit torch's build.
-
-    Its Python part registers fake kernels of two operators that only the library defines. Their
-    schemas are enough: nothing in the zoo calls them.
-    """
-    require("torchvision")
-    specification = importlib.util.find_spec("torchvision")
-    assert specification is not None
-    assert specification.origin is not None
-    for library in Path(specification.origin).parent.glob("_C.*"):
-        try:
-            torch.ops.load_library(str(library))
-        except (ImportError, OSError):
-            continue
-        return
-    if not _LIBRARIES:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)

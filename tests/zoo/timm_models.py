@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from tests.zoo.spec import Call, Spec, prepare_torchvision, require
+from benchmarks.models import prepare_torchvision
+from tests.zoo.spec import Call, Spec, require
 
 
 def specs() -> Iterator[Spec]:
     """Every model of timm; those without BatchNorm are for the caller to leave out."""
-    require("timm")
+    require("timm", "torchvision")
     prepare_torchvision()
     import timm
 

@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.spec import Call, Spec, images, prepare_torchvision
+from benchmarks.models import prepare_torchvision
+from tests.zoo.spec import Call, Spec, images, require
 
 _DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 
@@ -39,6 +40,7 @@ class Detector(nn.Module):
 
 def specs() -> Iterator[Spec]:
     """Every model of torchvision; those without BatchNorm are for the caller to leave out."""
+    require("torchvision")
     prepare_torchvision()
     from torchvision import models
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tests.zoo.spec import Call, Spec, prepare_torchvision, require
+from benchmarks.models import prepare_torchvision
+from tests.zoo.spec import Call, Spec, require
 
 Inputs = Callable[[Any, int], dict[str, Any]]
 
@@ -62,7 +63,7 @@ class _Entry:
 
 def specs() -> Iterator[Spec]:
     """Every entry of the table below."""
-    require("transformers")
+    require("transformers", "torchvision")
     prepare_torchvision()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
