@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.groups import NO_GROUP, group_of, name_in, place_in, ranks_that_gather
-from bnrewrite.guards import runs_in_python
-from bnrewrite.torch_versions import is_compiling
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
 

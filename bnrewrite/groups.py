@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from bnrewrite.errors import GroupError
-from bnrewrite.guards import guard_answer
-from bnrewrite.torch_versions import is_compiling
+from bnrewrite.guards import guard_answer, is_compiling
 
 NO_GROUP = ""
 """Name that stands for "nothing to communicate"."""

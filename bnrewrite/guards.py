@@ -9,25 +9,12 @@ from typing import Any, TypeVar
 import torch
 
 from bnrewrite.errors import BnRewriteError
-from bnrewrite.torch_versions import is_compiling
 
 T = TypeVar("T", bound="str | bool | tuple[int, ...]")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GUARDED = "_bnrewrite_answers"
-
-
-def is_ordered_by_compiler() -> bool:
-    """Whether a compiler makes a graph of what runs, which it orders by itself.
-
-    In compiled autograd the functions of one backward may be traced, or run after a graph break.
-    """
-    # Who has not imported it has not entered it.
-    compiled_autograd: Any = sys.modules.get("torch._dynamo.compiled_autograd")
-    return is_compiling() or (
-        compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
-    )
 
 
 def runs_in_python(function: F) -> F:
@@ -41,6 +28,35 @@ def runs_in_python(function: F) -> F:
     skip = dynamo._FrameAction.SKIP
     dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
     return function
+
+
+@runs_in_python
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+# In a frame of its own Dynamo would answer yes, hence runs_in_python.
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, "_compile_session_context")
+    else _is_compiling
+)
+"""Whether a compiler or an exporter traces what runs.
+
+In torch 2.11, torch's own function denies it while AOTAutograd traces what Dynamo found.
+"""
+
+
+def is_ordered_by_compiler() -> bool:
+    """Whether a compiler makes a graph of what runs, which it orders by itself.
+
+    In compiled autograd the functions of one backward may be traced, or run after a graph break.
+    """
+    # Who has not imported it has not entered it.
+    compiled_autograd: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return is_compiling() or (
+        compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region
+    )
 
 
 def guard_answer(what: str, ask: Callable[..., T], *args: Any) -> T:

@@ -22,20 +22,6 @@ def is_tested() -> bool:
 _fx: Any = torch.fx._symbolic_trace
 
 
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
-
-
-is_compiling: Callable[[], bool] = (
-    torch.compiler.is_compiling
-    if hasattr(torch.compiler, "_compile_session_context")
-    else _is_compiling
-)
-"""Whether a compiler or an exporter traces what runs.
-
-In torch 2.11, torch's own function denies it while AOTAutograd traces what Dynamo found.
-"""
-
 _HAS_FLAG = hasattr(_fx, "_is_fx_tracing_flag")
 """A global up to torch 2.13, then one for each thread."""
 

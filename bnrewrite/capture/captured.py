@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.outside import COMPILING
-from bnrewrite.guards import guard_answer
+from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
@@ -23,7 +23,6 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
-from bnrewrite.torch_versions import is_compiling
 
 
 @dataclasses.dataclass

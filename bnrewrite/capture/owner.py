@@ -13,6 +13,7 @@ from bnrewrite.capture.forms import PLAIN, arguments_of
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
 from bnrewrite.naming import holds
 from bnrewrite.passes.base import joined
@@ -34,7 +35,7 @@ from bnrewrite.sites.floor import (
 )
 from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
 from bnrewrite.sites.tracing import Tracing, tracer_here
-from bnrewrite.torch_versions import is_compiling, is_fx_tracing
+from bnrewrite.torch_versions import is_fx_tracing
 
 _STATE = "_bnrewrite_owner"
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnrewrite.guards import is_compiling
 from bnrewrite.sites.classes import below, original_class
-from bnrewrite.torch_versions import is_compiling
 
 CONSTANTS = (
     bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,

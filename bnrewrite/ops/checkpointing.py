@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import (
 
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
+from bnrewrite.guards import is_compiling
 from bnrewrite.ops.library import below_autograd
-from bnrewrite.torch_versions import is_compiling
 
 T = TypeVar("T")
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrewrite.guards import runs_in_python
-from bnrewrite.torch_versions import is_compiling
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import runs_unseen
 
 LIBRARY = torch.library.Library("bnrewrite", "DEF")

@@ -19,7 +19,7 @@ from torch import Tensor
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import is_ordered_by_compiler, runs_in_python
+from bnrewrite.guards import is_compiling, is_ordered_by_compiler, runs_in_python
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.input_gradients import (
@@ -38,7 +38,6 @@ from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.sites import Site
 from bnrewrite.ops.slot import open_slot
-from bnrewrite.torch_versions import is_compiling
 
 _TENSORS = 4
 """Tensors that autograd is given for each site: x, weight, bias, residual."""

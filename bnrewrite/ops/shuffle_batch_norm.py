@@ -20,7 +20,7 @@ from bnrewrite import reference
 from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
-from bnrewrite.guards import runs_in_python
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
 from bnrewrite.ops.library import (
     LIBRARY,
@@ -36,7 +36,6 @@ from bnrewrite.ops.shuffle_backward import SHUFFLE_BACKWARD
 from bnrewrite.ops.shuffle_peers import SHUFFLE_PEERS
 from bnrewrite.ops.sites import check, dense, memory_format
 from bnrewrite.ops.update_running import UPDATE_RUNNING
-from bnrewrite.torch_versions import is_compiling
 
 LIBRARY.define(
     "shuffle_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from bnrewrite.groups import NO_GROUP, active_group
+from bnrewrite.guards import is_compiling
 from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.library import is_traced_by_jit, knows_only_torch
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
@@ -28,7 +29,6 @@ from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import communication
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_hooks
-from bnrewrite.torch_versions import is_compiling
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.agreement import View, agree, can_agree, default_group
 from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
-from bnrewrite.guards import errors_pass_through_dynamo
+from bnrewrite.guards import errors_pass_through_dynamo, is_compiling
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
-from bnrewrite.torch_versions import is_compiling
 
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
