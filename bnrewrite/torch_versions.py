@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx._symbolic_trace
+from torch.utils import checkpoint
 
 OLDEST, NEWEST = (2, 11), (2, 15)
 """Between these, ends included, the tests pass."""
@@ -58,3 +59,6 @@ def autograd_apply(function: type[torch.autograd.Function]) -> Callable[..., Any
 
 # A class method of Python up to torch 2.13, one of C from 2.14 on.
 _apply: Any = vars(torch.autograd.Function)["apply"]
+
+run_checkpointed: Any = getattr(checkpoint, "_checkpoint_impl", checkpoint.checkpoint)
+"""The function that runs a forward in ``torch.utils.checkpoint``, an inner one from 2.14 on."""

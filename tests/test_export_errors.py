@@ -335,7 +335,7 @@ def test_a_sharded_model_is_refused(wrap, name):
 
 
 def test_a_scripted_model_is_refused():
-    with pytest.warns(DeprecationWarning, match=r"torch\.jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match=r"torch\.jit"):
         scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
     with pytest.raises(ExportError, match=r"scripted by TorchScript.*made from"):
         export_onnx(scripted, (X,))

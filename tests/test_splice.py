@@ -57,7 +57,7 @@ def traced(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         return bnrewrite.convert(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_captured_the_same_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import bnrewrite
 from tests.models import Block
 from tests.ranks import RankPool
 
-OF_TORCH = pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning")
+OF_TORCH = pytest.mark.filterwarnings("ignore:.*is deprecated.*")
 
 
 def _net(**options: Any) -> nn.Module:

@@ -35,6 +35,7 @@ from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling
 from bnrewrite.ops.library import below_autograd
+from bnrewrite.torch_versions import run_checkpointed
 
 T = TypeVar("T")
 
@@ -179,7 +180,7 @@ def _places() -> dict[CodeType, str]:
     """Which functions of torch mean what on the stack."""
     implementation = checkpoint.CheckpointFunction
     hooks = checkpoint._checkpoint_hook.__init__.__code__.co_consts
-    function: Any = checkpoint.checkpoint
+    function = run_checkpointed
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return {
