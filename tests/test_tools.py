@@ -155,12 +155,10 @@ class TestTools:
         assert seen[1] == seen[0]
         assert len(seen[1]) == 7
 
-    def test_the_profiler_with_modules(self) -> None:
+    def test_the_profiler_with_stacks(self) -> None:
         found = []
         for model in tracked():
-            with torch.profiler.profile(
-                with_modules=True, with_stack=True, acc_events=True
-            ) as profile:
+            with torch.profiler.profile(with_stack=True, acc_events=True) as profile:
                 step(model)
             counts = Counter(event.name for event in profile.events() or ())
             modules = {name for name in counts if name.startswith("nn.Module: ")}
