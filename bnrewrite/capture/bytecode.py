@@ -17,7 +17,7 @@ _NONE_JUMPS = frozenset(
     for what in ("NONE", "NOT_NONE")
 )
 _NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "NOT_TAKEN"))
-_HANDLES = frozenset(("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "POP_EXCEPT"))
+_HANDLES = frozenset(("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH", "POP_EXCEPT"))
 _PATTERNS = frozenset(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"))
 
 
@@ -124,16 +124,32 @@ def start_of(instructions: list[dis.Instruction], end: int) -> int:
 
 
 def is_used_as_value(code: CodeType, name: str) -> bool:
-    """Whether ``code`` does something else with the global ``name`` than to call it.
-
-    Before Python 3.11 the bytecode does not tell; then the answer is no.
-    """
-    if sys.version_info < (3, 11):
-        return False
+    """Whether ``code`` does something else with the global ``name`` than to call it."""
+    instructions = instructions_of(code)
     return any(
-        one.opname == "LOAD_GLOBAL" and one.argval == name and "NULL" not in one.argrepr
-        for one in dis.get_instructions(code)
+        one.opname == "LOAD_GLOBAL" and one.argval == name and not _is_called(instructions, index)
+        for index, one in enumerate(instructions)
     ) or any(is_used_as_value(one, name) for one in code.co_consts if isinstance(one, CodeType))
+
+
+def _is_called(instructions: list[dis.Instruction], loaded: int) -> bool:
+    """Whether the global that the instruction at ``loaded`` loads is called."""
+    if sys.version_info >= (3, 11):
+        return "NULL" in instructions[loaded].argrepr
+    above = 0
+    for one in instructions[loaded + 1 :]:
+        arg = one.arg or 0
+        num_arguments = {
+            "CALL_FUNCTION": arg,
+            "CALL_FUNCTION_KW": arg + 1,
+            "CALL_FUNCTION_EX": 1 + (arg & 1),
+        }.get(one.opname)
+        if num_arguments == above:
+            return True
+        above += dis.stack_effect(one.opcode, one.arg, jump=False)
+        if above < 0:
+            break
+    return False
 
 
 def compares(code: CodeType) -> bool:
@@ -155,17 +171,25 @@ def _note(operand: dis.Instruction, names: set[str], results: set[int]) -> None:
 
 def _tried(code: CodeType, instructions: list[dis.Instruction]) -> Iterator[tuple[int, int]]:
     """Ranges whose exceptions are caught, and not only passed on after a cleanup."""
-    entries = getattr(dis.Bytecode(code), "exception_entries", None)
-    if entries is None:
-        # Before Python 3.11 blocks are made as the code runs.
-        if any(one.opname == "JUMP_IF_NOT_EXC_MATCH" for one in instructions):
-            yield 0, len(code.co_code)
-        return
-    for entry in entries:
-        handler = itertools.dropwhile(lambda one: one.offset < entry.target, instructions)  # noqa: B023
+    for start, end, target in _protected(code, instructions):
+        handler = itertools.dropwhile(lambda one: one.offset < target, instructions)  # noqa: B023
         for one in handler:
             if one.opname in ("WITH_EXCEPT_START", "RERAISE"):
                 break
             if one.opname in _HANDLES:
-                yield entry.start, entry.end
+                yield start, end
                 break
+
+
+def _protected(
+    code: CodeType, instructions: list[dis.Instruction]
+) -> Iterator[tuple[int, int, int]]:
+    """Ranges of offsets, and where it goes on after an exception there."""
+    entries = getattr(dis.Bytecode(code), "exception_entries", None)
+    if entries is not None:
+        yield from ((entry.start, entry.end, entry.target) for entry in entries)
+        return
+    # Before Python 3.11 blocks are made as the code runs.
+    for one in instructions:
+        if one.opname == "SETUP_FINALLY":
+            yield one.offset, one.argval, one.argval
