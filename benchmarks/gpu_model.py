@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from gpu_measure import copy_bandwidth, gpu, require_gpu, timed
 from measure import arguments, finish
+from models import torchvision_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -27,10 +28,8 @@ MODELS = ("ours", "ours without fusion", "nn.SyncBatchNorm", "local")
 
 def models() -> dict[str, nn.Module]:
     """The same network with each kind of BatchNorm."""
-    import torchvision
-
     torch.manual_seed(0)
-    plain = torchvision.models.resnet50().cuda()
+    plain = torchvision_model("resnet50").cuda()
     plain = plain.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     others = ("inline_children", "share_collectives", "overlap_collectives")
     made = [
@@ -88,14 +87,12 @@ def saved_bytes(x: Tensor) -> int:
     its result, and the backward a write and a read of the gradient, and the sum's result in both
     phases, since it computes again what was activated: six more.
     """
-    import torchvision
-
     sizes: list[int] = []
 
     def noting(passes: int) -> Callable[[nn.Module, Any], None]:
         return lambda _, args: sizes.append(passes * 2 * args[0].numel())
 
-    plain = torchvision.models.resnet50().cuda()
+    plain = torchvision_model("resnet50").cuda()
     for name, module in plain.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(noting(6 if "downsample" in name else 5))
