@@ -43,7 +43,7 @@ is_compiling: Callable[[], bool] = (
 )
 """Whether a compiler or an exporter traces what runs.
 
-In torch 2.11, torch's own function denies it while AOTAutograd traces what Dynamo found.
+Up to torch 2.12, torch denies it while AOTAutograd traces what Dynamo found.
 """
 
 
