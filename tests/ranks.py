@@ -171,6 +171,7 @@ def _run(job: bytes) -> tuple[float, bool, Any]:
                 world_size=world_size,
                 timeout=timedelta(seconds=60),
             )
+            _wait_for_all(rank, world_size)
             try:
                 result = function(rank, world_size, *args)
                 pickle.dumps(result)
@@ -186,6 +187,13 @@ def _run(job: bytes) -> tuple[float, bool, Any]:
     finally:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
+
+
+def _wait_for_all(rank: int, world_size: int) -> None:
+    """Waits until all ranks are connected: gloo fails if one of them ends its group before."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"connected{rank}", "")
+    store.wait([f"connected{other}" for other in range(world_size)])
 
 
 def fill_with_nan() -> None:
