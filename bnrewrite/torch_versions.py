@@ -1,6 +1,7 @@
 """What torch 2.11 to 2.15 do in different ways, under one name each.
 
-Where a version can be told by what it has, that is asked for, not its number.
+Where a version can be told by what it has, that is asked for, not its number. One more is
+:data:`bnrewrite.guards.is_compiling`, which needs what that module knows of Dynamo.
 """
 
 from collections.abc import Callable, Iterator
