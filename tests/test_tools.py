@@ -167,8 +167,9 @@ class TestTools:
         (plain, seen), (ours, kinds) = found
         for name in ("aten::convolution", "aten::convolution_backward"):
             assert ours[name] == plain[name], name
-        # Some versions see no modules at all, as torch 2.11 on Python 3.12.
-        assert kinds >= seen & {"Sequential", "Shortcut", "Residual", "Conv2d"}
+        if not seen:
+            pytest.skip("this profiler sees no modules, as torch 2.11 on Python 3.12")
+        assert kinds >= {"Sequential", "Shortcut", "Residual", "Conv2d"}
 
 
 class TestTraining:
