@@ -42,8 +42,11 @@ SHAPES = [
     (2, 5, 3, 4, 5),
     (3, 4, 52, 48),
     (2, 65, 17, 3),
+    (5, 24, 7, 7),
+    (70, 20, 2, 5),
 ]
-"""Odd sizes: masks everywhere, accesses of one to eight values, one program and many."""
+"""Odd sizes: masks everywhere, accesses of one to eight values, one program and many, small images
+that are summed in groups."""
 SLOPE = 0.25
 PHASES = (
     "moments",
@@ -597,18 +600,21 @@ def _check_addresses(N: int, C: int, S: int, last: bool, t: int, block: int) -> 
 
     kernel: Any = tile_kernel.addresses_kernel
 
-    cut = plan(N, C, S, 2, last=last)
+    cut = plan(N, C, S, 2, last)
     assert cut is not None
     t %= cut.num_tiles
     block %= cut.num_blocks
     shape = (cut.BLOCK_C, cut.BLOCK_S)
     result = torch.empty(shape, dtype=torch.int64, device=harness.device())
-    kernel[(1,)](result, *cut.sizes[1:], t, block, cut.BLOCK_C, cut.BLOCK_S, cut.VEC, last)
+    options = (cut.BLOCK_C, cut.BLOCK_S, cut.VEC, cut.LAST, cut.GROUP)
+    kernel[(1,)](result, *cut.sizes[1:], t, block, *options)
     n, first = divmod(t * cut.BLOCK_S, -(-cut.S // cut.BLOCK_S) * cut.BLOCK_S)
-    c = block * cut.BLOCK_C + torch.arange(cut.BLOCK_C).unsqueeze(1)
+    width, num_columns = cut.GROUP * cut.P or cut.BLOCK_C, cut.C * cut.P
+    column = torch.arange(cut.BLOCK_C).unsqueeze(1)
+    c = block * width + column
     s = first + torch.arange(cut.BLOCK_S)
-    expected = s * C + c if last else (n * C + c) * cut.S + s
-    expected[(c >= C).expand(shape) | (s >= cut.S)] = -1
+    expected = s * num_columns + c if cut.LAST else (n * C + c) * cut.S + s
+    expected[((column >= width) | (c >= num_columns)).expand(shape) | (s >= cut.S)] = -1
     assert expected.max() > 1 << 31
     assert torch.equal(result.cpu(), expected)
 

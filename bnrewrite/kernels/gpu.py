@@ -30,13 +30,16 @@ def runs_triton(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def plan_for(x: Tensor) -> "Plan | None":
-    """How Triton's kernels cut ``x``, not empty; None if none of them runs on it."""
+def plan_for(x: Tensor, *, reads: int = 0) -> "Plan | None":
+    """How Triton's kernels cut ``x``, not empty; None if none of them runs on it.
+
+    ``reads`` is how many tensors a reduction reads, and 0 for a pass that writes what it reads.
+    """
     if not runs_triton(x.device):
         return None
     from bnrewrite.kernels.triton.plan import plan_of
 
-    return plan_of(x)
+    return plan_of(x, reads=reads)
 
 
 def laid_out_as(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
@@ -58,7 +61,7 @@ def _same_layout(x: Tensor, other: Tensor) -> bool:
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`bnrewrite.reference.moments`."""
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x, reads=1) if x.numel() else None
     if plan is None:
         return cuda.moments(x)
     from bnrewrite.kernels.triton import launch
@@ -172,7 +175,7 @@ def activation_backward_reduce(
     write: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.activation_backward_reduce`."""
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x, reads=2) if x.numel() else None
     if plan is None:
         return cuda.activation_backward_reduce(
             grad, x, stats, weight, bias, kept, activation, slope, write

@@ -82,7 +82,7 @@ def normalize_two_backward_reduce(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x, reads=3) if x.numel() else None
     if plan is None:
         return _normalize_two_backward_reduce(
             grad, other, other_stats, other_weight, other_bias, x, stats, weight, bias,

@@ -13,9 +13,12 @@ from bnrewrite.kernels.triton.moments import moments_kernel
 from bnrewrite.kernels.triton.normalize import BOOK, normalize_kernel
 from bnrewrite.kernels.triton.normalize_backward import normalize_backward_kernel
 from bnrewrite.kernels.triton.normalize_backward_reduce import normalize_backward_reduce_kernel
-from bnrewrite.kernels.triton.plan import Plan
+from bnrewrite.kernels.triton.plan import NOTHING, Plan
 
 _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+_STAGES = 3
+"""Tiles of a program that are on their way or used: what is loaded next does not wait."""
 
 _MOST_REGISTERS = 255
 """Of a thread, on every GPU that Triton compiles for with ptxas."""
@@ -64,6 +67,8 @@ def _constants(plan: Plan, x: Tensor, **more: Any) -> dict[str, Any]:
         "VEC": plan.VEC,
         "LAST": plan.LAST,
         "ACC": _ACC[reference.accumulate_dtype(x.dtype)],
+        "STAGES": _STAGES,
+        "GROUP": plan.GROUP,
         **more,
     }
 
@@ -76,8 +81,14 @@ def _is_tight(plan: Plan, x: Tensor) -> bool:
     return x.dtype == torch.float64 or plan.VEC == 1
 
 
-def _workspace(plan: Plan, x: Tensor, num_splits: int, num_rows: int = 2) -> tuple[Tensor, Tensor]:
+def _sums_constants(plan: Plan) -> dict[str, Any]:
+    """Of reductions only."""
+    return {"MERGE": plan.merge, "WIDE": 1 << max(plan.GROUP - 1, 0).bit_length()}
+
+
+def _workspace(plan: Plan, x: Tensor, num_rows: int = 2) -> tuple[Tensor, Tensor]:
     """Room for partial sums (splits, rows, C), and a zero for each channel block."""
+    num_splits = plan.num_splits
     if num_splits == 1:
         unused = x.new_empty(0, dtype=torch.float64)
         return unused, unused
@@ -105,13 +116,11 @@ def _arrivals(device: torch.device, num_blocks: int) -> Tensor:
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
     """Fills ``packed`` (2C + 1,), float64."""
-    num_splits = plan.num_splits(reduction=True)
-    merge = plan.merge if num_splits > 1 else 0
     return Launch(
         moments_kernel,
-        (plan.num_blocks, num_splits),
-        (x, *_workspace(plan, x, num_splits), packed, *plan.sizes),
-        _constants(plan, x, MERGE=merge),
+        (plan.num_blocks, plan.num_splits),
+        (x, *_workspace(plan, x), packed, *plan.sizes),
+        _constants(plan, x, **_sums_constants(plan)),
         plan.num_warps,
         never_spills=_is_tight(plan, x),
     )
@@ -165,14 +174,11 @@ def normalize(
     """
     cumulative = own.cumulative or (other is not None and other.cumulative)
     num_books = 1 if cumulative else max(1, -(-x.size(1) // BOOK))
-    num_splits = 0
     if plan is None:
-        plan = Plan(0, x.size(1), 0, 1, 1, 1, True, 0, 4)
-    else:
-        num_splits = plan.num_splits(reduction=False)
+        plan = dataclasses.replace(NOTHING, C=x.size(1))
     return Launch(
         normalize_kernel,
-        (num_books + plan.num_blocks * num_splits,),
+        (num_books + plan.num_blocks * plan.num_splits,),
         (
             x, residual, y, total, *own.args, *(_NO_OTHER if other is None else other.args), slope,
             *plan.sizes, plan.num_blocks, num_books,
@@ -218,18 +224,16 @@ def normalize_backward_reduce(
     slope: float,
 ) -> Launch:
     """Fills the sums, float64, and ``grad_residual``; with ``other`` those of both branches."""
-    num_splits = plan.num_splits(reduction=True)
-    merge = plan.merge if num_splits > 1 else 0
-    workspace = _workspace(plan, own.x, num_splits, 2 if other is None else 3)
+    workspace = _workspace(plan, own.x, 2 if other is None else 3)
     is_light = activation == "identity" and other is None
     return Launch(
         normalize_backward_reduce_kernel,
-        (plan.num_blocks, num_splits),
+        (plan.num_blocks, plan.num_splits),
         (
             grad, *own, *(other or [None] * 5), kept, grad_residual, *workspace, slope,
             *plan.sizes,
         ),
-        _constants(plan, own.x, MERGE=merge, ACTIVATION=activation),
+        _constants(plan, own.x, ACTIVATION=activation, **_sums_constants(plan)),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
         never_spills=_is_tight(plan, own.x) or not is_light,
@@ -271,8 +275,8 @@ def normalize_backward(
     is_wide = own.x.dtype == torch.float64
     return Launch(
         normalize_backward_kernel,
-        (plan.num_blocks, plan.num_splits(reduction=False)),
-        (grad, *own, *(other or [None] * 7), kept, slope, *plan.sizes),
+        (plan.num_blocks * plan.num_splits,),
+        (grad, *own, *(other or [None] * 7), kept, slope, *plan.sizes, plan.num_blocks),
         _constants(plan, own.x, ACTIVATION=activation),
         # What derivatives compute in float64 takes most registers of all.
         min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,

@@ -6,10 +6,10 @@
 import triton
 import triton.language as tl
 
-from bnrewrite.kernels.triton.tiles import channels, is_last, merged, sizes, tile
+from bnrewrite.kernels.triton.tiles import of_channels, over_splits, sizes, sums_of, tile
 
 
-@triton.jit(do_not_specialize=["N", "C", "S"])
+@triton.jit(do_not_specialize=["N", "C", "S", "P"])
 def moments_kernel(
     x: tl.tensor,
     partials: tl.tensor,
@@ -18,12 +18,16 @@ def moments_kernel(
     N: tl.int64,
     C: tl.int64,
     S: tl.int64,
+    P: tl.int64,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Packed sums of x, see :func:`bnrewrite.reference.moments`. Bytes: x read once.
 
@@ -33,19 +37,23 @@ def moments_kernel(
 
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
-    C, S = sizes(C, S, VEC, LAST)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
     block = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
-    c, c_mask = channels(block, C, BLOCK_C)
-    start, offsets, mask, count = tile(split, block, C, S, BLOCK_C, BLOCK_S, LAST)
+    start, offsets, mask, count = tile(
+        split, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+    )
     values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
     pivot = (tl.sum(values, 1) / count.to(ACC))[:, None]
     centred = tl.where(mask, values - pivot, 0.0)
     sums = centred
     squares = centred * centred
-    for t in range(split + num_splits, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
-        start, offsets, mask, size = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+    end = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
+    for t in tl.range(split + num_splits, end, num_splits, num_stages=STAGES):
+        start, offsets, mask, size = tile(
+            t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+        )
         values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.where(mask, values - pivot, 0.0)
         sums += centred
@@ -56,17 +64,14 @@ def moments_kernel(
     mean = tl.sum(pivot, 1).to(tl.float64) + rest / n
     total = n * mean
     square = tl.sum(squares, 1).to(tl.float64) - rest * rest / n + total * mean
-    if MERGE:
-        row = partials + split * 2 * C + c
-        tl.store(row, total, mask=c_mask)
-        tl.store(row + C, square, mask=c_mask)
-        if is_last(arrivals, block, num_splits):
-            total = merged(partials, 0, 2, c, c_mask, C, num_splits, MERGE)
-            square = merged(partials, 1, 2, c, c_mask, C, num_splits, MERGE)
-            tl.store(packed + 1 + c, total, mask=c_mask)
-            tl.store(packed + 1 + C + c, square, mask=c_mask)
-    else:
+    total = of_channels(total, P, BLOCK_C, GROUP, WIDE)
+    square = of_channels(square, P, BLOCK_C, GROUP, WIDE)
+    c, c_mask = sums_of(block, C, BLOCK_C, GROUP, WIDE)
+    total, square, _, done = over_splits(
+        total, square, total, partials, arrivals, c, c_mask, C, block, split, num_splits, 2, MERGE
+    )
+    if done:
         tl.store(packed + 1 + c, total, mask=c_mask)
         tl.store(packed + 1 + C + c, square, mask=c_mask)
     if (block == 0) & (split == 0):
-        tl.store(packed, (N * S).to(tl.float64))
+        tl.store(packed, (N * S * P).to(tl.float64))

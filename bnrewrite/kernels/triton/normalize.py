@@ -55,7 +55,7 @@ def _keep_books(
         else:
             factor = 0.0
     for block in range(first, tl.cdiv(C, BOOK).to(tl.int32), step):
-        c, mask = channels(block, C, BOOK)
+        c, mask = channels(block, C, 1, BOOK, 0)
         mean, var = mean_and_var(totals, c, mask, C)
         rstd = tl.rsqrt(var + eps)
         tl.store(stats + c, mean.to(stats.dtype.element_ty), mask=mask)
@@ -91,7 +91,7 @@ def _affine(
     return mean.to(ACC)[:, None], scale, per_channel(bias, c, mask, ACC, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "num_blocks", "num_books"])
+@triton.jit(do_not_specialize=["N", "C", "S", "P", "num_blocks", "num_books"])
 def normalize_kernel(
     x: tl.tensor,
     residual: tl.tensor | None,
@@ -119,13 +119,16 @@ def normalize_kernel(
     N: tl.int64,
     C: tl.int64,
     S: tl.int64,
+    P: tl.int64,
     num_blocks: tl.int32,
     num_books: tl.int32,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
+    GROUP: tl.constexpr,
     ACC: tl.constexpr,
+    STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OTHER_CUMULATIVE: tl.constexpr,
@@ -141,7 +144,7 @@ def normalize_kernel(
     Grid: ``num_books`` programs for what happens once per channel, then one for each of the splits
     of each of the ``num_blocks`` channel blocks.
     """
-    C, S = sizes(C, S, VEC, LAST)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
     program = tl.program_id(0)
     if program < num_books:
         if other_totals is not None:
@@ -158,7 +161,7 @@ def normalize_kernel(
         program -= num_books
         block = program % num_blocks
         num_splits = (tl.num_programs(0) - num_books) // num_blocks
-        c, c_mask = channels(block, C, BLOCK_C)
+        c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
         mean, scale, shift = _affine(totals, weight, bias, eps, c, c_mask, C, ACC)
         if other_totals is not None:
             other_mean, other_scale, other_shift = _affine(
@@ -166,8 +169,10 @@ def normalize_kernel(
             )
             shift += other_shift
         last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-        for t in range(program // num_blocks, last, num_splits):
-            start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+        for t in tl.range(program // num_blocks, last, num_splits, num_stages=STAGES):
+            start, offsets, mask, _ = tile(
+                last - 1 - t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+            )
             z = (tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + shift
             if residual is not None:
                 r = tl.load(residual + start + offsets, mask=mask, other=0.0).to(ACC)

@@ -33,7 +33,7 @@ def _coefficients(
     return mean, scale, mean_g, rstd * mean_gx
 
 
-@triton.jit(do_not_specialize=["N", "C", "S"])
+@triton.jit(do_not_specialize=["N", "C", "S", "P", "num_blocks"])
 def normalize_backward_kernel(
     grad: tl.tensor,
     x: tl.tensor,
@@ -55,11 +55,15 @@ def normalize_backward_kernel(
     N: tl.int64,
     C: tl.int64,
     S: tl.int64,
+    P: tl.int64,
+    num_blocks: tl.int32,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
+    GROUP: tl.constexpr,
     ACC: tl.constexpr,
+    STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
@@ -72,11 +76,11 @@ def normalize_backward_kernel(
     reduction has written the gradient of what was activated, that is ``grad``, and the activation
     is "identity".
 
-    Grid: channel blocks, splits.
+    Grid: the splits of each of the ``num_blocks`` channel blocks.
     """
-    C, S = sizes(C, S, VEC, LAST)
-    block = tl.program_id(0)
-    c, c_mask = channels(block, C, BLOCK_C)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    block = tl.program_id(0) % num_blocks
+    c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
     mean, scale, mean_g, slope_x = _coefficients(stats, totals, weight, sums, c, c_mask, C, ACC)
     shift = per_channel(bias, c, c_mask, ACC, 0.0)
     if other is not None:
@@ -84,9 +88,12 @@ def normalize_backward_kernel(
             other_stats, other_totals, other_weight, other_sums, c, c_mask, C, ACC
         )
         shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
+    num_splits = tl.num_programs(0) // num_blocks
     last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-    for t in range(tl.program_id(1), last, tl.num_programs(1)):
-        start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+    for t in tl.range(tl.program_id(0) // num_blocks, last, num_splits, num_stages=STAGES):
+        start, offsets, mask, _ = tile(
+            last - 1 - t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+        )
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
         if other is not None:

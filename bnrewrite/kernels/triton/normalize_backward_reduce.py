@@ -9,10 +9,18 @@ import triton
 import triton.language as tl
 
 from bnrewrite.kernels.triton.activations import activation_backward
-from bnrewrite.kernels.triton.tiles import channels, is_last, merged, per_channel, sizes, tile
+from bnrewrite.kernels.triton.tiles import (
+    channels,
+    of_channels,
+    over_splits,
+    per_channel,
+    sizes,
+    sums_of,
+    tile,
+)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S"])
+@triton.jit(do_not_specialize=["N", "C", "S", "P"])
 def normalize_backward_reduce_kernel(
     grad: tl.tensor,
     x: tl.tensor,
@@ -33,12 +41,16 @@ def normalize_backward_reduce_kernel(
     N: tl.int64,
     C: tl.int64,
     S: tl.int64,
+    P: tl.int64,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
+    STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
@@ -51,11 +63,11 @@ def normalize_backward_reduce_kernel(
 
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
-    C, S = sizes(C, S, VEC, LAST)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
     block = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
-    c, c_mask = channels(block, C, BLOCK_C)
+    c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
     mean = per_channel(stats, c, c_mask, ACC, 0.0)
     rstd = per_channel(stats + C, c, c_mask, ACC, 0.0)
     scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
@@ -68,8 +80,8 @@ def normalize_backward_reduce_kernel(
         other_scale = other_rstd * per_channel(other_weight, c, c_mask, ACC, 1.0)
         shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
         sum_go = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-    for t in range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits):
-        start, offsets, mask, _ = tile(t, block, C, S, BLOCK_C, BLOCK_S, LAST)
+    for t in tl.range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits, num_stages=STAGES):
+        start, offsets, mask, _ = tile(t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP)
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
         if other is not None:
@@ -91,27 +103,20 @@ def normalize_backward_reduce_kernel(
         sum_gx += tl.where(mask, g * centred, 0.0)
         if other is not None:
             sum_go += tl.where(mask, g * o_centred, 0.0)
-    total = tl.sum(sum_g, 1).to(tl.float64)
+    total = of_channels(tl.sum(sum_g, 1).to(tl.float64), P, BLOCK_C, GROUP, WIDE)
     total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
+    total_x = of_channels(total_x, P, BLOCK_C, GROUP, WIDE)
+    total_o = total
     if other is not None:
         total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
-    if MERGE:
-        ROWS: tl.constexpr = 2 if other is None else 3
-        row = partials + split * ROWS * C + c
-        tl.store(row, total, mask=c_mask)
-        tl.store(row + C, total_x, mask=c_mask)
-        if other is not None:
-            tl.store(row + 2 * C, total_o, mask=c_mask)
-        if is_last(arrivals, block, num_splits):
-            total = merged(partials, 0, ROWS, c, c_mask, C, num_splits, MERGE)
-            total_x = merged(partials, 1, ROWS, c, c_mask, C, num_splits, MERGE)
-            tl.store(sums + c, total, mask=c_mask)
-            tl.store(sums + C + c, total_x, mask=c_mask)
-            if other is not None:
-                total_o = merged(partials, 2, ROWS, c, c_mask, C, num_splits, MERGE)
-                tl.store(other_sums + c, total, mask=c_mask)
-                tl.store(other_sums + C + c, total_o, mask=c_mask)
-    else:
+        total_o = of_channels(total_o, P, BLOCK_C, GROUP, WIDE)
+    ROWS: tl.constexpr = 2 if other is None else 3
+    c, c_mask = sums_of(block, C, BLOCK_C, GROUP, WIDE)
+    total, total_x, total_o, done = over_splits(
+        total, total_x, total_o, partials, arrivals, c, c_mask, C, block, split, num_splits, ROWS,
+        MERGE,
+    )  # fmt: skip
+    if done:
         tl.store(sums + c, total, mask=c_mask)
         tl.store(sums + C + c, total_x, mask=c_mask)
         if other is not None:

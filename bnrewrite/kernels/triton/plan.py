@@ -1,9 +1,10 @@
-"""How a tensor is cut into tiles and programs. Nothing here depends on the device or its load."""
+"""How a tensor is cut into tiles and programs."""
 
 import dataclasses
 import functools
 import math
 
+import torch
 from torch import Tensor
 
 _TILE = 2048
@@ -12,9 +13,24 @@ _TILE = 2048
 _LONG = 256
 """Positions of a contiguous image that a tile keeps together: long accesses to few places."""
 
-_REDUCTION_PROGRAMS = 1024
+_PASS_ROW = 256
+"""Bytes of neighbouring channels that a tile of a pass keeps together in channels-last."""
+
+_REDUCTION_CHANNELS = 32
+"""Neighbouring channels that a tile of a reduction keeps together in channels-last: the fewer there
+are, the fewer partial sums has the program that adds them, and the more programs do so."""
+
+_NARROW = 8
+"""Bytes of an access below which small images are taken in groups."""
+
+_MOST_COLUMNS = 1024
+"""Columns of a block of whole images; see :attr:`Plan.GROUP`."""
+
+_REDUCTION_PROGRAMS = 2
+"""Programs of a reduction per multiprocessor: all run at a time, and each leaves partial sums."""
+
 _PASS_PROGRAMS = 4096
-"""Programs of a launch, as far as there are tiles: a multiple of what a device runs at a time."""
+"""Programs of a pass, as far as there are tiles: a multiple of what a device runs at a time."""
 
 _FEW = 4
 """Tiles that one program sums faster than several that wait for each other."""
@@ -22,57 +38,65 @@ _FEW = 4
 _MERGE = 2048
 """Partial sums that the last program loads at a time."""
 
+_MULTIPROCESSORS = 132
+"""Where the device does not say how many it has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of a launch.
+    """Sizes of a launch. A tile has BLOCK_C columns of BLOCK_S positions.
 
     Attributes:
-        N: images; 1 in channels-last.
+        N: images; 1 if ``LAST``.
         C: channels.
-        S: positions of an image.
-        BLOCK_C: channels of a tile.
+        S: positions of a column in an image.
+        P: columns of a channel.
+        BLOCK_C: columns of a tile.
         BLOCK_S: positions of a tile.
         VEC: what the dimension along memory is given in multiples of.
-        LAST: whether channels are next to each other in memory.
-        num_tiles: tiles of a channel block.
+        LAST: whether columns are next to each other in memory.
+        GROUP: 0 if each column is a channel. Otherwise the images are small, and contiguous: the
+            positions of an image are ``P`` columns, those of ``GROUP`` channels are a block, and a
+            column has a position for each image.
+        num_blocks: blocks of columns.
+        num_tiles: tiles of a block.
+        num_splits: programs that share the tiles of a block, evenly.
         num_warps: warps of a program.
     """
 
     N: int
     C: int
     S: int
+    P: int
     BLOCK_C: int
     BLOCK_S: int
     VEC: int
     LAST: bool
+    GROUP: int
+    num_blocks: int
     num_tiles: int
+    num_splits: int
     num_warps: int
 
     @property
-    def num_blocks(self) -> int:
-        """Channel blocks."""
-        return -(-self.C // self.BLOCK_C)
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """N, C and S as kernels take them."""
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, C, S and P as kernels take them."""
+        if self.GROUP:
+            return self.N, self.C, self.S, self.P
         if self.LAST:
-            return self.N, self.C // self.VEC, self.S
-        return self.N, self.C, self.S // self.VEC
-
-    def num_splits(self, *, reduction: bool) -> int:
-        """Programs that share the tiles of a channel block, evenly."""
-        if reduction and self.num_tiles <= _FEW:
-            return 1
-        programs = _REDUCTION_PROGRAMS if reduction else _PASS_PROGRAMS
-        each = -(-self.num_tiles * self.num_blocks // programs)
-        return -(-self.num_tiles // each)
+            return self.N, self.C // self.VEC, self.S, 1
+        return self.N, self.C, self.S // self.VEC, 1
 
     @property
     def merge(self) -> int:
-        """Splits whose partial sums are merged at a time."""
-        return max(1, _MERGE // self.BLOCK_C)
+        """Splits whose partial sums are merged at a time; 0 if there is one."""
+        if self.num_splits == 1:
+            return 0
+        return max(1, _MERGE // (_power_of_two(self.GROUP) if self.GROUP else self.BLOCK_C))
+
+
+NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, True, 0, 0, 0, 0, 4)
+"""Of an empty tensor, but for the number of its channels."""
 
 
 def layout_of(x: Tensor) -> bool | None:
@@ -83,41 +107,83 @@ def layout_of(x: Tensor) -> bool | None:
     return True if x.permute(order).is_contiguous() else None
 
 
-def plan_of(x: Tensor) -> Plan | None:
-    """The plan for ``x`` (N, C, *), not empty; None if the kernels cannot address it."""
+def plan_of(x: Tensor, *, reads: int = 0) -> Plan | None:
+    """The plan for ``x`` (N, C, *), not empty; None if the kernels cannot address it.
+
+    Args:
+        x: the input.
+        reads: tensors that a reduction reads, 0 for a pass that writes what it reads.
+    """
     last = layout_of(x)
     if last is None:
         return None
     num_positions = x.numel() // (x.size(0) * x.size(1))
-    return plan(x.size(0), x.size(1), num_positions, x.element_size(), last=last)
+    multiprocessors = _multiprocessors(x.device)
+    sizes = (x.size(0), x.size(1), num_positions)
+    return plan(*sizes, x.element_size(), last, reads, multiprocessors)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(N: int, C: int, S: int, itemsize: int, *, last: bool) -> Plan | None:
+def plan(
+    N: int,
+    C: int,
+    S: int,
+    itemsize: int,
+    last: bool,
+    reads: int = 0,
+    multiprocessors: int = _MULTIPROCESSORS,
+) -> Plan | None:
     """See :func:`plan_of`."""
-    if last:
+    values = _TILE * 4 // max(itemsize, 4)
+    if itemsize == 2 and reads == 1:
+        # As many bytes in flight as of wider types.
+        values *= 2
+    widest = 16 // itemsize
+    P, group = 1, 0
+    if not last and math.gcd(S, widest) * itemsize < _NARROW:
+        group = _best_group(C, S, widest)
+    if group:
+        P, S, N, last = S, N, 1, True
+        block_c = _power_of_two(group * P)
+        block_s = min(max(values // block_c, 1), _power_of_two(S))
+        vec = math.gcd(C * P, group * P, widest)
+    elif last:
         N, S = 1, N * S
-    values = _TILE if itemsize <= 4 else _TILE // 2
-    if last:
-        block_c = min(_power_of_two(C), 64 if itemsize >= 4 else 128)
+        block_c = min(_power_of_two(C), _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize)
         block_s = min(values // block_c, _power_of_two(S))
+        vec = math.gcd(C, widest)
     else:
         block_s = _best_block(S, values)
         block_c = min(values // block_s, _power_of_two(C))
-    vec = math.gcd(C if last else S, 16 // itemsize)
+        vec = math.gcd(S, widest)
+    num_blocks = -(-C // (group or block_c))
     num_tiles = N * -(-S // block_s)
-    farthest = block_s * C if last else (block_c - 1) * S + block_s
-    if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C >= 1 << 31:
+    farthest = block_s * C * P if last else (block_c - 1) * S + block_s
+    if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * P >= 1 << 31:
         return None
+    programs = multiprocessors * _REDUCTION_PROGRAMS if reads else _PASS_PROGRAMS
+    each = -(-num_tiles * num_blocks // programs)
+    is_alone = reads > 0 and num_tiles <= _FEW
     return Plan(
         N=N,
         C=C,
         S=S,
+        P=P,
         BLOCK_C=block_c,
         BLOCK_S=block_s,
         VEC=vec,
         LAST=last,
+        GROUP=group,
+        num_blocks=num_blocks,
         num_tiles=num_tiles,
+        num_splits=1 if is_alone else -(-num_tiles // each),
         # Single accesses take a mask and an address each: fewer of them per thread.
         num_warps=max(1, min(8 if vec == 1 else 4, block_c * block_s // 256)),
     )
@@ -130,6 +196,20 @@ def _best_block(S: int, values: int) -> int:
     while blocks[-1] > _LONG:
         blocks.append(blocks[-1] // 2)
     return min(blocks, key=lambda block: -(-S // block) * block)
+
+
+def _best_group(C: int, S: int, widest: int) -> int:
+    """How many images of S positions start with a wide access and waste least; 0 if none do."""
+    step = widest // math.gcd(S, widest)
+    most = min(_MOST_COLUMNS // S, _power_of_two(C))
+    groups = [
+        group
+        for group in range(step, most + 1, step)
+        if _power_of_two(group) * _power_of_two(group * S) <= 2 * _TILE
+    ]
+    if not groups or C * S % widest:
+        return 0
+    return max(groups, key=lambda group: (group * S / _power_of_two(group * S), -group))
 
 
 def _power_of_two(value: int) -> int:
