@@ -87,7 +87,7 @@ def leave_out_collectives() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     for module in (bnrewrite.collectives, bnrewrite.ops.normalize_sites):
         vars(module).update(
-            start_all_reduce_sum=lambda packed, *_: [packed],
+            start_all_reduce_sum=lambda packed, *_, **__: [packed],
             end_all_reduce_sum=lambda pending, _: pending[0],
         )
 
@@ -119,11 +119,14 @@ def arguments(
     return parser.parse_args()
 
 
-def finish(script: str, result: Mapping[str, Any], *, save: bool) -> None:
-    """Prints where the numbers come from, and stores them with it if ``save``."""
+def finish(script: str, result: Mapping[str, Any], *, save: bool, part: str = "") -> None:
+    """Prints where the numbers come from, and stores them with it if ``save``.
+
+    ``part`` is added to the name of the file, where a benchmark measures different things.
+    """
     name = Path(script).stem
     record = {
-        "benchmark": name,
+        "benchmark": name + part,
         "command": " ".join([f"python benchmarks/{name}.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -134,7 +137,7 @@ def finish(script: str, result: Mapping[str, Any], *, save: bool) -> None:
     print("machine:", ", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     if save:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{name}{part}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written: {path}")
 

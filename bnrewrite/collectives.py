@@ -20,13 +20,16 @@ from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
 
-def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Tensor:
+def all_reduce_sum(
+    packed: Tensor, group: str, site: tuple[Any, ...] = (), *, is_last_use: bool = False
+) -> Tensor:
     """Sum of ``packed`` over the ranks of ``group``: the same bits on every rank.
 
     Args:
         packed: (K,), float64, of the same size on every rank.
         group: from :func:`active_group`; ``NO_GROUP`` returns ``packed`` itself.
         site: tensors of the sites, by which an error finds their names.
+        is_last_use: nobody reads ``packed`` any more, so the sum may take its place.
 
     Raises:
         PeerError: another rank died, stalled or left; only outside of compiled graphs.
@@ -36,7 +39,8 @@ def all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> Te
         return packed
     if torch.is_grad_enabled() and packed.requires_grad:
         return _AllReduceSum.apply(packed, group, site)
-    return end_all_reduce_sum(start_all_reduce_sum(packed, group, site), packed.size(0))
+    pending = start_all_reduce_sum(packed, group, site, is_last_use=is_last_use)
+    return end_all_reduce_sum(pending, packed.size(0))
 
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -57,7 +61,9 @@ MOST_GATHERED_BYTES = 64 * 1024
 network with 10 Gbit/s, about what one message costs."""
 
 
-def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ()) -> list[Tensor]:
+def start_all_reduce_sum(
+    packed: Tensor, group: str, site: tuple[Any, ...] = (), *, is_last_use: bool = False
+) -> list[Tensor]:
     """Launches :func:`all_reduce_sum`; :func:`end_all_reduce_sum` waits for the sum.
 
     Not differentiable.
@@ -66,6 +72,7 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         packed: (K,), float64, of the same size on every rank.
         group: from :func:`active_group`, not ``NO_GROUP``.
         site: as :func:`all_reduce_sum` takes it.
+        is_last_use: nobody reads ``packed`` any more, so the sum may take its place.
 
     Returns:
         For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,). And what is sent, if it
@@ -77,7 +84,7 @@ def start_all_reduce_sum(packed: Tensor, group: str, site: tuple[Any, ...] = ())
         sent = packed if is_compiling() else packed.clone()
         return [_start_all_gather(sent, group, num_ranks, site), sent]
     if not is_compiling() and runs_unseen(packed):
-        reduced = packed.clone()
+        reduced = packed if is_last_use and packed.is_cuda else packed.clone()
         begin = lambda to: to.allreduce([reduced])  # noqa: E731
         return [launch("all-reduce", reduced, group_of(group), site, begin)]
     return [torch.ops._c10d_functional.all_reduce(packed, "sum", name_in(group))]

@@ -32,7 +32,8 @@ def runs_in_python(function: F) -> F:
 
 @runs_in_python
 def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    tracing: Any = getattr(torch._guards._TLS, "tracing_context", None)
+    return tracing is not None or torch.compiler.is_compiling()
 
 
 # In a frame of its own Dynamo would answer yes, hence runs_in_python.

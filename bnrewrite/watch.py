@@ -1,4 +1,4 @@
-"""Collectives on the CPU whose rank notices while it waits that something is wrong.
+"""Collectives launched without the dispatcher, whose rank notices that something is wrong.
 
 The collectives of torch block in C++ until their time-out, whatever happens elsewhere. Here the
 rank looks up now and then, and what the backend says is put into an error that names the site.
@@ -41,11 +41,13 @@ class _Work:
 
 
 def runs_unseen(x: Tensor) -> bool:
-    """Whether ``x`` is on the CPU and no mode or subclass looks at the ops that run on it.
+    """Whether ``x`` is on the CPU or a GPU and no mode or subclass looks at the ops that run on it.
 
-    Then collectives need not be functional ones. Other devices do not make the host wait.
+    Then collectives need not be functional ones, nor kernels called by way of the dispatcher.
     """
-    return x.is_cpu and type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return (
+        (x.is_cpu or x.is_cuda) and type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def launch(
@@ -59,7 +61,7 @@ def launch(
 
     Args:
         what: how messages call it.
-        result: on the CPU.
+        result: where the collective writes.
         group: with more than one rank.
         site: tensors of the sites, by which an error finds their names.
         begin: launches it in the group and gives torch's work.
@@ -90,6 +92,9 @@ def finish(pending: Tensor) -> Tensor:
     """
     launched: _Work = pending.__dict__.pop(_WORK)
     work, patience = launched.work, timedelta(seconds=_SUSPICIOUS_S)
+    if pending.is_cuda:
+        _put_behind(launched)
+        return pending
     if runs_on_gloo(launched.group):
         _yield_to_others(work)
     while True:
@@ -104,6 +109,16 @@ def finish(pending: Tensor) -> Tensor:
             if waited_s > 2 * _SUSPICIOUS_S:
                 join_open_round(launched.group.group_name)
             patience = timedelta(seconds=1)
+
+
+def _put_behind(launched: _Work) -> None:
+    """Makes the stream wait, and not the host, unless the backend knows no streams."""
+    try:
+        launched.work.wait()
+    except RuntimeError as error:
+        waited_s = time.monotonic() - launched.started
+        group, site = launched.group, launched.site
+        raise peer_error(launched.what, group, site, waited_s, error) from error
 
 
 def _yield_to_others(work: Any) -> None:

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from bnrewrite.kernels.triton import launch
-from bnrewrite.kernels.triton.launch import Launch
+from bnrewrite.kernels.triton.launcher import Launch
 
 TARGETS = [80, 90, 100]
 _TYPES = {
@@ -139,7 +139,7 @@ class Variant:
         moved = (one, one, x.new_empty((), dtype=torch.int64)) if self.tracks else (None,) * 3
         running = (moved[0], moved[1], moved[2], self.momentum)
         own = launch.Normalized(totals, affine, stats, running, 1e-5)
-        reduced = launch.Reduced(x, stats, *affine, sums)
+        reduced = launch.Reduced(x, stats, *affine, sums, one if self.tracks else None)
         applied = launch.Applied(x, x, stats, totals, *affine, sums)
         kept = x if self.residual else None
         act = (self.activation, 0.1)
@@ -278,7 +278,7 @@ class TestPlan:
             units = 1 if cut.GROUP else cut.VEC
             assert N * units_c * units_s * columns * units == 7 * C * S
             assert 1 <= cut.num_splits <= min(cut.num_tiles, 65535)
-            assert (cut.merge > 0) == (cut.num_splits > 1)
+            assert (dict(cut.of_sums)["MERGE"] > 0) == (cut.num_splits > 1)
 
     @pytest.mark.parametrize(
         ("N", "C", "S", "last"),

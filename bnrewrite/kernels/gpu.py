@@ -14,7 +14,13 @@ from torch import Tensor
 from bnrewrite import reference
 from bnrewrite.kernels import cuda
 from bnrewrite.kernels.epilogue import normalize_keep_sum_with
-from bnrewrite.kernels.statistics import Running, recomputes, statistics_table, track
+from bnrewrite.kernels.statistics import (
+    Running,
+    leave_gradients,
+    recomputes,
+    statistics_table,
+    track,
+)
 from bnrewrite.settings import kernels_setting
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ def laid_out_as(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 
 def _same_layout(x: Tensor, other: Tensor) -> bool:
-    return all(
+    return x.stride() == other.stride() or all(
         size == 1 or mine == its
         for size, mine, its in zip(x.shape, x.stride(), other.stride(), strict=True)
     )
@@ -186,11 +192,18 @@ def activation_backward_reduce(
     sums = x.new_empty(2 * x.size(1), dtype=torch.float64)
     grad_like_x, kept = laid_out_as(x, grad, kept)
     assert grad_like_x is not None
-    own = launch.Reduced(x, stats, weight, bias, sums)
+    own = launch.Reduced(x, stats, weight, bias, sums, with_gradients(sums, stats))
     launch.normalize_backward_reduce(
         plan, grad_like_x, own, None, kept, inner, activation, slope
     ).run()
     return sums, x.new_empty(0) if inner is None else inner
+
+
+def with_gradients(sums: Tensor, stats: Tensor) -> Tensor:
+    """Room for what ``sums`` (2C,) are in the dtype of ``stats``, which whoever has them finds."""
+    gradients = torch.empty_like(sums, dtype=stats.dtype)
+    leave_gradients(sums, gradients)
+    return gradients
 
 
 def normalize_backward(

@@ -15,6 +15,7 @@ from bnrewrite.kernels.gpu import (
     normalize_backward_reduce,
     normalized,
     plan_for,
+    with_gradients,
 )
 
 
@@ -93,11 +94,12 @@ def normalize_two_backward_reduce(
     grad_like_x, other_like_x = laid_out_as(x, grad, other)
     assert grad_like_x is not None
     assert other_like_x is not None
-    sums = x.new_empty(2 * x.size(1), dtype=torch.float64)
-    own = launch.Reduced(x, stats, weight, bias, sums)
+    sums, other_sums = (x.new_empty(2 * x.size(1), dtype=torch.float64) for _ in range(2))
+    own = launch.Reduced(x, stats, weight, bias, sums, with_gradients(sums, stats))
     second = launch.Reduced(
-        other_like_x, other_stats, other_weight, other_bias, torch.empty_like(sums)
-    )
+        other_like_x, other_stats, other_weight, other_bias, other_sums,
+        with_gradients(other_sums, other_stats),
+    )  # fmt: skip
     launch.normalize_backward_reduce(
         plan, grad_like_x, own, second, None, None, activation, slope
     ).run()

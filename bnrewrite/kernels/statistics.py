@@ -6,6 +6,8 @@ They run once per site and step on C values, so their cost is the number of call
 import torch
 from torch import Tensor
 
+from bnrewrite.guards import is_compiling
+
 Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
 """running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum, and whether a
 batch whose statistics are not finite is left out."""
@@ -101,3 +103,24 @@ def lerp(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
     if isinstance(factor, Tensor):
         factor = factor.to(wide)
     running.copy_(running.to(wide).lerp_(batch.to(wide), factor))
+
+
+_GRADIENTS = "_bnrewrite_gradients"
+
+
+def leave_gradients(sums: Tensor, gradients: Tensor) -> None:
+    """Keeps ``gradients`` (2C,) for :func:`gradients_of`: ``sums``, as a kernel wrote them, too."""
+    setattr(sums, _GRADIENTS, gradients)
+
+
+def gradients_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradients of bias and weight (2C,), in ``dtype``, of the local sums of a backward.
+
+    On a GPU they are never the sums themselves, whose place the sums of all ranks may take.
+    """
+    # With create_graph they follow from the sums.
+    if not (is_compiling() or sums.requires_grad):
+        gradients = vars(sums).get(_GRADIENTS)
+        if gradients is not None and gradients.dtype is dtype:
+            return gradients
+    return sums.to(dtype, copy=sums.is_cuda)

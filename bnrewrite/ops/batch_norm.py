@@ -116,7 +116,7 @@ def evaluate_site(site: Site, group: str) -> Tensor:
         (x,),
         (site.running_mean,),
         group,
-        lambda: all_reduce_sum(run(MOMENTS, x), group, site.per_channel),
+        lambda: all_reduce_sum(run(MOMENTS, x), group, site.per_channel, is_last_use=True),
     )
     return normalize_sites([site], [x], totals, group)[0]
 

@@ -34,24 +34,25 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 """Types of arguments that no dispatch changes."""
 
-CPU_KERNELS: dict[int, Callable[..., Any]] = {}
-"""The CPU kernel of each phase, by the id of the op, whose own hash takes long."""
+KERNELS: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""The CPU and the CUDA kernel of each phase, by the id of the op, whose own hash takes long."""
 
 
 def run(phase: torch._ops.OpOverload, x: Tensor, *args: Any) -> Any:
     """``phase(x, *args)``.
 
-    A dispatch takes as long as a kernel does for some ten thousand values. So below autograd, on
-    the CPU, where no mode, transform or profiler looks at ops and no argument is a subclass that
-    would, the kernel is called itself.
+    A dispatch takes as long as a kernel does for some ten thousand values. So below autograd, where
+    no mode, transform or profiler looks at ops and no argument is a subclass that would, the kernel
+    is called itself.
     """
-    kernel = CPU_KERNELS.get(id(phase))
+    kernels = KERNELS.get(id(phase))
     if (
-        kernel is not None
+        kernels is not None
         and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
         and _needs_no_dispatch(x, args)
     ):
-        return kernel(x, *args)
+        cpu, cuda = kernels
+        return cpu(x, *args) if x.is_cpu else cuda(x, *args)
     return phase(x, *args)
 
 
@@ -133,7 +134,7 @@ def define_phase(
     torch.library.register_fake(f"bnrewrite::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.bnrewrite, name).default
     LIBRARY.impl(name, _autograd_kernel(op, definition), "Autograd")
-    CPU_KERNELS[id(op)] = cpu
+    KERNELS[id(op)] = cpu, cuda
     return op
 
 

@@ -1,13 +1,13 @@
 """The autograd of sites with batch statistics: normalisation forward, one collective backward.
 
-In eager mode the backward is two nodes, so that other work runs while its collective is under way:
+In eager mode the backward may be two nodes, so that other work runs while its collective does:
 
     _BatchNorm       sums of the gradients -> launch of the collective
     ...              whatever is ready, above all the slot (see :mod:`bnrewrite.ops.slot`)
     _EndCollective   end of the collective -> input gradients
 
-For a compiler, which orders the graph by itself, and where a graph of the backward is made, it is
-one node.
+For a compiler, which orders the graph by itself, where a graph of the backward is made, and where
+that hides nothing (see :func:`bnrewrite.ops.slot.hides_collectives`), it is one node.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling, is_ordered_by_compiler, runs_in_python
+from bnrewrite.kernels.statistics import gradients_of
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.hand_over import HandOver, runs
 from bnrewrite.ops.input_gradients import (
@@ -37,7 +38,7 @@ from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.sites import Site
-from bnrewrite.ops.slot import open_slot
+from bnrewrite.ops.slot import hides_collectives, open_slot
 
 _TENSORS = 4
 """Tensors that autograd is given for each site: x, weight, bias, residual."""
@@ -69,7 +70,7 @@ def normalize_sites(
     inside = _inside_of_others(sites, xs) if len(sites) > 1 else _NOBODY
     has_backward = torch.is_grad_enabled()
     between = None
-    if group != NO_GROUP and not is_compiling() and has_backward:
+    if group != NO_GROUP and not is_compiling() and has_backward and hides_collectives(xs[0]):
         between = _put_behind_end_node(tensors, sites, inside)
     results: Any = _BatchNorm.apply(
         scalars, totals, group, has_backward, inside, between, named, *tensors
@@ -296,7 +297,7 @@ def _backward(ctx, grads, columns, between):
                 grads[from_site] = one.grad if is_read else None
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
         if is_read and (needs[first + 1] or needs[first + 2]):
-            grad_bias, grad_weight = sums[i].to(one.stats.dtype).chunk(2)
+            grad_bias, grad_weight = gradients_of(sums[i], one.stats.dtype).chunk(2)
             if needs[first + 1]:
                 results[first + 1] = _as(one.weight.dtype, grad_weight)
             if needs[first + 2]:
@@ -329,11 +330,12 @@ def _communicate(ctx, sums, ones, between):
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
         if _is_awaited(ctx, between):
-            pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites)
+            pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites, is_last_use=True)
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)
-    return input_gradients(ones, split(all_reduce_sum(join(sums), ctx.group, ctx.sites), sizes))
+    total = all_reduce_sum(join(sums), ctx.group, ctx.sites, is_last_use=True)
+    return input_gradients(ones, split(total, sizes))
 
 
 def join(vectors: list[Tensor]) -> Tensor:

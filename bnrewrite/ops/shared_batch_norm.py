@@ -87,7 +87,7 @@ def _start_batch_norm(
     def launch() -> list[Tensor]:
         packed = join([run(MOMENTS, dense(x)) for x in inputs])
         sites = (t for i in taking_part for t in (weight[i], bias[i], running_mean[i]))
-        return start_all_reduce_sum(packed, name, tuple(sites))
+        return start_all_reduce_sum(packed, name, tuple(sites), is_last_use=True)
 
     return communicate_once(inputs, [running_mean[i] for i in taking_part], name, launch)
 

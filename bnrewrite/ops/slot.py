@@ -16,6 +16,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class _Latest(threading.local):
@@ -35,6 +36,15 @@ def open_slot() -> None:
     """
     torch._C._functions.UndefinedGrad()
     _latest.number = torch.autograd._get_sequence_nr() - 1
+
+
+def hides_collectives(x: Tensor) -> bool:
+    """Whether a backward of ``x`` leaves time for other work between launch and end.
+
+    On a GPU the host is what an eager step waits for, and more nodes of autograd cost it more time
+    than a collective takes; while a CUDA graph is captured, only the order of the work counts.
+    """
+    return not x.is_cuda or torch.cuda.is_current_stream_capturing()
 
 
 def move_to_slot(node: Any) -> None:

@@ -4,8 +4,9 @@
 
 In backward, the collective of a site is launched when the input gradient of the convolution behind
 it is there. The weight gradient of that convolution is needed by nobody until the optimizer comes,
-so it is made while the collective is under way. This is the schedule of eager mode; compiled graphs
-get theirs from :mod:`bnrewrite.compiler`. All gradients are the same bits.
+so it is made while the collective is under way. This is the schedule of eager mode on the CPU and
+of what a CUDA graph captures; compiled graphs get theirs from :mod:`bnrewrite.compiler`. All
+gradients are the same bits.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from bnrewrite.guards import is_compiling
 from bnrewrite.ops.convolution import Geometry, convolution
 from bnrewrite.ops.library import is_traced_by_jit, knows_only_torch
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
+from bnrewrite.ops.slot import hides_collectives
 from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, where
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.nodes import call_function
@@ -126,7 +128,12 @@ def convolve(conv: Any, x: Tensor, group: str) -> Tensor:
         x: its input.
         group: name of the group with which the sites beside it communicate now, or "".
     """
-    if group == NO_GROUP or is_compiling() or "forward" in conv.__dict__:
+    if (
+        group == NO_GROUP
+        or is_compiling()
+        or not hides_collectives(x)
+        or "forward" in conv.__dict__
+    ):
         return conv(x)
     if not has_hooks(conv):
         return _forward(conv, x)
@@ -191,6 +198,7 @@ def _can_wait(conv: Any, x: Tensor) -> bool:
     weight = conv._parameters.get("weight")
     return (
         not is_compiling()
+        and hides_collectives(x)
         and not is_traced_by_jit()
         and not knows_only_torch()
         and torch.is_grad_enabled()

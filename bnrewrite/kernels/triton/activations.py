@@ -33,10 +33,8 @@ def activate(z: tl.tensor, slope: tl.tensor, ACTIVATION: tl.constexpr) -> tl.ten
     else:
         tl.static_assert(ACTIVATION == "hardswish", "unknown activation")
         shifted = z + 3.0
-        clipped = tl.where(shifted < 0, 0.0, tl.where(shifted > 6, 6.0, shifted))
-        # Not a division, which is a call of a function in float64; nor a quotient of constants,
-        # which is one of float32.
-        return z * clipped * 0.16666666666666666
+        # Not a division, which is a call of a function in float64.
+        return z * tl.where(shifted < 0, 0.0, tl.where(shifted > 6, 6.0, shifted)) * (1 / 6)
 
 
 @triton.jit
@@ -64,4 +62,4 @@ def activation_backward(
         return grad * part * (1.0 + z * (1.0 - part) * inner)
     else:
         tl.static_assert(ACTIVATION == "hardswish", "unknown activation")
-        return tl.where(z <= -3, 0.0, tl.where(z < 3, grad * (z * 0.3333333333333333 + 0.5), grad))
+        return tl.where(z <= -3, 0.0, tl.where(z < 3, grad * (z * (1 / 3) + 0.5), grad))

@@ -1,5 +1,6 @@
 """Moments: x is read once. Bytes: that of x, and 8 * (2C + 1) of the result."""
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 

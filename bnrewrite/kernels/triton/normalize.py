@@ -1,5 +1,6 @@
 """Normalisation with all that belongs to it: x (and the residual) is read, y is written."""
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportReturnType=false, reportPossiblyUnboundVariable=false
 # Triton reads the annotations of a kernel as the types of its arguments.

@@ -1,5 +1,6 @@
 """The input gradient: g and x are read and dx is written, in one pass."""
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportReturnType=false, reportPossiblyUnboundVariable=false
 # pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false

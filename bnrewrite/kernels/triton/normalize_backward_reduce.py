@@ -1,5 +1,6 @@
 """The reduction of the backward: g and x are read once, and what the activation needs besides."""
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
 # pyright: reportOperatorIssue=false
@@ -20,6 +21,24 @@ from bnrewrite.kernels.triton.tiles import (
 )
 
 
+@triton.jit
+def _store(
+    sums: tl.tensor,
+    gradients: tl.tensor | None,
+    total: tl.tensor,
+    total_x: tl.tensor,
+    c: tl.tensor,
+    mask: tl.tensor,
+    C: tl.tensor,
+) -> None:
+    """Stores both sums of channels ``c``, and again as gradients of bias and weight."""
+    tl.store(sums + c, total, mask=mask)
+    tl.store(sums + C + c, total_x, mask=mask)
+    if gradients is not None:
+        tl.store(gradients + c, total.to(gradients.dtype.element_ty), mask=mask)
+        tl.store(gradients + C + c, total_x.to(gradients.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "C", "S", "P"])
 def normalize_backward_reduce_kernel(
     grad: tl.tensor,
@@ -28,11 +47,13 @@ def normalize_backward_reduce_kernel(
     weight: tl.tensor | None,
     bias: tl.tensor | None,
     sums: tl.tensor,
+    gradients: tl.tensor | None,
     other: tl.tensor | None,
     other_stats: tl.tensor | None,
     other_weight: tl.tensor | None,
     other_bias: tl.tensor | None,
     other_sums: tl.tensor | None,
+    other_gradients: tl.tensor | None,
     kept: tl.tensor | None,
     grad_residual: tl.tensor | None,
     partials: tl.tensor,
@@ -59,7 +80,8 @@ def normalize_backward_reduce_kernel(
 
     Bytes: g, x and ``other`` read once. With an activation after a residual, ``kept`` is read too:
     what was activated, or the result of a ReLU; without it, what was activated is computed again.
-    ``grad_residual``, the gradient of that, is written where it is given.
+    ``grad_residual``, the gradient of that, is written where it is given, and so are
+    ``gradients``: the sums again, as the gradients of bias and weight.
 
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
@@ -117,8 +139,6 @@ def normalize_backward_reduce_kernel(
         MERGE,
     )  # fmt: skip
     if done:
-        tl.store(sums + c, total, mask=c_mask)
-        tl.store(sums + C + c, total_x, mask=c_mask)
+        _store(sums, gradients, total, total_x, c, c_mask, C)
         if other is not None:
-            tl.store(other_sums + c, total, mask=c_mask)
-            tl.store(other_sums + C + c, total_o, mask=c_mask)
+            _store(other_sums, other_gradients, total, total_o, c, c_mask, C)

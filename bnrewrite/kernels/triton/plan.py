@@ -29,6 +29,9 @@ _MOST_COLUMNS = 1024
 _REDUCTION_PROGRAMS = 2
 """Programs of a reduction per multiprocessor: all run at a time, and each leaves partial sums."""
 
+_SMALL = 4
+"""Tiles per multiprocessor up to which one program is enough, and smaller tiles are faster."""
+
 _PASS_PROGRAMS = 4096
 """Programs of a pass, as far as there are tiles: a multiple of what a device runs at a time."""
 
@@ -42,7 +45,7 @@ _MULTIPROCESSORS = 132
 """Where the device does not say how many it has."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Sizes of a launch. A tile has BLOCK_C columns of BLOCK_S positions.
 
@@ -78,7 +81,7 @@ class Plan:
     num_splits: int
     num_warps: int
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """N, C, S and P as kernels take them."""
         if self.GROUP:
@@ -87,12 +90,16 @@ class Plan:
             return self.N, self.C // self.VEC, self.S, 1
         return self.N, self.C, self.S // self.VEC, 1
 
-    @property
-    def merge(self) -> int:
-        """Splits whose partial sums are merged at a time; 0 if there is one."""
-        if self.num_splits == 1:
-            return 0
-        return max(1, _MERGE // (_power_of_two(self.GROUP) if self.GROUP else self.BLOCK_C))
+    @functools.cached_property
+    def of_sums(self) -> tuple[tuple[str, int], ...]:
+        """Constants of reductions only.
+
+        MERGE: splits whose partial sums are merged at a time; 0 if there is one split. WIDE: the
+        power of two that GROUP channels fit into.
+        """
+        wide = _power_of_two(self.GROUP)
+        merge = max(1, _MERGE // (wide if self.GROUP else self.BLOCK_C))
+        return ("MERGE", merge if self.num_splits > 1 else 0), ("WIDE", wide)
 
 
 NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, True, 0, 0, 0, 0, 4)
@@ -114,23 +121,31 @@ def plan_of(x: Tensor, *, reads: int = 0) -> Plan | None:
         x: the input.
         reads: tensors that a reduction reads, 0 for a pass that writes what it reads.
     """
+    return _plan_of(tuple(x.shape), x.stride(), x.element_size(), reads, x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    itemsize: int,
+    reads: int,
+    device: torch.device,
+) -> Plan | None:
+    x = torch.empty_strided(shape, stride, device="meta")
     last = layout_of(x)
     if last is None:
         return None
-    num_positions = x.numel() // (x.size(0) * x.size(1))
-    multiprocessors = _multiprocessors(x.device)
-    sizes = (x.size(0), x.size(1), num_positions)
-    return plan(*sizes, x.element_size(), last, reads, multiprocessors)
+    N, C, *_ = shape
+    return plan(N, C, x.numel() // (N * C), itemsize, last, reads, _multiprocessors(device))
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(
     N: int,
     C: int,
@@ -142,7 +157,8 @@ def plan(
 ) -> Plan | None:
     """See :func:`plan_of`."""
     values = _TILE * 4 // max(itemsize, 4)
-    if itemsize == 2 and reads == 1:
+    is_small = N * C * S // values <= _SMALL * multiprocessors
+    if itemsize == 2 and reads == 1 and not is_small:
         # As many bytes in flight as of wider types.
         values *= 2
     widest = 16 // itemsize
@@ -168,7 +184,9 @@ def plan(
     farthest = block_s * C * P if last else (block_c - 1) * S + block_s
     if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * P >= 1 << 31:
         return None
-    programs = multiprocessors * _REDUCTION_PROGRAMS if reads else _PASS_PROGRAMS
+    programs = _PASS_PROGRAMS
+    if reads:
+        programs = multiprocessors * (1 if is_small else _REDUCTION_PROGRAMS)
     each = -(-num_tiles * num_blocks // programs)
     is_alone = reads > 0 and num_tiles <= _FEW
     return Plan(

@@ -1,5 +1,6 @@
 """Device functions that all kernels share: addressing of tiles, per-channel values."""
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 # Triton reads the annotations of a kernel as the types of its arguments.
 

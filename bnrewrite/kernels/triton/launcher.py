@@ -1,0 +1,121 @@
+"""One launch of a kernel, as cheap for the host as Triton allows."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from bnrewrite import reference
+from bnrewrite.kernels.triton.plan import Plan
+
+_ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+_STAGES = 3
+"""Tiles of a program that are on their way or used: what is loaded next does not wait."""
+
+_MOST_REGISTERS = 255
+"""Of a thread, on every GPU that Triton compiles for with ptxas."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel.
+
+    Attributes:
+        kernel: the kernel.
+        grid: programs per dimension.
+        args: values of the arguments that are no constants, in order.
+        plan: how the first of them, a tensor, is cut.
+        more: names and values of the constants that do not follow from it.
+        num_warps: warps of a program.
+        never_spills: whether a thread gets the registers that it needs, however few programs then
+            run at a time. By itself ptxas weighs one against the other, and may spill some bytes.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    plan: Plan
+    more: tuple[tuple[str, Any], ...]
+    num_warps: int
+    never_spills: bool = False
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Values of the arguments that are constants."""
+        plan = self.plan
+        return {
+            "BLOCK_C": plan.BLOCK_C,
+            "BLOCK_S": plan.BLOCK_S,
+            "VEC": plan.VEC,
+            "LAST": plan.LAST,
+            "GROUP": plan.GROUP,
+            "ACC": _ACC[reference.accumulate_dtype(self.args[0].dtype)],
+            "STAGES": _STAGES,
+            **dict(self.more),
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told besides; multiply-adds are wanted whatever its default is."""
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        if self.never_spills and torch.version.hip is None:
+            options["maxnreg"] = _MOST_REGISTERS
+        return options
+
+    @property
+    def variant(self) -> Hashable:
+        """What decides about the code of the kernel: all but sizes, other numbers and addresses.
+
+        As Triton specialises code: on absent arguments, dtypes, and whether an address is a
+        multiple of 16. The kernels' annotations keep it from doing so on numbers.
+        """
+        plan = self.plan
+        return (
+            self.kernel.__name__,
+            (plan.BLOCK_C, plan.BLOCK_S, plan.VEC, plan.LAST, plan.GROUP),
+            self.more,
+            self.num_warps,
+            self.never_spills,
+            tuple([_kind(arg) for arg in self.args]),
+        )
+
+    def run(self) -> None:
+        """Launches on the device of the first argument, without waiting."""
+        device = self.args[0].get_device()
+        if device < 0:
+            # The interpreter.
+            self._run_by_triton()
+        elif device == torch.cuda.current_device():
+            self._run_on(device)
+        else:
+            with torch.cuda.device(device):
+                self._run_on(device)
+
+    def _run_by_triton(self) -> Any:
+        return self.kernel[self.grid](*self.args, **self.constants, **self.options)
+
+    def _run_on(self, device: int) -> None:
+        # Triton takes longer to find the code of known arguments than the device to run it.
+        key = device, self.variant
+        found = _COMPILED.get(key)
+        if found is None:
+            compiled, constants = self._run_by_triton(), self.constants
+            names = self.kernel.arg_names[len(self.args) :]
+            _COMPILED[key] = compiled, tuple([constants[name] for name in names])
+        else:
+            compiled, values = found
+            compiled[self.grid](*self.args, *values)
+
+
+_COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+"""Kernels that were launched, with the constants that they are called with, too."""
+
+
+def _kind(arg: Any) -> Hashable:
+    if not isinstance(arg, Tensor):
+        return arg is None
+    return arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, "unaligned")
