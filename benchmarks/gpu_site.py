@@ -158,14 +158,14 @@ def assert_no_synchronisation(case: Case) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def measured(cases: list[Case], bandwidth: float) -> dict[str, Any]:
+def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]:
     """Times, predictions and shares of the copy bandwidth of one shape."""
     case = cases[0]
     assert_close(case.ours(), case.exact(), case.plain())
     assert_no_synchronisation(case)
     num_bytes = case.x.numel() * case.x.element_size()
     times = {
-        name: milliseconds([getattr(one, name) for one in cases])
+        name: milliseconds([getattr(one, name) for one in cases], repeats=rounds)
         for name in ("ours", "plain", "sync")
     }
     row: dict[str, Any] = {"megabytes": num_bytes / 2**20, "ms": times, "kernels": {}}
@@ -173,7 +173,7 @@ def measured(cases: list[Case], bandwidth: float) -> dict[str, Any]:
     row["predicted_ms"] = 11 * num_bytes / bandwidth
     each = [one.kernels() for one in cases]
     for name, (_, passes) in each[0].items():
-        time = milliseconds([one[name][0] for one in each])
+        time = milliseconds([one[name][0] for one in each], repeats=rounds)
         row["kernels"][name] = {
             "ms": time,
             "predicted_ms": passes * num_bytes / bandwidth,
@@ -231,7 +231,7 @@ def main() -> None:
                     return Case(shape, dtype, layout == "channels-last", group)
 
                 row = {"of": of, "shape": shape, "dtype": str(dtype)[6:], "layout": layout}
-                row |= measured(sets_beyond_cache(make, num_bytes), bandwidth)
+                row |= measured(sets_beyond_cache(make, num_bytes), bandwidth, options.rounds)
                 rows.append(row)
                 print(line(row), flush=True)
     result = summary(rows)

@@ -1,7 +1,7 @@
 """The launches of the kernels: with which arguments which of them runs, in how many programs."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
     return Launch(
         moments_kernel,
         (plan.num_blocks, plan.num_splits, 1),
-        (x, *workspace(plan, x, 2), packed, *plan.sizes),
+        (x, *workspace(plan, x, 2), packed),
+        plan.sizes,
         plan,
         plan.of_sums,
         plan.num_warps,
@@ -62,11 +63,14 @@ class Normalized(NamedTuple):
         return self.running[3] is None
 
     @property
-    def args(self) -> tuple[Any, ...]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """As kernels take them."""
-        *running, momentum = self.running
-        factor = 0.0 if momentum is None else momentum
-        return (self.totals, *self.affine, self.stats, *running, self.eps, factor)
+        return (self.totals, *self.affine, self.stats, *self.running[:3])
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """As kernels take them."""
+        return self.eps, self.running[3] or 0.0
 
 
 def normalize(
@@ -92,8 +96,9 @@ def normalize(
     return Launch(
         normalize_kernel,
         (num_books + plan.num_blocks * plan.num_splits, 1, 1),
+        (x, residual, y, total, *own.tensors, *([None] * 7 if other is None else other.tensors)),
         (
-            x, residual, y, total, *own.args, *(_NO_OTHER if other is None else other.args), slope,
+            *own.numbers, *((0.0, 0.0) if other is None else other.numbers), slope,
             *plan.sizes, plan.num_blocks, num_books,
         ),
         plan,
@@ -104,9 +109,6 @@ def normalize(
         plan.num_warps,
         never_spills=_is_tight(plan, x) or other is not None,
     )  # fmt: skip
-
-
-_NO_OTHER = (*[None] * 7, 0.0, 0.0)
 
 
 class Reduced(NamedTuple):
@@ -145,10 +147,8 @@ def normalize_backward_reduce(
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, plan.num_splits, 1),
-        (
-            grad, *own, *(other or [None] * 6), kept, grad_residual, *room, slope,
-            *plan.sizes,
-        ),
+        (grad, *own, *(other or [None] * 6), kept, grad_residual, *room),
+        (slope, *plan.sizes),
         plan,
         (("ACTIVATION", activation), *plan.of_sums),
         # Several accumulators and operands and what an activation needs: half as many per thread.
@@ -193,7 +193,8 @@ def normalize_backward(
     return Launch(
         normalize_backward_kernel,
         (plan.num_blocks * plan.num_splits, 1, 1),
-        (grad, *own, *(other or [None] * 7), kept, slope, *plan.sizes, plan.num_blocks),
+        (grad, *own, *(other or [None] * 7), kept),
+        (slope, *plan.sizes, plan.num_blocks),
         plan,
         (("ACTIVATION", activation),),
         # What derivatives compute in float64 takes most registers of all.

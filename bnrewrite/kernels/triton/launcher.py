@@ -27,8 +27,9 @@ class Launch:
     Attributes:
         kernel: the kernel.
         grid: programs per dimension.
-        args: values of the arguments that are no constants, in order.
-        plan: how the first of them, a tensor, is cut.
+        tensors: the first arguments; None where one is absent.
+        numbers: the arguments behind them.
+        plan: how the first tensor is cut.
         more: names and values of the constants that do not follow from it.
         num_warps: warps of a program.
         never_spills: whether a thread gets the registers that it needs, however few programs then
@@ -37,11 +38,23 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, int, int]
-    args: tuple[Any, ...]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
     plan: Plan
     more: tuple[tuple[str, Any], ...]
     num_warps: int
     never_spills: bool = False
+
+    @property
+    def x(self) -> Tensor:
+        """The first tensor."""
+        assert self.tensors[0] is not None
+        return self.tensors[0]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Values of the arguments that are no constants, in order."""
+        return self.tensors + self.numbers
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -53,7 +66,7 @@ class Launch:
             "VEC": plan.VEC,
             "LAST": plan.LAST,
             "GROUP": plan.GROUP,
-            "ACC": _ACC[reference.accumulate_dtype(self.args[0].dtype)],
+            "ACC": _ACC[reference.accumulate_dtype(self.x.dtype)],
             "STAGES": _STAGES,
             **dict(self.more),
         }
@@ -80,12 +93,17 @@ class Launch:
             self.more,
             self.num_warps,
             self.never_spills,
-            tuple([_kind(arg) for arg in self.args]),
+            tuple(
+                [
+                    None if t is None else t.dtype if not t.data_ptr() & 15 else (t.dtype, "odd")
+                    for t in self.tensors
+                ]
+            ),
         )
 
     def run(self) -> None:
         """Launches on the device of the first argument, without waiting."""
-        device = self.args[0].get_device()
+        device = self.x.get_device()
         if device < 0:
             # The interpreter.
             self._run_by_triton()
@@ -113,9 +131,3 @@ class Launch:
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 """Kernels that were launched, with the constants that they are called with, too."""
-
-
-def _kind(arg: Any) -> Hashable:
-    if not isinstance(arg, Tensor):
-        return arg is None
-    return arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, "unaligned")

@@ -30,10 +30,19 @@ _REDUCTION_PROGRAMS = 2
 """Programs of a reduction per multiprocessor: all run at a time, and each leaves partial sums."""
 
 _SMALL = 4
-"""Tiles per multiprocessor up to which one program is enough, and smaller tiles are faster."""
+"""Tiles per multiprocessor up to which one program of a reduction is enough."""
+
+_MANY = 8
+"""Tiles per multiprocessor from which on larger ones are faster, where elements are small."""
 
 _PASS_PROGRAMS = 4096
-"""Programs of a pass, as far as there are tiles: a multiple of what a device runs at a time."""
+"""Programs of a pass, at most: a multiple of what a device runs at a time."""
+
+_BUSY = 8
+"""Programs of a pass per multiprocessor from which on each of them gets more than one tile ..."""
+
+_AHEAD = 3
+"""... up to this many, so that the next ones are loaded while one is used."""
 
 _FEW = 4
 """Tiles that one program sums faster than several that wait for each other."""
@@ -121,7 +130,7 @@ def plan_of(x: Tensor, *, reads: int = 0) -> Plan | None:
         x: the input.
         reads: tensors that a reduction reads, 0 for a pass that writes what it reads.
     """
-    return _plan_of(tuple(x.shape), x.stride(), x.element_size(), reads, x.device)
+    return _plan_of(x.shape, x.stride(), x.element_size(), reads, x.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,8 +166,8 @@ def plan(
 ) -> Plan | None:
     """See :func:`plan_of`."""
     values = _TILE * 4 // max(itemsize, 4)
-    is_small = N * C * S // values <= _SMALL * multiprocessors
-    if itemsize == 2 and reads == 1 and not is_small:
+    tiles_each = N * C * S // values // multiprocessors
+    if itemsize == 2 and reads == 1 and tiles_each >= _MANY:
         # As many bytes in flight as of wider types.
         values *= 2
     widest = 16 // itemsize
@@ -184,10 +193,13 @@ def plan(
     farthest = block_s * C * P if last else (block_c - 1) * S + block_s
     if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * P >= 1 << 31:
         return None
-    programs = _PASS_PROGRAMS
+    total = num_tiles * num_blocks
     if reads:
-        programs = multiprocessors * (1 if is_small else _REDUCTION_PROGRAMS)
-    each = -(-num_tiles * num_blocks // programs)
+        is_small = tiles_each <= _SMALL and not group
+        each = -(-total // (multiprocessors * (1 if is_small else _REDUCTION_PROGRAMS)))
+    else:
+        busy = -(-total // (multiprocessors * _BUSY))
+        each = max(-(-total // _PASS_PROGRAMS), min(busy, _AHEAD))
     is_alone = reads > 0 and num_tiles <= _FEW
     return Plan(
         N=N,
