@@ -54,9 +54,8 @@ def milliseconds(functions: Sequence[Callable[[], object]], *, repeats: int = 20
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            for function in functions:
-                function()
+        for function in functions:
+            function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -10,7 +10,7 @@ Bar: faster than ``nn.SyncBatchNorm`` in each of the three forms.
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ FORMS: dict[str, Callable[[nn.Module, Tensor, Tensor], Callable[[], object]]] = 
         labels,
     ),
 }
+FORMS["compiled graph"] = lambda *args: graphed(FORMS["compiled"](*args))
 
 
 def timed_together(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -138,7 +139,7 @@ def saved_bytes(x: Tensor) -> int:
     return sum(sizes)
 
 
-def measured(batch: int, forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def measured(batch: int, forms: Sequence[str], names: Sequence[str], rounds: int) -> dict[str, Any]:
     """Milliseconds of a step in each form, of the models taking turns."""
     x = torch.randn(batch, 3, 224, 224, device="cuda")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -149,8 +150,7 @@ def measured(batch: int, forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
         steps = {
             name: attempt(lambda model=model, form=form: FORMS[form](model, x, labels))
             for name, model in made.items()
-            # A compiler fuses what follows a site by itself, too.
-            if form != "compiled" or name != "ours without fusion"
+            if name in names
         }
         times = timed_together({k: v for k, v in steps.items() if not isinstance(v, str)}, rounds)
         medians = {name: statistics.median(each) for name, each in times.items()}
@@ -161,22 +161,34 @@ def measured(batch: int, forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments(__doc__, rounds=30, switches={"compiled": "batch 32, compiled, only"})
+    switches = {
+        "compiled": "batch 32, compiled, only",
+        "graphed": "batch 32, compiled and captured, ours and local only",
+    }
+    options = arguments(__doc__, rounds=30, switches=switches)
+    batches, forms, names, part = (8, 32, 128), ("eager", "graph"), MODELS, ""
+    if options.compiled:
+        # A compiler fuses what follows a site by itself, too.
+        batches, forms, part = (32,), ("compiled",), "_compiled"
+        names = tuple(name for name in MODELS if name != "ours without fusion")
+    elif options.graphed:
+        # What the device does: our kernels, or those that a compiler makes of local BatchNorm.
+        batches, forms, part = (32,), ("compiled graph",), "_graphed"
+        names = ("ours", "local")
     require_gpu()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     dist.all_gather_into_tensor = _gather_without_communicating  # pyright: ignore
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth: {bandwidth / 1e9:.2f} TB/s; times in ms per step")
     rows = []
-    for batch in (32,) if options.compiled else (8, 32, 128):
-        forms = ("compiled",) if options.compiled else ("eager", "graph")
-        row = measured(batch, forms, options.rounds)
+    for batch in batches:
+        row = measured(batch, forms, names, options.rounds)
         row["predicted_gain_ms"] = row.pop("saved_bytes") / bandwidth
         print(f"batch {batch:4} predicted gain of fusion: {row['predicted_gain_ms']:.3f} ms")
         rows.append(row)
     dist.destroy_process_group()
     record = {"gpu": gpu(), "copy_bytes_per_ms": bandwidth, "batches": rows}
-    finish(__file__, record, save=options.save, part="_compiled" if options.compiled else "")
+    finish(__file__, record, save=options.save, part=part)
 
 
 if __name__ == "__main__":
