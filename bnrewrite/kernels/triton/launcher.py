@@ -120,13 +120,15 @@ class Launch:
         # Triton takes longer to find the code of known arguments than the device to run it.
         key = device, self.variant
         found = _COMPILED.get(key)
-        if found is None:
-            compiled, constants = self._run_by_triton(), self.constants
-            names = self.kernel.arg_names[len(self.args) :]
-            _COMPILED[key] = compiled, tuple([constants[name] for name in names])
-        else:
+        if found is not None:
             compiled, values = found
             compiled[self.grid](*self.args, *values)
+            return
+        compiled, constants = self._run_by_triton(), self.constants
+        # The interpreter compiles nothing, on a GPU either.
+        if compiled is not None:
+            names = self.kernel.arg_names[len(self.args) :]
+            _COMPILED[key] = compiled, tuple([constants[name] for name in names])
 
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}

@@ -1,75 +1,80 @@
 """Memory that reductions need on the way: partial sums, and counters of who has stored them."""
 
-import functools
+import threading
 
 import torch
 from torch import Tensor
 
 from bnrewrite.kernels.triton.plan import Plan
 
-_MOST_BLOCKS = 8192
-_RESERVED = 1 << 18
-
-_OF_STREAM: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_RESERVES: dict[int, "_Reserve"] = {}
+_RESERVED = 1 << 20
+_MOST_BLOCKS = 2048
 
 
 class _Reserve:
-    """Counters at zero, each given away once.
+    """Counters at zero on one device, each given away once and never back.
 
-    A graph keeps its counters: it may be replayed beside whatever runs on the stream of its
-    capture. They come from here because to set them to zero would be one more node of the graph.
+    Each launch leaves its counters at zero, and launches of one stream run in order, so a stream
+    keeps its own. So does a graph: it may be replayed beside whatever runs on the stream of its
+    capture, and to set counters to zero would be one more node of it.
     """
 
     def __init__(self, device: int) -> None:
-        self._counters = torch.zeros(_RESERVED, dtype=torch.int32, device=f"cuda:{device}")
+        self._device = device
         self._used = 0
+        self._of_stream: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+        self._ready = torch.cuda.Event()
+        # In a thread of its own: in this one memory may come from the pool of a CUDA graph.
+        thread = threading.Thread(target=self._allocate)
+        thread.start()
+        thread.join()
+
+    def _allocate(self) -> None:
+        with torch.cuda.device(self._device):
+            self._counters = torch.zeros(_RESERVED, dtype=torch.int32, device="cuda")
+            self._ready.record()
+
+    def of_stream(self, num_blocks: int, stream: int) -> Tensor | None:
+        """Those of ``stream``, at least ``num_blocks``; None if none are left."""
+        counters = self._of_stream.get(stream)
+        if counters is None or counters.numel() < num_blocks:
+            counters = self.take(max(num_blocks, _MOST_BLOCKS))
+            if counters is not None:
+                self._of_stream[stream] = counters
+                torch.cuda.current_stream(self._device).wait_event(self._ready)
+        return counters
 
     def take(self, number: int) -> Tensor | None:
         """``number`` counters at an address that suits wide accesses; None if none are left."""
-        first = self._used
-        if first + number > _RESERVED:
-            return None
-        self._used += -(-number // 4) * 4
+        with self._lock:
+            first = self._used
+            if first + number > _RESERVED:
+                return None
+            self._used += -(-number // 4) * 4
         return self._counters[first : first + number]
 
 
-@functools.cache
-def _nothing(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.float64, device=device)
+_RESERVES: dict[int, _Reserve] = {}
 
 
 def workspace(plan: Plan, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Room for partial sums (splits, rows, C) or more, and a zero for each block or more.
-
-    Each launch leaves the counters at zero, and launches of one stream run in order.
-    """
+    """Room for partial sums (splits, rows, C), and a zero for each block or more."""
     if plan.num_splits == 1:
-        unused = _nothing(x.device)
+        unused = x.new_empty(0, dtype=torch.float64)
         return unused, unused
-    size = plan.num_splits * num_rows * plan.C
-    if not x.is_cuda:
-        return _partials(x, size), x.new_zeros(plan.num_blocks, dtype=torch.int32)
-    device = x.get_device()
-    if torch.cuda.is_current_stream_capturing():
-        reserve = _RESERVES.get(device)
-        arrivals = None if reserve is None else reserve.take(plan.num_blocks)
-        if arrivals is None:
-            arrivals = x.new_zeros(plan.num_blocks, dtype=torch.int32)
-        return _partials(x, size), arrivals
-    key = device, torch._C._cuda_getCurrentRawStream(device)
-    partials, arrivals = _OF_STREAM.get(key, (None, None))
-    if partials is None or arrivals is None:
-        arrivals = x.new_zeros(max(plan.num_blocks, _MOST_BLOCKS), dtype=torch.int32)
-        if device not in _RESERVES:
-            _RESERVES[device] = _Reserve(device)
-    elif arrivals.numel() < plan.num_blocks:
+    partials = x.new_empty(plan.num_splits * num_rows * plan.C, dtype=torch.float64)
+    arrivals = _arrivals(x.get_device(), plan.num_blocks) if x.is_cuda else None
+    if arrivals is None:
         arrivals = x.new_zeros(plan.num_blocks, dtype=torch.int32)
-    if partials is None or partials.numel() < size:
-        partials = _partials(x, size)
-    _OF_STREAM[key] = partials, arrivals
     return partials, arrivals
 
 
-def _partials(x: Tensor, size: int) -> Tensor:
-    return x.new_empty(size, dtype=torch.float64)
+def _arrivals(device: int, num_blocks: int) -> Tensor | None:
+    reserve = _RESERVES.get(device)
+    if torch.cuda.is_current_stream_capturing():
+        # Where nothing has run before, there is nothing to take from.
+        return None if reserve is None else reserve.take(num_blocks)
+    if reserve is None:
+        reserve = _RESERVES.setdefault(device, _Reserve(device))
+    return reserve.of_stream(num_blocks, torch._C._cuda_getCurrentRawStream(device))
