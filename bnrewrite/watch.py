@@ -30,6 +30,9 @@ collectives take."""
 
 _WORK = "_bnrewrite_work"
 
+_OF_THIS_RANK = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors of a device, which say nothing of other ranks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
@@ -46,7 +49,11 @@ def runs_unseen(x: Tensor) -> bool:
     Then collectives need not be functional ones, nor kernels called by way of the dispatcher.
     """
     return (
-        (x.is_cpu or x.is_cuda) and type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+        (x.is_cpu or x.is_cuda)
+        and type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        # What is_grads_batched makes has the same type.
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
     )
 
 
@@ -72,6 +79,8 @@ def launch(
     started = time.monotonic()
     try:
         work = begin(group)
+    except _OF_THIS_RANK:
+        raise
     except RuntimeError as error:
         raise peer_error(what, group, site, 0.0, error) from error
     setattr(result, _WORK, _Work(what, work, group, site, started))
@@ -115,6 +124,8 @@ def _put_behind(launched: _Work) -> None:
     """Makes the stream wait, and not the host, unless the backend knows no streams."""
     try:
         launched.work.wait()
+    except _OF_THIS_RANK:
+        raise
     except RuntimeError as error:
         waited_s = time.monotonic() - launched.started
         group, site = launched.group, launched.site

@@ -241,6 +241,38 @@ class TestNormalize:
         run(_check_nobody_holds_a_value, momentum)
 
 
+def _check_strided_per_channel() -> None:
+    """Every other value of longer vectors, as weight, bias and running statistics."""
+    t = case((4, 6, 5), "contiguous", torch.float32, harness.device())
+    table = torch.rand(6, 8, device=harness.device()) + 0.5
+    before = table.clone()
+    strided = table.unbind(1)
+    dense = [one.clone() for one in strided]
+    results = []
+    with kernels_on_cpu_tensors():
+        for weight, bias, mean, var, *_ in (strided, dense):
+            tracked = torch.tensor(3, device=table.device)
+            moved = (mean, var, tracked, 0.25, False)
+            y, stats = gpu.normalize(t["x"], t["totals"], weight, bias, EPS, *moved, None, "relu")
+            behind = (weight, bias, None, "relu", 0.0)
+            sums, inner = gpu.activation_backward_reduce(t["grad"], t["x"], stats, *behind, True)
+            dx = gpu.normalize_backward(
+                t["grad"], t["x"], stats, t["totals"], weight, sums, bias, None, "relu"
+            )
+            results.append([y, stats, sums, inner, dx, mean, var, tracked])
+    for mine, its in zip(*results, strict=True):
+        torch.testing.assert_close(mine, its)
+    assert torch.equal(table[:, :2], before[:, :2])
+    assert torch.equal(table[:, 4:], before[:, 4:])
+
+
+class TestPerChannel:
+    """Vectors of one value per channel, however they lie in memory."""
+
+    def test_strides(self, run: Interpreter) -> None:
+        run(_check_strided_per_channel)
+
+
 def _check_two(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:

@@ -43,6 +43,7 @@ def _cuda() -> Iterator[_Cuda]:
     with (
         mock.patch.object(torch.cuda, "Event"),
         mock.patch.object(torch.cuda, "current_stream", cuda.current_stream),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(
             torch.cuda, "is_current_stream_capturing", cuda.is_current_stream_capturing
         ),

@@ -58,6 +58,20 @@ def laid_out_as(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     ]
 
 
+def in_one_piece(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``weight`` and ``bias`` (C,) with their values next to each other, as kernels read them."""
+    if _are_dense(weight, bias):
+        return weight, bias
+    return (
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
+
+
+def _are_dense(one: Tensor | None, other: Tensor | None) -> bool:
+    return (one is None or one.is_contiguous()) and (other is None or other.is_contiguous())
+
+
 def _same_layout(x: Tensor, other: Tensor) -> bool:
     return x.stride() == other.stride() or all(
         size == 1 or mine == its
@@ -152,14 +166,14 @@ def normalized(
     from bnrewrite.kernels.triton.launch import Normalized
 
     acc = reference.accumulate_dtype(x.dtype)
-    if running[4] or recomputes():
+    if running[4] or recomputes() or not _are_dense(running[0], running[1]):
         # Rare enough for launches of its own.
         known_nonempty = x.numel() > 0
         table = statistics_table(totals, eps, acc, known_nonempty=known_nonempty)
         track(table, totals, running, known_nonempty=known_nonempty)
         running = (None, None, None, running[3], False)
     stats = x.new_empty((2, x.size(1)), dtype=acc)
-    return Normalized(totals, (weight, bias), stats, running[:4], eps)
+    return Normalized(totals, in_one_piece(weight, bias), stats, running[:4], eps)
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -192,7 +206,8 @@ def activation_backward_reduce(
     sums = x.new_empty(2 * x.size(1), dtype=torch.float64)
     grad_like_x, kept = laid_out_as(x, grad, kept)
     assert grad_like_x is not None
-    own = launch.Reduced(x, stats, weight, bias, sums, with_gradients(sums, stats))
+    affine = in_one_piece(weight, bias)
+    own = launch.Reduced(x, stats, *affine, sums, with_gradients(sums, stats))
     launch.normalize_backward_reduce(
         plan, grad_like_x, own, None, kept, inner, activation, slope
     ).run()
@@ -229,6 +244,6 @@ def normalize_backward(
     dx = torch.empty_like(x)
     grad_like_x, kept = laid_out_as(x, grad, kept)
     assert grad_like_x is not None
-    own = launch.Applied(x, dx, stats, totals, weight, bias, sums)
+    own = launch.Applied(x, dx, stats, totals, *in_one_piece(weight, bias), sums)
     launch.normalize_backward(plan, grad_like_x, own, None, kept, activation, slope).run()
     return dx

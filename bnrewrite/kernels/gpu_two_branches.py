@@ -9,6 +9,7 @@ from bnrewrite.kernels.epilogue import (
     normalize_two_with,
 )
 from bnrewrite.kernels.gpu import (
+    in_one_piece,
     laid_out_as,
     normalize,
     normalize_backward,
@@ -95,9 +96,10 @@ def normalize_two_backward_reduce(
     assert grad_like_x is not None
     assert other_like_x is not None
     sums, other_sums = (x.new_empty(2 * x.size(1), dtype=torch.float64) for _ in range(2))
-    own = launch.Reduced(x, stats, weight, bias, sums, with_gradients(sums, stats))
+    affine, other_affine = in_one_piece(weight, bias), in_one_piece(other_weight, other_bias)
+    own = launch.Reduced(x, stats, *affine, sums, with_gradients(sums, stats))
     second = launch.Reduced(
-        other_like_x, other_stats, other_weight, other_bias, other_sums,
+        other_like_x, other_stats, *other_affine, other_sums,
         with_gradients(other_sums, other_stats),
     )  # fmt: skip
     launch.normalize_backward_reduce(
@@ -138,10 +140,11 @@ def normalize_two_backward(
     grad_like_x, other_like_x = laid_out_as(x, grad, other)
     assert grad_like_x is not None
     assert other_like_x is not None
-    own = launch.Applied(x, torch.empty_like(x), stats, totals, weight, bias, sums)
+    affine, other_affine = in_one_piece(weight, bias), in_one_piece(other_weight, other_bias)
+    own = launch.Applied(x, torch.empty_like(x), stats, totals, *affine, sums)
     second = launch.Applied(
-        other_like_x, torch.empty_like(other_like_x), other_stats, other_totals, other_weight,
-        other_bias, other_sums,
+        other_like_x, torch.empty_like(other_like_x), other_stats, other_totals, *other_affine,
+        other_sums,
     )  # fmt: skip
     launch.normalize_backward(plan, grad_like_x, own, second, None, activation, slope).run()
     (other_dx,) = laid_out_as(other, second.dx)

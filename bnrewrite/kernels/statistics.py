@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.guards import is_compiling
+from bnrewrite.watch import runs_unseen
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]
 """running_mean (C,), running_var (C,), num_batches_tracked (scalar, int64), momentum, and whether a
@@ -118,8 +119,8 @@ def gradients_of(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
     On a GPU they are never the sums themselves, whose place the sums of all ranks may take.
     """
-    # With create_graph they follow from the sums.
-    if not (is_compiling() or sums.requires_grad):
+    # With create_graph they follow from the sums, and a tracer must see that.
+    if not (is_compiling() or sums.requires_grad) and runs_unseen(sums):
         gradients = vars(sums).get(_GRADIENTS)
         if gradients is not None and gradients.dtype is dtype:
             return gradients

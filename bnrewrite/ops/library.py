@@ -96,8 +96,6 @@ def _needs_no_dispatch(x: Tensor, args: tuple[Any, ...]) -> bool:
         runs_unseen(x)
         and _PLAIN.issuperset(map(type, args))
         and torch._C._functorch.peek_interpreter_stack() is None
-        # What is_grads_batched makes is none of functorch's.
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
         and not torch._C._autograd._profiler_enabled()
         and not is_traced_by_jit()
     )

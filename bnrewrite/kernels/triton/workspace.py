@@ -71,6 +71,10 @@ def workspace(plan: Plan, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _arrivals(device: int, num_blocks: int) -> Tensor | None:
+    if device != torch.cuda.current_device():
+        # Its own stream is asked what it does.
+        with torch.cuda.device(device):
+            return _arrivals(device, num_blocks)
     reserve = _RESERVES.get(device)
     if torch.cuda.is_current_stream_capturing():
         # Where nothing has run before, there is nothing to take from.
