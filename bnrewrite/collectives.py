@@ -9,7 +9,7 @@ half as many steps then. All ranks choose alike, by the group and the number of 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ def start_all_reduce_sum(
         For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,). And what is sent, if it
         must not change before: another graph may wait, of which a compiler knows nothing.
     """
+    if _is_batched(packed):
+        return [torch.ops.bnrewrite.all_reduce_now(packed, group)]
     num_ranks = ranks_that_gather(group)
     if num_ranks and packed.is_cpu and _is_small(packed, num_ranks):
         # In eager mode the caller may hand out parts of it, and whoever gets them may write there.
@@ -161,6 +163,8 @@ def send_around(
     """
     if torch.is_grad_enabled() and values.requires_grad:
         return _SendAround.apply(values, group, place, shift, site)
+    if _is_batched(values):
+        return torch.ops.bnrewrite.send_around_now(values, group, *place, shift)
     rank, size = place
     num_sent, num_received = [0] * size, [0] * size
     num_sent[(rank - shift) % size] = values.size(0)
@@ -193,6 +197,8 @@ def all_gather(values: Tensor, group: str, world_size: int, site: tuple[Any, ...
 
     Not differentiable; see :func:`receive_from`.
     """
+    if _is_batched(values):
+        return torch.ops.bnrewrite.all_gather_now(values, group, world_size)
     pending = _start_all_gather(values, group, world_size, site)
     return _wait_or_name(pending, "all-gather", group, site).view(world_size, -1)
 
@@ -276,3 +282,32 @@ def exchange_rows(rows: Tensor, group: str, num_sent: list[int], num_received: l
     )
     received = wait(received)
     return received.view(rows.dtype).view(-1, *rows.shape[1:])
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``x`` is what ``is_grads_batched`` makes of several gradients.
+
+    It calls ops once for each of them. Were a launch and its end two ops, the end would be given
+    what is put together of results that are under way.
+    """
+    return not is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+_FRAGMENT = torch.library.Library("bnrewrite", "FRAGMENT")
+
+
+def _define(schema: str, function: Callable[..., Tensor]) -> None:
+    """A collective with its end as one op."""
+    _FRAGMENT.define(schema)
+    _FRAGMENT.impl(schema.split("(", 1)[0], function, "CompositeExplicitAutograd")
+
+
+_define(
+    "all_reduce_now(Tensor packed, str group) -> Tensor",
+    lambda packed, group: end_all_reduce_sum(start_all_reduce_sum(packed, group), packed.size(0)),
+)
+_define(
+    "send_around_now(Tensor values, str group, int rank, int size, int shift) -> Tensor",
+    lambda values, group, rank, size, shift: send_around(values, group, (rank, size), shift),
+)
+_define("all_gather_now(Tensor values, str group, int world_size) -> Tensor", all_gather)

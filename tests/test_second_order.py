@@ -87,3 +87,32 @@ def test_compiled_it_says_no(ranks: RankPool) -> None:
     """AOTAutograd has no second derivatives, of any model; it raises before anything is wrong."""
     for message in ranks.run(_compiled, 2):
         assert "double backward" in message
+
+
+def _batched(rank: int, world_size: int) -> list[Tensor]:
+    """The largest differences between gradients in one go and one by one, of each input."""
+    torch.manual_seed(rank)
+    found = []
+    modes: list[dict[str, Any]] = [
+        {"passes": ()},
+        {},
+        {"mode": bnrewrite.Shuffle()},
+        {"mode": bnrewrite.Shuffle(schedule="random")},
+    ]
+    for options in modes:
+        model = bnrewrite.convert(ResidualNet(width=3), **options).double()
+        x = torch.randn(3, 3, 6, 6, dtype=torch.float64).requires_grad_()
+        y = model(x)
+        grads = torch.randn(2, *y.shape, dtype=torch.float64)
+        (both,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+        found.append((both - torch.stack(alone)).abs().max())
+    return found
+
+
+# Of torch, about what it has no batching rule for.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_of_ranks(ranks: RankPool) -> None:
+    for differences in ranks.run(_batched, 2):
+        for difference in differences:
+            assert difference.item() < 1e-12
