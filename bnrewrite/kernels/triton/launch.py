@@ -21,9 +21,10 @@ _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 def _is_tight(plan: Plan, x: Tensor) -> bool:
     """Whether ptxas is known to spill, for some target and activation, where it has the choice.
 
-    Wide values take registers, and so do single ones, each of which has an address and a mask.
+    Wide values take registers, and so do single ones, each of which has an address and a mask, and
+    columns that are parts of channels, each of which has its own statistics.
     """
-    return x.dtype == torch.float64 or plan.VEC == 1
+    return x.dtype == torch.float64 or plan.VEC == 1 or plan.GROUP > 0
 
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
