@@ -482,3 +482,15 @@ def test_a_compiled_model_follows_an_explicit_group() -> None:
         assert seen
         for compiled, eager in seen:
             torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_an_error_of_this_device_is_not_said_to_be_of_another_rank(
+    kind: type[RuntimeError],
+) -> None:
+    def begin(_: object) -> None:
+        raise kind("of this device")
+
+    group: Any = None
+    with pytest.raises(kind, match="of this device"):
+        watch.launch("all-reduce", torch.zeros(1), group, (), begin)

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from bnrewrite import reference as definition
@@ -13,7 +14,7 @@ from bnrewrite import two_branches as definition_of_two
 from bnrewrite.activations import ACTIVATIONS, activate
 from bnrewrite.kernels import gpu as gpu_kernels
 from bnrewrite.kernels import gpu_two_branches as gpu_kernels_of_two
-from bnrewrite.kernels.statistics import statistics_table, track
+from bnrewrite.kernels.statistics import gradients_of, leave_gradients, statistics_table, track
 from bnrewrite.kernels.triton.plan import plan
 from bnrewrite.ops import batch_norm_act as batch_norm_act_module
 from bnrewrite.ops import sites
@@ -264,6 +265,22 @@ def _check_strided_per_channel() -> None:
         torch.testing.assert_close(mine, its)
     assert torch.equal(table[:, :2], before[:, :2])
     assert torch.equal(table[:, 4:], before[:, 4:])
+
+
+class TestLeftGradients:
+    """What the reduction wrote besides the sums serves where nobody needs to see what follows."""
+
+    def test_whoever_looks_sees_the_sums(self) -> None:
+        sums = torch.randn(6, dtype=torch.float64)
+        left = torch.zeros(6)
+        leave_gradients(sums, left)
+        assert gradients_of(sums, torch.float32) is left
+        assert torch.equal(gradients_of(sums, torch.float64), sums)
+        # A tracer of ops on real tensors.
+        traced = make_fx(lambda x: gradients_of(x, torch.float32) * 1)(sums)
+        assert torch.equal(traced(2 * sums), (2 * sums).float())
+        sums.requires_grad_()
+        assert torch.equal(gradients_of(sums, torch.float32), sums.float())
 
 
 class TestPerChannel:

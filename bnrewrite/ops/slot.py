@@ -41,8 +41,8 @@ def open_slot() -> None:
 def hides_collectives(x: Tensor) -> bool:
     """Whether a backward of ``x`` leaves time for other work between launch and end.
 
-    On a GPU the host is what an eager step waits for, and more nodes of autograd cost it more time
-    than a collective takes; while a CUDA graph is captured, only the order of the work counts.
+    On a GPU the host is what an eager step waits for, and more nodes of autograd take its time;
+    while a CUDA graph is captured, only the order of the work counts.
     """
     return not x.is_cuda or torch.cuda.is_current_stream_capturing()
 

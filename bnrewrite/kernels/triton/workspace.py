@@ -8,7 +8,10 @@ from torch import Tensor
 from bnrewrite.kernels.triton.plan import Plan
 
 _RESERVED = 1 << 20
-_MOST_BLOCKS = 2048
+"""Counters of a device: 4 MiB."""
+
+_OF_A_STREAM = 2048
+"""Counters that a stream gets at least; few inputs are cut into more blocks."""
 
 
 class _Reserve:
@@ -39,7 +42,7 @@ class _Reserve:
         """Those of ``stream``, at least ``num_blocks``; None if none are left."""
         counters = self._of_stream.get(stream)
         if counters is None or counters.numel() < num_blocks:
-            counters = self.take(max(num_blocks, _MOST_BLOCKS))
+            counters = self.take(max(num_blocks, _OF_A_STREAM))
             if counters is not None:
                 self._of_stream[stream] = counters
                 torch.cuda.current_stream(self._device).wait_event(self._ready)
