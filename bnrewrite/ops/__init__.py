@@ -6,6 +6,8 @@ of the collectives between them, all visible to a compiler:
     forward    moments -> all-reduce -> normalize
     backward   normalize_backward_reduce -> all-reduce -> normalize_backward
 
+Three more, of a collective with its end, are where tensors are sent: ``bnrewrite.collectives``.
+
 ``batch_norm_act`` is ``batch_norm`` with the residual and the activation that follow it.
 
 ``start_batch_norm`` and ``finish_batch_norm`` are the same for several sites at once, which share
