@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrewrite.groups import NO_GROUP, group_of, name_in, place_in, ranks_that_gather
+from bnrewrite.groups import NO_GROUP, find_group, group_of, name_in, parts_of, place_in
 from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.watch import finish, is_watched, launch, peer_error, runs_unseen
 
@@ -37,7 +37,7 @@ def all_reduce_sum(
     """
     if group == NO_GROUP:
         return packed
-    if torch.is_grad_enabled() and packed.requires_grad:
+    if packed.requires_grad and torch.is_grad_enabled():
         return _AllReduceSum.apply(packed, group, site)
     pending = start_all_reduce_sum(packed, group, site, is_last_use=is_last_use)
     return end_all_reduce_sum(pending, packed.size(0))
@@ -78,18 +78,20 @@ def start_all_reduce_sum(
         For :func:`end_all_reduce_sum`: what is received, (K,) or (W * K,). And what is sent, if it
         must not change before: another graph may wait, of which a compiler knows nothing.
     """
-    if _is_batched(packed):
+    is_traced = is_compiling()
+    is_plain = not is_traced and runs_unseen(packed)
+    if not is_plain and _is_batched(packed):
         return [torch.ops.bnrewrite.all_reduce_now(packed, group)]
-    num_ranks = ranks_that_gather(group)
+    name, num_ranks = parts_of(group)
     if num_ranks and packed.is_cpu and _is_small(packed, num_ranks):
         # In eager mode the caller may hand out parts of it, and whoever gets them may write there.
-        sent = packed if is_compiling() else packed.clone()
+        sent = packed if is_traced else packed.clone()
         return [_start_all_gather(sent, group, num_ranks, site), sent]
-    if not is_compiling() and runs_unseen(packed):
+    if is_plain:
         reduced = packed if is_last_use and packed.is_cuda else packed.clone()
         begin = lambda to: to.allreduce([reduced])  # noqa: E731
-        return [launch("all-reduce", reduced, group_of(group), site, begin)]
-    return [torch.ops._c10d_functional.all_reduce(packed, "sum", name_in(group))]
+        return [launch("all-reduce", reduced, find_group(name), site, begin)]
+    return [torch.ops._c10d_functional.all_reduce(packed, "sum", name)]
 
 
 def _is_small(packed: Tensor, num_ranks: int) -> bool:

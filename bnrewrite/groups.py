@@ -153,15 +153,11 @@ def group_of(group: str) -> dist.ProcessGroup:
 
 def name_in(group: str) -> str:
     """Name of the process group in the argument ``group`` of an op."""
-    return _parts(group)[0]
+    return parts_of(group)[0]
 
 
-def ranks_that_gather(group: str) -> int:
-    """Number of ranks in the argument ``group`` of an op, if they may gather statistics; else 0."""
-    return _parts(group)[1]
-
-
-def _parts(group: str) -> tuple[str, int]:
+def parts_of(group: str) -> tuple[str, int]:
+    """Name in the argument ``group`` of an op, and its ranks if they may gather, or 0."""
     name, _, num_ranks = group.rpartition("/")
     return (name, int(num_ranks)) if name and num_ranks.isdecimal() else (group, 0)
 

@@ -5,12 +5,11 @@ rank looks up now and then, and what the backend says is put into an error that 
 """
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,7 @@ _OF_THIS_RANK = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a device, which say nothing of other ranks."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
+class _Work(NamedTuple):
     what: str
     work: Any
     group: dist.ProcessGroup
@@ -100,10 +98,10 @@ def finish(pending: Tensor) -> Tensor:
         ScheduleError: another rank has left the schedule that the ranks agreed on.
     """
     launched: _Work = pending.__dict__.pop(_WORK)
-    work, patience = launched.work, timedelta(seconds=_SUSPICIOUS_S)
     if pending.is_cuda:
         _put_behind(launched)
         return pending
+    work, patience = launched.work, timedelta(seconds=_SUSPICIOUS_S)
     if runs_on_gloo(launched.group):
         _yield_to_others(work)
     while True:

@@ -23,7 +23,7 @@ from bnrewrite.groups import (
     find_group,
     group_of,
     name_in,
-    ranks_that_gather,
+    parts_of,
     runs_on_gloo,
 )
 from tests.models import ResidualNet, perturb
@@ -51,7 +51,7 @@ def test_an_argument_says_the_name_and_who_gathers(
     argument: str, name: str, num_ranks: int
 ) -> None:
     assert name_in(argument) == name
-    assert ranks_that_gather(argument) == num_ranks
+    assert parts_of(argument)[1] == num_ranks
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_slash_in_a_name_is_part_of_it() -> None:
         group._set_group_name("stage/2")
         argument = active_group("stage/2", training=True)
         assert name_in(argument) == "stage/2"
-        assert ranks_that_gather(argument) == 0
+        assert parts_of(argument)[1] == 0
         assert group_of(argument) is group
     finally:
         dist.destroy_process_group()

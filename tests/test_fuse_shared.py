@@ -266,7 +266,8 @@ def test_gradcheck_of_a_site_that_is_added_to_another(
         a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, its_weight: Tensor, its_bias: Tensor
     ) -> Tensor:
         from bnrewrite.ops.moments import MOMENTS
-        from bnrewrite.ops.normalize_sites import join, normalize_sites
+        from bnrewrite.ops.normalize_sites import normalize_sites
+        from bnrewrite.ops.sites import join
 
         common = (None, None, None, True, True, 0.1, 1e-3)
         first = sites.Site(a, weight, bias, *common)
@@ -289,7 +290,8 @@ def test_a_sum_that_nobody_reads_gives_nobody_a_gradient(
     recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnrewrite.ops.moments import MOMENTS
-    from bnrewrite.ops.normalize_sites import join, normalize_sites
+    from bnrewrite.ops.normalize_sites import normalize_sites
+    from bnrewrite.ops.sites import join
 
     monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
     monkeypatch.setattr(epilogue, "NO_GROUP", "another name")
@@ -316,7 +318,8 @@ def test_a_sum_of_which_some_inputs_need_gradients(
     activation: str, wanted: tuple[int, ...], recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnrewrite.ops.moments import MOMENTS
-    from bnrewrite.ops.normalize_sites import join, normalize_sites
+    from bnrewrite.ops.normalize_sites import normalize_sites
+    from bnrewrite.ops.sites import join
 
     monkeypatch.setattr(sites, "prefers_recomputing", lambda x: recomputes)
     monkeypatch.setattr(epilogue, "NO_GROUP", "another name")

@@ -137,8 +137,10 @@ class Variant:
         one = x.new_empty(C, dtype=acc)
         affine = (one, one) if self.affine else (None, None)
         moved = (one, one, x.new_empty((), dtype=torch.int64)) if self.tracks else (None,) * 3
-        running = (moved[0], moved[1], moved[2], self.momentum)
-        own = launch.Normalized(totals, affine, stats, running, 1e-5)
+        momentum = self.momentum
+        own = launch.Normalized(
+            (totals, *affine, stats, *moved), (1e-5, momentum or 0.0), momentum is None
+        )
         reduced = launch.Reduced(x, stats, *affine, sums, one if self.tracks else None)
         applied = launch.Applied(x, x, stats, totals, *affine, sums)
         kept = x if self.residual else None
@@ -278,7 +280,9 @@ class TestPlan:
             units = 1 if cut.GROUP else cut.VEC
             assert N * units_c * units_s * columns * units == 7 * C * S
             assert 1 <= cut.num_splits <= min(cut.num_tiles, 65535)
-            assert (dict(cut.of_sums)["MERGE"] > 0) == (cut.num_splits > 1)
+            name, merge, *_ = cut.of_sums
+            assert name == "MERGE"
+            assert (merge > 0) == (cut.num_splits > 1)
 
     @pytest.mark.parametrize(
         ("N", "C", "S", "last"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
@@ -654,6 +655,16 @@ class TestErrors:
             BATCH_NORM(x, *tensors, count, True, True, 0.1, EPS, "")
         assert count.item() == 0
         assert all(torch.equal(t, torch.ones_like(t)) for t in tensors)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_tensors_of_another_device_than_the_gpu_of_the_input(self, training: bool) -> None:
+        message = r"bias is on cpu but the input on cuda:0.*\.to\(\)"
+        with FakeTensorMode():
+            x = torch.ones(4, 3, device="cuda")
+            weight, mean, var = torch.ones(3, 3, device="cuda").unbind()
+            tensors = (x, weight, torch.ones(3), mean, var, None)
+            with pytest.raises(UnsupportedBatchNorm, match=message):
+                BATCH_NORM(*tensors, training, True, 0.1, EPS, "")
 
     def test_half_of_the_running_statistics(self) -> None:
         with pytest.raises(UnsupportedBatchNorm, match="together"):

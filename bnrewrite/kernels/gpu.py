@@ -6,7 +6,7 @@ and a dense contiguous or channels-last tensor. BNREWRITE_KERNELS=aten leaves it
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,73 +21,59 @@ from bnrewrite.kernels.statistics import (
     statistics_table,
     track,
 )
+from bnrewrite.kernels.triton.plan import Plan, plan_of
 from bnrewrite.settings import kernels_setting
 
 if TYPE_CHECKING:
-    from bnrewrite.kernels.triton.launch import Normalized
-    from bnrewrite.kernels.triton.plan import Plan
+    from bnrewrite.kernels.triton.launch import Normalized, Reduced
 
 
 @functools.cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on ``device``."""
+def runs_triton(device: int) -> bool:
+    """Whether Triton kernels run on the GPU of this number."""
     if importlib.util.find_spec("triton") is None or kernels_setting() == "aten":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def plan_for(x: Tensor, *, reads: int = 0) -> "Plan | None":
-    """How Triton's kernels cut ``x``, not empty; None if none of them runs on it.
+@functools.cache
+def launches() -> Any:
+    """The module of launches, which imports Triton."""
+    from bnrewrite.kernels.triton import launch
+
+    return launch
+
+
+def plan_for(x: Tensor, *, reads: int = 0) -> Plan | None:
+    """How Triton's kernels cut ``x``; None if it is empty or none of them runs on it.
 
     ``reads`` is how many tensors a reduction reads, and 0 for a pass that writes what it reads.
     """
-    if not runs_triton(x.device):
-        return None
-    from bnrewrite.kernels.triton.plan import plan_of
-
-    return plan_of(x, reads=reads)
+    return plan_of(x, reads=reads) if runs_triton(x.get_device()) else None
 
 
-def laid_out_as(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """``others`` in the layout of ``x``: one copy where they are not."""
-    return [
-        other
-        if other is None or _same_layout(x, other)
-        else torch.empty_like(x, dtype=other.dtype).copy_(other)
-        for other in others
-    ]
-
-
-def in_one_piece(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``weight`` and ``bias`` (C,) with their values next to each other, as kernels read them."""
-    if _are_dense(weight, bias):
-        return weight, bias
-    return (
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-    )
-
-
-def _are_dense(one: Tensor | None, other: Tensor | None) -> bool:
-    return (one is None or one.is_contiguous()) and (other is None or other.is_contiguous())
-
-
-def _same_layout(x: Tensor, other: Tensor) -> bool:
-    return x.stride() == other.stride() or all(
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """``other`` in the layout of ``x``: a copy where it is not."""
+    if x.stride() == other.stride() or all(
         size == 1 or mine == its
         for size, mine, its in zip(x.shape, x.stride(), other.stride(), strict=True)
-    )
+    ):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def in_one_piece(vector: Tensor | None) -> Tensor | None:
+    """A weight or bias (C,) with its values next to each other, as kernels read them."""
+    return vector if vector is None else vector.contiguous()
 
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`bnrewrite.reference.moments`."""
-    plan = plan_for(x, reads=1) if x.numel() else None
+    plan = plan_for(x, reads=1)
     if plan is None:
         return cuda.moments(x)
-    from bnrewrite.kernels.triton import launch
-
-    packed = x.new_empty(2 * x.size(1) + 1, dtype=torch.float64)
-    launch.moments(plan, x, packed).run()
+    packed = x.new_empty(2 * plan.C + 1, dtype=torch.float64)
+    launches().moments(plan, x, packed).run()
     return packed
 
 
@@ -107,17 +93,15 @@ def normalize(
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
-    empty = x.numel() == 0
-    plan = None if empty else plan_for(x)
+    plan = plan_for(x)
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-    if plan is None and not (empty and runs_triton(x.device)):
+    if plan is None and (x.numel() > 0 or not runs_triton(x.get_device())):
         return cuda.normalize(x, totals, weight, bias, eps, *running, residual, activation, slope)
-    from bnrewrite.kernels.triton import launch
-
     y = torch.empty_like(x)
     own = normalized(x, totals, weight, bias, eps, running)
-    (residual,) = laid_out_as(x, residual)
-    launch.normalize(plan, x, residual, y, None, own, None, activation, slope).run()
+    if residual is not None:
+        residual = laid_out_as(x, residual)
+    launches().normalize(plan, x, residual, y, None, own, None, activation, slope).run()
     return y, own.stats
 
 
@@ -138,16 +122,14 @@ def normalize_keep_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`bnrewrite.reference.normalize_keep_sum`; updates the running statistics too."""
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x)
     if plan is None:
         affine = (weight, bias, eps)
         return _normalize_keep_sum(x, totals, *affine, *running, residual, activation, slope)
-    from bnrewrite.kernels.triton import launch
-
     y, total = torch.empty_like(x), torch.empty_like(x)
     own = normalized(x, totals, weight, bias, eps, running)
-    (residual_like_x,) = laid_out_as(x, residual)
-    launch.normalize(plan, x, residual_like_x, y, total, own, None, activation, slope).run()
+    residual = laid_out_as(x, residual)
+    launches().normalize(plan, x, residual, y, total, own, None, activation, slope).run()
     return y, own.stats, total
 
 
@@ -163,17 +145,27 @@ def normalized(
     running: Running,
 ) -> "Normalized":
     """What a kernel needs of a normalisation; running statistics that it cannot move have moved."""
-    from bnrewrite.kernels.triton.launch import Normalized
-
     acc = reference.accumulate_dtype(x.dtype)
-    if running[4] or recomputes() or not _are_dense(running[0], running[1]):
+    running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite = running
+    if (
+        skip_nonfinite
+        or recomputes()
+        or not (running_mean is None or running_mean.is_contiguous())
+        or not (running_var is None or running_var.is_contiguous())
+        or not (num_batches_tracked is None or num_batches_tracked.device == x.device)
+    ):
         # Rare enough for launches of its own.
         known_nonempty = x.numel() > 0
         table = statistics_table(totals, eps, acc, known_nonempty=known_nonempty)
         track(table, totals, running, known_nonempty=known_nonempty)
-        running = (None, None, None, running[3], False)
+        running_mean = running_var = num_batches_tracked = None
     stats = x.new_empty((2, x.size(1)), dtype=acc)
-    return Normalized(totals, in_one_piece(weight, bias), stats, running[:4], eps)
+    weight, bias = in_one_piece(weight), in_one_piece(bias)
+    return launches().Normalized(
+        (totals, weight, bias, stats, running_mean, running_var, num_batches_tracked),
+        (eps, momentum or 0.0),
+        momentum is None,
+    )
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
@@ -195,30 +187,28 @@ def activation_backward_reduce(
     write: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.reference.activation_backward_reduce`."""
-    plan = plan_for(x, reads=2) if x.numel() else None
+    plan = plan_for(x, reads=2)
     if plan is None:
         return cuda.activation_backward_reduce(
             grad, x, stats, weight, bias, kept, activation, slope, write
         )
-    from bnrewrite.kernels.triton import launch
-
     inner = torch.empty_like(x) if write else None
-    sums = x.new_empty(2 * x.size(1), dtype=torch.float64)
-    grad_like_x, kept = laid_out_as(x, grad, kept)
-    assert grad_like_x is not None
-    affine = in_one_piece(weight, bias)
-    own = launch.Reduced(x, stats, *affine, sums, with_gradients(sums, stats))
-    launch.normalize_backward_reduce(
-        plan, grad_like_x, own, None, kept, inner, activation, slope
+    own = sums_of(x, stats, weight, bias)
+    grad = laid_out_as(x, grad)
+    if kept is not None:
+        kept = laid_out_as(x, kept)
+    launches().normalize_backward_reduce(
+        plan, grad, own, None, kept, inner, activation, slope
     ).run()
-    return sums, x.new_empty(0) if inner is None else inner
+    return own.sums, x.new_empty(0) if inner is None else inner
 
 
-def with_gradients(sums: Tensor, stats: Tensor) -> Tensor:
-    """Room for what ``sums`` (2C,) are in the dtype of ``stats``, which whoever has them finds."""
+def sums_of(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Reduced":
+    """What a reduction of ``x`` needs and fills; whoever has its sums finds the gradients."""
+    sums = stats.new_empty(stats.numel(), dtype=torch.float64)
     gradients = torch.empty_like(sums, dtype=stats.dtype)
     leave_gradients(sums, gradients)
-    return gradients
+    return launches().Reduced(x, stats, in_one_piece(weight), in_one_piece(bias), sums, gradients)
 
 
 def normalize_backward(
@@ -234,16 +224,16 @@ def normalize_backward(
     slope: float = 0.0,
 ) -> Tensor:
     """See :func:`bnrewrite.reference.normalize_backward`."""
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x)
     if plan is None:
         return cuda.normalize_backward(
             grad, x, stats, totals, weight, sums, bias, kept, activation, slope
         )
-    from bnrewrite.kernels.triton import launch
-
     dx = torch.empty_like(x)
-    grad_like_x, kept = laid_out_as(x, grad, kept)
-    assert grad_like_x is not None
-    own = launch.Applied(x, dx, stats, totals, *in_one_piece(weight, bias), sums)
-    launch.normalize_backward(plan, grad_like_x, own, None, kept, activation, slope).run()
+    affine = in_one_piece(weight), in_one_piece(bias)
+    own = launches().Applied(x, dx, stats, totals, *affine, sums)
+    grad = laid_out_as(x, grad)
+    if kept is not None:
+        kept = laid_out_as(x, kept)
+    launches().normalize_backward(plan, grad, own, None, kept, activation, slope).run()
     return dx

@@ -11,12 +11,13 @@ from bnrewrite.kernels.epilogue import (
 from bnrewrite.kernels.gpu import (
     in_one_piece,
     laid_out_as,
+    launches,
     normalize,
     normalize_backward,
     normalize_backward_reduce,
     normalized,
     plan_for,
-    with_gradients,
+    sums_of,
 )
 
 
@@ -50,20 +51,18 @@ def normalize_two(
         other_running_mean, other_running_var, other_num_batches_tracked, other_momentum,
         other_skip_nonfinite,
     )  # fmt: skip
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x)
     if plan is None:
         return _normalize_two(
             other, other_totals, other_weight, other_bias, other_eps, *others,
             x, totals, weight, bias, eps, *running, activation, slope,
         )  # fmt: skip
-    from bnrewrite.kernels.triton import launch
-
     y = torch.empty_like(x)
     # In this order, if they move the same running statistics.
     second = normalized(x, other_totals, other_weight, other_bias, other_eps, others)
     first = normalized(x, totals, weight, bias, eps, running)
-    (other_like_x,) = laid_out_as(x, other)
-    launch.normalize(plan, x, other_like_x, y, None, first, second, activation, slope).run()
+    other = laid_out_as(x, other)
+    launches().normalize(plan, x, other, y, None, first, second, activation, slope).run()
     return y, first.stats, second.stats
 
 
@@ -84,26 +83,17 @@ def normalize_two_backward_reduce(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.two_branches.normalize_two_backward_reduce`."""
-    plan = plan_for(x, reads=3) if x.numel() else None
+    plan = plan_for(x, reads=3)
     if plan is None:
         return _normalize_two_backward_reduce(
             grad, other, other_stats, other_weight, other_bias, x, stats, weight, bias,
             activation, slope,
         )  # fmt: skip
-    from bnrewrite.kernels.triton import launch
-
-    grad_like_x, other_like_x = laid_out_as(x, grad, other)
-    assert grad_like_x is not None
-    assert other_like_x is not None
-    sums, other_sums = (x.new_empty(2 * x.size(1), dtype=torch.float64) for _ in range(2))
-    affine, other_affine = in_one_piece(weight, bias), in_one_piece(other_weight, other_bias)
-    own = launch.Reduced(x, stats, *affine, sums, with_gradients(sums, stats))
-    second = launch.Reduced(
-        other_like_x, other_stats, *other_affine, other_sums,
-        with_gradients(other_sums, other_stats),
-    )  # fmt: skip
-    launch.normalize_backward_reduce(
-        plan, grad_like_x, own, second, None, None, activation, slope
+    own = sums_of(x, stats, weight, bias)
+    second = sums_of(laid_out_as(x, other), other_stats, other_weight, other_bias)
+    grad = laid_out_as(x, grad)
+    launches().normalize_backward_reduce(
+        plan, grad, own, second, None, None, activation, slope
     ).run()
     return second.sums, own.sums
 
@@ -129,27 +119,22 @@ def normalize_two_backward(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bnrewrite.two_branches.normalize_two_backward`."""
-    plan = plan_for(x) if x.numel() else None
+    plan = plan_for(x)
     if plan is None:
         return _normalize_two_backward(
             grad, other, other_stats, other_totals, other_weight, other_bias, other_sums,
             x, stats, totals, weight, bias, sums, activation, slope,
         )  # fmt: skip
-    from bnrewrite.kernels.triton import launch
-
-    grad_like_x, other_like_x = laid_out_as(x, grad, other)
-    assert grad_like_x is not None
-    assert other_like_x is not None
-    affine, other_affine = in_one_piece(weight, bias), in_one_piece(other_weight, other_bias)
-    own = launch.Applied(x, torch.empty_like(x), stats, totals, *affine, sums)
-    second = launch.Applied(
-        other_like_x, torch.empty_like(other_like_x), other_stats, other_totals, *other_affine,
-        other_sums,
+    affine = in_one_piece(weight), in_one_piece(bias)
+    own = launches().Applied(x, torch.empty_like(x), stats, totals, *affine, sums)
+    other_like_x = laid_out_as(x, other)
+    second = launches().Applied(
+        other_like_x, torch.empty_like(other_like_x), other_stats, other_totals,
+        in_one_piece(other_weight), in_one_piece(other_bias), other_sums,
     )  # fmt: skip
-    launch.normalize_backward(plan, grad_like_x, own, second, None, activation, slope).run()
-    (other_dx,) = laid_out_as(other, second.dx)
-    assert other_dx is not None
-    return other_dx, own.dx
+    grad = laid_out_as(x, grad)
+    launches().normalize_backward(plan, grad, own, second, None, activation, slope).run()
+    return laid_out_as(other, second.dx), own.dx
 
 
 _normalize_two_backward = normalize_two_backward_with(normalize_backward)

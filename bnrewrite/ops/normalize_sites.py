@@ -1,28 +1,24 @@
 """The autograd of sites with batch statistics: normalisation forward, one collective backward.
 
-In eager mode the backward may be two nodes, so that other work runs while its collective does:
-
-    _BatchNorm       sums of the gradients -> launch of the collective
-    ...              whatever is ready, above all the slot (see :mod:`bnrewrite.ops.slot`)
-    _EndCollective   end of the collective -> input gradients
-
-For a compiler, which orders the graph by itself, where a graph of the backward is made, and where
-that hides nothing (see :func:`bnrewrite.ops.slot.hides_collectives`), it is one node.
+In eager mode the backward may be two nodes, so that other work runs while its collective does: see
+:mod:`bnrewrite.ops.end_collective`. For a compiler, which orders the graph by itself, where a graph
+of the backward is made, and where that hides nothing, it is one node.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnrewrite import activations, reference
-from bnrewrite.collectives import all_reduce_sum, end_all_reduce_sum, start_all_reduce_sum
+from bnrewrite.collectives import all_reduce_sum, start_all_reduce_sum
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling, is_ordered_by_compiler, runs_in_python
 from bnrewrite.kernels.statistics import gradients_of
 from bnrewrite.ops import sites as site_arguments
-from bnrewrite.ops.hand_over import HandOver, runs
+from bnrewrite.ops.end_collective import is_awaited, put_behind_end_node
+from bnrewrite.ops.hand_over import HandOver
 from bnrewrite.ops.input_gradients import (
     IDENTITY,
     GradientOfTwo,
@@ -37,11 +33,8 @@ from bnrewrite.ops.moments import MOMENTS
 from bnrewrite.ops.normalize import NORMALIZE
 from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
-from bnrewrite.ops.sites import Site
-from bnrewrite.ops.slot import hides_collectives, open_slot
-
-_TENSORS = 4
-"""Tensors that autograd is given for each site: x, weight, bias, residual."""
+from bnrewrite.ops.sites import TENSORS, Site, join, split
+from bnrewrite.ops.slot import hides_collectives
 
 _NOBODY: set[int] = set()
 
@@ -57,11 +50,6 @@ def normalize_sites(
         totals: packed sums of all sites, one after the other, over all ranks.
         group: name of the process group that ``totals`` came from, or "".
     """
-    # Only to name the sites if a peer dies; a compiler has no use for it.
-    named: tuple[Tensor | None, ...] = ()
-    if not is_compiling():
-        named = tuple([one for site in sites for one in site.per_channel[:3]])
-    scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
     tensors = [
         tensor
         for site, x in zip(sites, xs, strict=True)
@@ -69,85 +57,35 @@ def normalize_sites(
     ]
     inside = _inside_of_others(sites, xs) if len(sites) > 1 else _NOBODY
     has_backward = torch.is_grad_enabled()
+    named: tuple[Tensor | None, ...] = ()
     between = None
-    if group != NO_GROUP and not is_compiling() and has_backward and hides_collectives(xs[0]):
-        between = _put_behind_end_node(tensors, sites, inside)
-    results: Any = _BatchNorm.apply(
-        scalars, totals, group, has_backward, inside, between, named, *tensors
-    )
+    if not is_compiling():
+        # Only to name the sites if a peer dies; a compiler has no use for it.
+        named = tuple([one for site in sites for one in site.per_channel[:3]])
+        if group != NO_GROUP and has_backward and hides_collectives(xs[0]):
+            between = put_behind_end_node(tensors, sites, inside)
+    scalars = [(site.eps, site.running, site.residual_site, site.act) for site in sites]
+    call = _Call(group, has_backward, inside, between, named)
+    results: Any = _BatchNorm.apply(call, scalars, totals, *tensors)
     return results[: len(sites)]
 
 
-def _put_behind_end_node(
-    tensors: list[Any], sites: Sequence[Site], inside: set[int]
-) -> HandOver | None:
-    """Puts inputs behind the node that ends the collective of their backward, if they need one.
+class _Call(NamedTuple):
+    """What the two halves of an evaluation know of it besides its sites.
 
-    That node reads parameters, too, and a hook on their gradients may run an optimizer: those are
-    behind it as well, so that nobody has their gradients before.
-    """
-    wanted = [i for i in range(0, len(tensors), _TENSORS) if tensors[i].requires_grad]
-    if not wanted:
-        return None
-    moved = wanted.copy()
-    for i in wanted:
-        weight, bias = tensors[i + 1], tensors[i + 2]
-        if weight is not None and weight.requires_grad:
-            moved.append(i + 1)
-        # The common case, without a call.
-        followed = inside or sites[i // _TENSORS].act[0] != "identity"
-        if (
-            followed
-            and bias is not None
-            and bias.requires_grad
-            and _reads_bias(i // _TENSORS, sites, inside)
-        ):
-            moved.append(i + 2)
-    between = HandOver([tensors[i].grad_fn for i in wanted])
-    behind: Any = _EndCollective.apply(between, *[tensors[i] for i in moved])
-    open_slot()
-    for i, tensor in zip(moved, behind, strict=True):
-        tensors[i] = tensor
-    return between
-
-
-def _reads_bias(index: int, sites: Sequence[Site], inside: set[int]) -> bool:
-    """Whether the backward computes again what the site ``index`` activated, or a part of that."""
-    site = sites[index]
-    if site.act[0] == "identity" or not site_arguments.prefers_recomputing(site.input):
-        return index in inside
-    return site.residual is None and (site.residual_site is None or site.residual_site in inside)
-
-
-class _EndCollective(torch.autograd.Function):
-    """Inputs and parameters themselves; in backward, the end of the collective.
-
-    It makes the gradients of the inputs, which come first, and hands on those of the parameters.
+    Attributes:
+        group: name of the process group, or "".
+        has_backward: whether gradients may be asked for.
+        inside: sites that are normalised together with later ones.
+        between: what the backward leaves for the node that ends its collective, if there is one.
+        named: tensors by which an error finds the names of the sites.
     """
 
-    @staticmethod
-    def forward(ctx, between: HandOver, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.between = between
-        return tensors
-
-    @staticmethod
-    @runs_in_python
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        launched = None if is_ordered_by_compiler() else ctx.between.take()
-        if launched is None:
-            return None, *grads
-        pending, sizes, gradients = launched
-        with below_autograd():
-            parts = split(end_all_reduce_sum(pending, sum(sizes)), sizes)
-            found = input_gradients(gradients, parts)
-        # Second derivatives come here by other ways than through the site, too.
-        num = len(found)
-        sums = (
-            one if other is None else one + other
-            for one, other in zip(found, grads[:num], strict=True)
-        )
-        return None, *sums, *grads[num:]
+    group: str
+    has_backward: bool
+    inside: set[int]
+    between: HandOver | None
+    named: tuple[Tensor | None, ...]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -161,54 +99,45 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scalars, totals, group, has_backward, inside, between, named, *tensors):
-        xs, weights = tensors[::_TENSORS], tensors[1::_TENSORS]
-        biases, residuals = tensors[2::_TENSORS], tensors[3::_TENSORS]
+    def forward(ctx, call: _Call, scalars, totals, *tensors):
+        has_backward, inside = call.has_backward, call.inside
+        xs, weights, biases = tensors[::TENSORS], tensors[1::TENSORS], tensors[2::TENSORS]
         ys: list[Any] = []
         stats: list[Any] = []
         kept: list[Tensor | None] = []
+        used: list[Tensor | None] = []
         keepers: list[int] = []
+        ones: list[Any] = []
         with below_autograd():
             parts = _totals_of(totals, xs)
-            ones = [
-                (x, total, weight, bias, eps, *running)
-                for x, total, weight, bias, (eps, running, *_) in zip(
-                    xs, parts, weights, biases, scalars, strict=True
-                )
-            ]
-            for i, (one, residual, (_, _, from_site, act)) in enumerate(
-                zip(ones, residuals, scalars, strict=True)
-            ):
+            for i, (eps, running, from_site, act) in enumerate(scalars):
+                x, weight, bias, residual = tensors[TENSORS * i : TENSORS * (i + 1)]
+                one = (x, parts[i], weight, bias, eps, *running)
                 other = residual if from_site is None else ys[from_site]
                 total = None
                 if i in inside:
                     # Nobody reads it, and it is normalised where its sum is.
-                    y, stat = xs[i].new_empty(0), None
+                    y, stat = x.new_empty(0), None
                 elif from_site is not None and from_site in inside:
                     y, stat, stats[from_site] = run(NORMALIZE_TWO, *ones[from_site], *one, *act)
                 elif other is None or activations.torch_keeps_result(act[0]) or not has_backward:
                     y, stat = run(NORMALIZE, *one, other, *act)
-                    total = _kept(one[0], y, other, act[0])
+                    total = _kept(x, y, other, act[0])
                 else:
                     y, stat, total = run(NORMALIZE_KEEP_SUM, *one, other, *act)
                     keepers.append(i)
+                ones.append(one)
                 ys.append(y)
                 stats.append(stat)
                 kept.append(total)
-        used = [
-            bias if total is None and act[0] != "identity" else None
-            for bias, total, (_, _, _, act) in zip(biases, kept, scalars, strict=True)
-        ]
-        for i in inside:
-            used[i] = biases[i]
+                reads_bias = i in inside or (total is None and act[0] != "identity")
+                used.append(bias if reads_bias else None)
         ctx.save_for_backward(totals, *xs, *weights, *used, *stats, *kept)
+        ctx.call = call
+        # What has moved may go.
         ctx.scalars = [(eps, from_site, act) for eps, _, from_site, act in scalars]
-        ctx.inside = inside
         ctx.keepers = keepers
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        ctx.group = group
-        ctx.between = between
-        ctx.sites = named
         ctx.set_materialize_grads(False)
         return (*ys, *[kept[i] for i in keepers]) if keepers else tuple(ys)
 
@@ -221,9 +150,9 @@ class _BatchNorm(torch.autograd.Function):
         if not torch.is_grad_enabled():
             with below_autograd():
                 columns = (xs, stats, _totals_of(totals, xs), weights, biases, kept)
-                return _backward(ctx, grads, columns, ctx.between)
+                return _backward(ctx, grads, columns, ctx.call.between)
         # create_graph: the statistics depend on x too, and every phase is differentiable.
-        totals = all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.group, ctx.sites)
+        totals = all_reduce_sum(join([MOMENTS(x) for x in xs]), ctx.call.group, ctx.call.named)
         parts = _totals_of(totals, xs)
         stats = [
             reference.statistics(total, eps, stat.dtype)
@@ -265,16 +194,16 @@ def _kept(x: Tensor, y: Tensor, residual: Tensor | None, activation: str) -> Ten
 def _backward(ctx, grads, columns, between):
     num = len(ctx.scalars)
     of_sums = dict(zip(ctx.keepers, grads[num:], strict=True)) if ctx.keepers else None
-    needs = ctx.needs_input_grad[-_TENSORS * num :]
+    needs = ctx.needs_input_grad[-TENSORS * num :]
     results: list[Tensor | None] = [None] * len(needs)
     ones: list[Any] = [None] * num
     sums: list[Any] = [None] * num
-    wanted = [i for i in range(num) if needs[_TENSORS * i]]
+    wanted = [i for i in range(num) if needs[TENSORS * i]]
     grads = list(grads[:num])
     others = list(zip(*columns, strict=True))
     for i in reversed(range(num)):
         _, from_site, act = ctx.scalars[i]
-        first = _TENSORS * i
+        first = TENSORS * i
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
         is_read = grads[i] is not None
         one: Any = gradient_of(grads[i], *others[i], act)
@@ -283,7 +212,7 @@ def _backward(ctx, grads, columns, between):
             one = behind_activation(one, of_sums[i])
             is_read = True
         if sums[i] is None:
-            if from_site in ctx.inside:
+            if from_site in ctx.call.inside:
                 other = gradient_of(one.grad, *others[from_site], IDENTITY)
                 sums[from_site], sums[i] = reduce_two(one, other)
                 if i in wanted:
@@ -307,8 +236,8 @@ def _backward(ctx, grads, columns, between):
     if wanted:
         found = _communicate(ctx, [sums[i] for i in wanted], [ones[i] for i in wanted], between)
         for i, grad in zip(wanted, found, strict=True):
-            results[_TENSORS * i] = grad
-    return None, None, None, None, None, None, None, *results
+            results[TENSORS * i] = grad
+    return None, None, None, *results
 
 
 def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
@@ -316,33 +245,17 @@ def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
     return vector if vector.dtype is dtype else vector.to(dtype)
 
 
-def _is_awaited(ctx, between: HandOver) -> bool:
-    """Whether the node that ends the collective runs, and for the sake of an input."""
-    if None not in between.nodes:
-        return any(map(runs, between.nodes))
-    # Whether the gradient of a leaf was asked for, torch does not say.
-    end = _EndCollective._backward_cls
-    return any(runs(node) for node, _ in ctx.next_functions if isinstance(node, end))
-
-
 def _communicate(ctx, sums, ones, between):
     """The input gradients; None for each if another node makes them when the collective ends."""
+    group, named = ctx.call.group, ctx.call.named
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
-        if _is_awaited(ctx, between):
-            pending = start_all_reduce_sum(join(sums), ctx.group, ctx.sites, is_last_use=True)
+        if is_awaited(ctx, between):
+            pending = start_all_reduce_sum(
+                join(sums), ctx.call.group, ctx.call.named, is_last_use=True
+            )
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)
-    total = all_reduce_sum(join(sums), ctx.group, ctx.sites, is_last_use=True)
+    total = all_reduce_sum(join(sums), group, named, is_last_use=True)
     return input_gradients(ones, split(total, sizes))
-
-
-def join(vectors: list[Tensor]) -> Tensor:
-    """One vector of all; a lone one itself."""
-    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-
-
-def split(vector: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """Inverse of :func:`join`."""
-    return (vector,) if len(sizes) == 1 else vector.split(sizes)

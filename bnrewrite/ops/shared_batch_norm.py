@@ -31,8 +31,8 @@ from bnrewrite.ops.library import (
     run,
 )
 from bnrewrite.ops.moments import MOMENTS
-from bnrewrite.ops.normalize_sites import join, normalize_sites
-from bnrewrite.ops.sites import Site, check, dense
+from bnrewrite.ops.normalize_sites import normalize_sites
+from bnrewrite.ops.sites import Site, check, dense, join
 
 LIBRARY.define(
     "start_batch_norm(Tensor[] inputs, Tensor?[] weight, Tensor?[] bias, Tensor?[] running_mean, "

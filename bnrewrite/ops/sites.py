@@ -1,5 +1,6 @@
 """What the BatchNorm ops share: their arguments, with the checks of these."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,11 @@ from torch import Tensor
 
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.kernels.statistics import Running
+
+TENSORS = 4
+"""Tensors that autograd is given for each site: x, weight, bias, residual."""
+
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,7 +89,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
-    """Raises ``UnsupportedBatchNorm`` if a size or dtype does not fit.
+    """Raises ``UnsupportedBatchNorm`` if a size, dtype or device does not fit.
 
     Args:
         input: must be (N, C, *) of a floating dtype.
@@ -101,12 +107,21 @@ def check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
             per_channel,
         )
     shape = input.shape[1:2]
+    # Kernels for GPUs take addresses; elsewhere torch refuses what is on another device.
+    device = input.device if input.is_cuda else None
     for index, tensor in enumerate(per_channel):
-        if tensor is not None and tensor.shape != shape:
-            name = ("weight", "bias", "running_mean", "running_var")[index]
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             raise UnsupportedBatchNorm(
-                f"{name} has shape {tuple(tensor.shape)} but the input has {shape[0]} "
-                f"channels: {tuple(input.shape)}. Check the layer that feeds it.",
+                f"{_PER_CHANNEL[index]} has shape {tuple(tensor.shape)} but the input has "
+                f"{shape[0]} channels: {tuple(input.shape)}. Check the layer that feeds it.",
+                per_channel,
+            )
+        if device is not None and tensor.device != device:
+            raise UnsupportedBatchNorm(
+                f"{_PER_CHANNEL[index]} is on {tensor.device} but the input on {device}. Move the "
+                "model or the input with .to().",
                 per_channel,
             )
     if (per_channel[2] is None) != (per_channel[3] is None):
@@ -114,3 +129,13 @@ def check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
             "running_mean and running_var must be given together, or neither of them.",
             per_channel,
         )
+
+
+def join(vectors: list[Tensor]) -> Tensor:
+    """One vector of all; a lone one itself."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def split(vector: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Inverse of :func:`join`."""
+    return (vector,) if len(sizes) == 1 else vector.split(sizes)

@@ -18,15 +18,6 @@ _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 """Activations whose derivative is a choice."""
 
 
-def _is_tight(plan: Plan, x: Tensor) -> bool:
-    """Whether ptxas is known to spill, for some target and activation, where it has the choice.
-
-    Wide values take registers, and so do single ones, each of which has an address and a mask, and
-    columns that are parts of channels, each of which has its own statistics.
-    """
-    return x.dtype == torch.float64 or plan.VEC == 1 or plan.GROUP > 0
-
-
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
     """Fills ``packed`` (2C + 1,), float64."""
     return Launch(
@@ -37,7 +28,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
         plan,
         plan.of_sums,
         plan.num_warps,
-        never_spills=_is_tight(plan, x),
+        never_spills=plan.is_tight,
     )
 
 
@@ -45,33 +36,25 @@ class Normalized(NamedTuple):
     """What one normalisation follows from besides its input, and what it writes besides y.
 
     Attributes:
-        totals: (2C + 1,), float64.
-        affine: weight and bias, (C,) each, or None.
-        stats: (2, C), to be filled.
-        running: what moves, and by what factor.
-        eps: added to the variance.
+        tensors: totals (2C + 1,), float64, weight and bias, stats (2, C), which are to be filled,
+            running_mean, running_var and num_batches_tracked, as kernels take them.
+        numbers: eps, and the weight of the batch in the running statistics.
+        cumulative: whether these are averages of all batches instead.
     """
 
-    totals: Tensor
-    affine: tuple[Tensor | None, Tensor | None]
-    stats: Tensor
-    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | None]
-    eps: float
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, float]
+    cumulative: bool
 
     @property
-    def cumulative(self) -> bool:
-        """Whether the running statistics are averages of all batches."""
-        return self.running[3] is None
+    def stats(self) -> Tensor:
+        """Mean and rstd."""
+        stats = self.tensors[3]
+        assert stats is not None
+        return stats
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """As kernels take them."""
-        return (self.totals, *self.affine, self.stats, *self.running[:3])
 
-    @property
-    def numbers(self) -> tuple[float, float]:
-        """As kernels take them."""
-        return self.eps, self.running[3] or 0.0
+_NOTHING = Normalized((None,) * 7, (0.0, 0.0), cumulative=False)
 
 
 def normalize(
@@ -90,25 +73,23 @@ def normalize(
     ``total`` is filled with what is activated, where it is given. With ``other`` the residual is
     normalised, too.
     """
-    cumulative = own.cumulative or (other is not None and other.cumulative)
-    num_books = 1 if cumulative else max(1, -(-x.size(1) // BOOK))
+    second = _NOTHING if other is None else other
+    is_counted = own.cumulative or second.cumulative
+    num_books = 1 if is_counted else max(1, -(-x.size(1) // BOOK))
     if plan is None:
         plan = dataclasses.replace(NOTHING, C=x.size(1))
     return Launch(
         normalize_kernel,
         (num_books + plan.num_blocks * plan.num_splits, 1, 1),
-        (x, residual, y, total, *own.tensors, *([None] * 7 if other is None else other.tensors)),
-        (
-            *own.numbers, *((0.0, 0.0) if other is None else other.numbers), slope,
-            *plan.sizes, plan.num_blocks, num_books,
-        ),
+        (x, residual, y, total, *own.tensors, *second.tensors),
+        (*own.numbers, *second.numbers, slope, *plan.sizes, plan.num_blocks, num_books),
         plan,
         (
-            ("ACTIVATION", activation), ("CUMULATIVE", own.cumulative),
-            ("OTHER_CUMULATIVE", other is not None and other.cumulative), ("BOOK", BOOK),
+            "ACTIVATION", activation, "CUMULATIVE", own.cumulative,
+            "OTHER_CUMULATIVE", second.cumulative, "BOOK", BOOK,
         ),
         plan.num_warps,
-        never_spills=_is_tight(plan, x) or other is not None,
+        plan.is_tight or other is not None,
     )  # fmt: skip
 
 
@@ -151,10 +132,10 @@ def normalize_backward_reduce(
         (grad, *own, *(other or [None] * 6), kept, grad_residual, *room),
         (slope, *plan.sizes),
         plan,
-        (("ACTIVATION", activation), *plan.of_sums),
+        ("ACTIVATION", activation, *plan.of_sums),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
-        never_spills=_is_tight(plan, own.x) or not is_light,
+        never_spills=plan.is_tight or not is_light,
     )  # fmt: skip
 
 
@@ -197,8 +178,8 @@ def normalize_backward(
         (grad, *own, *(other or [None] * 7), kept),
         (slope, *plan.sizes, plan.num_blocks),
         plan,
-        (("ACTIVATION", activation),),
+        ("ACTIVATION", activation),
         # What derivatives compute in float64 takes most registers of all.
         min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,
-        never_spills=_is_tight(plan, own.x) or other is not None,
+        never_spills=plan.is_tight or other is not None,
     )

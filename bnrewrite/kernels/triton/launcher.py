@@ -1,8 +1,7 @@
 """One launch of a kernel, as cheap for the host as Triton allows."""
 
-import dataclasses
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -20,17 +19,16 @@ _MOST_REGISTERS = 255
 """Of a thread, on every GPU that Triton compiles for with ptxas."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch of one kernel.
 
     Attributes:
         kernel: the kernel.
         grid: programs per dimension.
-        tensors: the first arguments; None where one is absent.
+        tensors: the first arguments, on one device; None where one is absent.
         numbers: the arguments behind them.
         plan: how the first tensor is cut.
-        more: names and values of the constants that do not follow from it.
+        more: names and values, in turn, of the constants that do not follow from it.
         num_warps: warps of a program.
         never_spills: whether a thread gets the registers that it needs, however few programs then
             run at a time. By itself ptxas weighs one against the other, and may spill some bytes.
@@ -41,7 +39,7 @@ class Launch:
     tensors: tuple[Tensor | None, ...]
     numbers: tuple[float, ...]
     plan: Plan
-    more: tuple[tuple[str, Any], ...]
+    more: tuple[Any, ...]
     num_warps: int
     never_spills: bool = False
 
@@ -68,7 +66,7 @@ class Launch:
             "GROUP": plan.GROUP,
             "ACC": _ACC[reference.accumulate_dtype(self.x.dtype)],
             "STAGES": _STAGES,
-            **dict(self.more),
+            **dict(zip(self.more[::2], self.more[1::2], strict=True)),
         }
 
     @property
@@ -79,57 +77,58 @@ class Launch:
             options["maxnreg"] = _MOST_REGISTERS
         return options
 
-    @property
-    def variant(self) -> Hashable:
-        """What decides about the code of the kernel: all but sizes, other numbers and addresses.
-
-        As Triton specialises code: on absent arguments, dtypes, and whether an address is a
-        multiple of 16. The kernels' annotations keep it from doing so on numbers.
-        """
-        plan = self.plan
-        return (
-            self.kernel.__name__,
-            (plan.BLOCK_C, plan.BLOCK_S, plan.VEC, plan.LAST, plan.GROUP),
-            self.more,
-            self.num_warps,
-            self.never_spills,
-            tuple(
-                [
-                    None if t is None else t.dtype if not t.data_ptr() & 15 else (t.dtype, "odd")
-                    for t in self.tensors
-                ]
-            ),
-        )
-
     def run(self) -> None:
         """Launches on the device of the first argument, without waiting."""
         device = self.x.get_device()
-        if device < 0:
-            # The interpreter.
-            self._run_by_triton()
-        elif device == torch.cuda.current_device():
+        # On AMD the code depends on the size of the memory, too.
+        if device < 0 or torch.version.hip is not None:
+            # The interpreter, or the runtime of Triton.
+            self._run_by_triton(device)
+        elif device == torch._C._cuda_getDevice():
             self._run_on(device)
         else:
             with torch.cuda.device(device):
                 self._run_on(device)
 
-    def _run_by_triton(self) -> Any:
-        return self.kernel[self.grid](*self.args, **self.constants, **self.options)
+    def _run_by_triton(self, device: int) -> Any:
+        with torch.cuda.device(device):
+            return self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
     def _run_on(self, device: int) -> None:
-        # Triton takes longer to find the code of known arguments than the device to run it.
-        key = device, self.variant
-        # On AMD the code depends on the size of the memory, too.
-        found = None if torch.version.hip else _COMPILED.get(key)
+        # Triton takes longer to find the code of known arguments than the device to run it, and
+        # longer to find the address of a tensor than to take a number for one.
+        addresses = [None if t is None else t.data_ptr() for t in self.tensors]
+        variant = self._variant(device, addresses)
+        found = _COMPILED.get(variant)
         if found is not None:
             compiled, values = found
-            compiled[self.grid](*self.args, *values)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled[self.grid](*addresses, *self.numbers, *values, stream=stream)
             return
-        compiled, constants = self._run_by_triton(), self.constants
+        compiled, constants = self._run_by_triton(device), self.constants
         # The interpreter compiles nothing, on a GPU either.
         if compiled is not None:
             names = self.kernel.arg_names[len(self.args) :]
-            _COMPILED[key] = compiled, tuple([constants[name] for name in names])
+            _COMPILED[variant] = compiled, tuple([constants[name] for name in names])
+
+    def _variant(self, device: int, addresses: Sequence[int | None]) -> Hashable:
+        """What decides about the code of the kernel: all but sizes, other numbers and addresses.
+
+        As Triton specialises code: on absent arguments, dtypes, and whether an address is a
+        multiple of 16. The kernels' annotations keep it from doing so on numbers.
+        """
+        return (
+            device,
+            self.kernel.__name__,
+            self.plan.cut,
+            self.more,
+            self.num_warps,
+            self.never_spills,
+            *[
+                None if t is None else t.dtype if not address & 15 else (t.dtype, "odd")  # pyright: ignore[reportOptionalOperand]
+                for t, address in zip(self.tensors, addresses, strict=True)
+            ],
+        )
 
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}

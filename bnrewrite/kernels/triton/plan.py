@@ -75,6 +75,9 @@ class Plan:
         num_tiles: tiles of a block.
         num_splits: programs that share the tiles of a block, evenly.
         num_warps: warps of a program.
+        is_tight: whether ptxas is known to spill, for some target and activation, where it has the
+            choice. Wide values take registers, and so do single ones, each of which has an
+            address and a mask, and columns that are parts of channels, which have statistics each.
     """
 
     N: int
@@ -90,6 +93,7 @@ class Plan:
     num_tiles: int
     num_splits: int
     num_warps: int
+    is_tight: bool
 
     @functools.cached_property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -101,18 +105,23 @@ class Plan:
         return self.N, self.C, self.S // self.VEC, 1
 
     @functools.cached_property
-    def of_sums(self) -> tuple[tuple[str, int], ...]:
-        """Constants of reductions only.
+    def cut(self) -> tuple[int, int, int, bool, int]:
+        """What of it kernels take for constants."""
+        return self.BLOCK_C, self.BLOCK_S, self.VEC, self.LAST, self.GROUP
+
+    @functools.cached_property
+    def of_sums(self) -> tuple[str, int, str, int]:
+        """Names and values of constants of reductions only.
 
         MERGE: splits whose partial sums are merged at a time; 0 if there is one split. WIDE: the
         power of two that GROUP channels fit into.
         """
         wide = _power_of_two(self.GROUP)
         merge = max(1, _MERGE // (wide if self.GROUP else self.BLOCK_C))
-        return ("MERGE", merge if self.num_splits > 1 else 0), ("WIDE", wide)
+        return "MERGE", merge if self.num_splits > 1 else 0, "WIDE", wide
 
 
-NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, True, 0, 0, 0, 0, 4)
+NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, True, 0, 0, 0, 0, 4, True)
 """Of an empty tensor, but for the number of its channels."""
 
 
@@ -125,13 +134,13 @@ def layout_of(x: Tensor) -> bool | None:
 
 
 def plan_of(x: Tensor, *, reads: int = 0) -> Plan | None:
-    """The plan for ``x`` (N, C, *), not empty; None if the kernels cannot address it.
+    """The plan for ``x`` (N, C, *); None if it is empty or the kernels cannot address it.
 
     Args:
         x: the input.
         reads: tensors that a reduction reads, 0 for a pass that writes what it reads.
     """
-    return _plan_of(x.shape, x.stride(), x.element_size(), reads, x.device)
+    return _plan_of(x.shape, x.stride(), x.element_size(), reads, x.get_device())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,18 +149,18 @@ def _plan_of(
     stride: tuple[int, ...],
     itemsize: int,
     reads: int,
-    device: torch.device,
+    device: int,
 ) -> Plan | None:
     x = torch.empty_strided(shape, stride, device="meta")
     last = layout_of(x)
-    if last is None:
+    if last is None or x.numel() == 0:
         return None
     N, C, *_ = shape
     return plan(N, C, x.numel() // (N * C), itemsize, last, reads, _multiprocessors(device))
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
+def _multiprocessors(device: int) -> int:
+    if device < 0:
         return _MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -216,6 +225,7 @@ def plan(
         num_splits=1 if is_alone else -(-num_tiles // each),
         # Single accesses take a mask and an address each: fewer of them per thread.
         num_warps=max(1, min(8 if vec == 1 else 4, block_c * block_s // 256)),
+        is_tight=itemsize == 8 or vec == 1 or group > 0,
     )
 
 
