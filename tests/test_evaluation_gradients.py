@@ -22,9 +22,13 @@ SHAPES = [(1, 3, 1, 5), (1, 3, 5, 1), (1, 2, 1, 3, 2), (2, 3, 1, 5), (1, 3, 1, 1
 
 def _layouts(tensor: Tensor) -> Iterator[Tensor]:
     """The same values in every order of memory, sizes of one with the strides that follow."""
+    seen: set[tuple[int, ...]] = set()
     for order in itertools.permutations(range(tensor.dim())):
         inverse = [order.index(dim) for dim in range(tensor.dim())]
-        yield tensor.permute(order).contiguous().permute(inverse)
+        ordered = tensor.permute(order).contiguous().permute(inverse)
+        if ordered.stride() not in seen:
+            seen.add(ordered.stride())
+            yield ordered
 
 
 def _by_formula(x: Tensor, grad: Tensor, norm: Any) -> list[Tensor]:
