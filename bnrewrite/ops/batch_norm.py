@@ -105,11 +105,11 @@ def _lay_out_gradient(y: Tensor, input: Tensor) -> Tensor:
 def evaluate_site(site: Site, group: str) -> Tensor:
     """Evaluates one site with batch statistics by the phases, with what follows it.
 
+    Not under a transform for which :func:`knows_only_torch`.
+
     Raises:
         UnsupportedBatchNorm: a size or dtype does not fit, or a channel has a single value.
     """
-    if knows_only_torch():
-        raise unknown_to_torch(site.per_channel)
     _check_statistics(site, group)
     x = dense(site.input)
     totals = communicate_once(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bnrewrite import activations
-from bnrewrite.ops.batch_norm import batch_norm, evaluate_site
+from bnrewrite.ops.batch_norm import batch_norm, evaluate_site, unknown_to_torch
 from bnrewrite.ops.epilogue import compose, joins_phases
-from bnrewrite.ops.library import LIBRARY, define_composite
+from bnrewrite.ops.library import LIBRARY, define_composite, knows_only_torch
 from bnrewrite.ops.sites import Site
 
 LIBRARY.define(
@@ -60,6 +60,8 @@ def _batch_norm_act(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training,
         track_running_stats, momentum, eps, skip_nonfinite, residual, None, (activation, slope),
     )  # fmt: skip
+    if knows_only_torch():
+        raise unknown_to_torch(site.per_channel)
     return evaluate_site(site, group)
 
 

@@ -97,7 +97,7 @@ def _needs_no_dispatch(x: Tensor, args: tuple[Any, ...]) -> bool:
         and _PLAIN.issuperset(map(type, args))
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
-        and not is_traced_by_jit()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -28,22 +28,25 @@ _BOUNDS = {
 }
 """Activations that the kernels know: slope below zero, None for the caller's, and largest value."""
 
+_FAR = 1 << 40
+"""An address beyond any offset in bytes: a terabyte."""
+
 _VALUES_PER_THREAD = 1 << 15
 """As many values as pay for one more thread; ATen's own number."""
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels take ``x`` (N, C, *) and what is laid out as it."""
-    return _sizes(x) is not None
+    """Whether there are kernels, and they take ``x`` (N, C, *) and what is laid out as it."""
+    return library() is not None and _sizes(x) is not None
 
 
 def moments(x: Tensor) -> Tensor | None:
     """See :func:`bnrewrite.reference.moments`."""
-    sizes = _sizes(x)
-    if sizes is None:
+    c, sizes = library(), _sizes(x)
+    if c is None or sizes is None:
         return None
     packed = torch.empty(2 * x.size(1) + 1, dtype=torch.float64)
-    _check(library().bnrewrite_moments(*sizes, x.data_ptr(), packed.data_ptr(), _threads(x)))
+    _check(c.moments(*sizes, x.data_ptr(), _threads(x), packed.data_ptr()))
     return packed
 
 
@@ -60,14 +63,14 @@ def statistics(
         acc: float32 or float64.
         running: what is tracked.
     """
-    C = totals.numel() // 2
+    c, C = library(), totals.numel() // 2
     moving = _moving(running, C, acc)
-    if library() is None or moving is None or not _is_vector(totals, 2 * C + 1, torch.float64):
+    if c is None or moving is None or not _is_vector(totals, 2 * C + 1, torch.float64):
         return None
     table = torch.empty((3, C), dtype=acc)
     stats, variance = table[:2], table[2]
     _check(
-        library().bnrewrite_statistics(
+        c.statistics(
             _DTYPES[acc], C, totals.data_ptr(), eps, *map(_address, moving), *_factor(running),
             stats.data_ptr(), variance.data_ptr(),
         )
@@ -92,8 +95,8 @@ def normalize(
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """See :func:`bnrewrite.reference.normalize`; updates the running statistics too."""
-    sizes = _sizes(x)
-    if sizes is None or activation not in _BOUNDS:
+    c, sizes = library(), _sizes(x)
+    if c is None or sizes is None or activation not in _BOUNDS:
         return None
     C, acc = x.size(1), reference.accumulate_dtype(x.dtype)
     running = (running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
@@ -111,11 +114,11 @@ def normalize(
     stats = torch.empty((2, C), dtype=acc)
     negative, top = _BOUNDS[activation]
     _check(
-        library().bnrewrite_normalize(
-            *sizes, x.data_ptr(), totals.data_ptr(), eps, *map(_address, moving),
+        c.normalize(
+            *sizes, x.data_ptr(), _threads(x), totals.data_ptr(), eps, *map(_address, moving),
             *_factor(running), stats.data_ptr(), _address(weight), _address(bias),
             _address(residual), activation == "identity", slope if negative is None else negative,
-            top, y.data_ptr(), _threads(x),
+            top, y.data_ptr(),
         )
     )  # fmt: skip
     _note_moved(running, moving)
@@ -190,16 +193,16 @@ def _reduce(
     activation: str,
     slope: float,
 ) -> Tensor | None:
-    sizes = _sizes(x)
-    if sizes is None or not (_is_like(x, grad) and _are_statistics(stats, x)):
+    c, sizes = library(), _sizes(x)
+    if c is None or sizes is None or not (_is_like(x, grad) and _are_statistics(stats, x)):
         return None
     sums = torch.empty(2 * x.size(1), dtype=torch.float64)
     negative, top = _BOUNDS[activation]
     _check(
-        library().bnrewrite_backward_reduce(
-            *sizes, grad.data_ptr(), x.data_ptr(), stats.data_ptr(), _address(result),
-            _address(inner), activation == "leaky_relu", slope if negative is None else negative,
-            top, sums.data_ptr(), _threads(x),
+        c.backward_reduce(
+            *sizes, x.data_ptr(), _threads(x), grad.data_ptr(), stats.data_ptr(),
+            _address(result), _address(inner), activation == "leaky_relu",
+            slope if negative is None else negative, top, sums.data_ptr(),
         )
     )  # fmt: skip
     return sums
@@ -218,8 +221,8 @@ def normalize_backward(
     slope: float = 0.0,
 ) -> Tensor | None:
     """See :func:`bnrewrite.reference.normalize_backward`; without an activation."""
-    sizes = _sizes(x)
-    if sizes is None or activation != "identity":
+    c, sizes = library(), _sizes(x)
+    if c is None or sizes is None or activation != "identity":
         return None
     C = x.size(1)
     weight = _widened(weight, stats.dtype)
@@ -235,9 +238,9 @@ def normalize_backward(
         return None
     dx = torch.empty_like(x)
     _check(
-        library().bnrewrite_backward(
-            *sizes, grad.data_ptr(), x.data_ptr(), stats.data_ptr(), totals.data_ptr(),
-            _address(weight), sums.data_ptr(), dx.data_ptr(), _threads(x),
+        c.backward(
+            *sizes, x.data_ptr(), _threads(x), grad.data_ptr(), stats.data_ptr(),
+            totals.data_ptr(), _address(weight), sums.data_ptr(), dx.data_ptr(),
         )
     )  # fmt: skip
     return dx
@@ -246,7 +249,7 @@ def normalize_backward(
 def _sizes(x: Tensor) -> tuple[int, int, int, int, bool] | None:
     """dtype, N, C, S and whether channels are last, for native.c; None if it does not take x."""
     dtype, values = _DTYPES.get(x.dtype), x.numel()
-    if dtype is None or values == 0 or library() is None or not _is_memory(x):
+    if dtype is None or values == 0 or not _is_memory(x):
         return None
     N, C = x.size(0), x.size(1)
     S = values // (N * C)
@@ -297,15 +300,20 @@ def _is_parameter(tensor: Tensor | None, size: int, dtype: torch.dtype) -> bool:
 
 def _is_memory(tensor: Tensor) -> bool:
     """Whether the values of a tensor lie at its address: not if it is a negative view or freed."""
-    return tensor.is_cpu and not tensor.is_neg() and tensor.untyped_storage().nbytes() > 0
+    return (
+        tensor.is_cpu
+        and not tensor.is_neg()
+        # What is freed is at its offset in no memory. To ask for the storage takes longer.
+        and (tensor.data_ptr() >= _FAR or tensor.untyped_storage().nbytes() > 0)
+    )
 
 
 def _are_statistics(stats: Tensor, x: Tensor) -> bool:
     return _is_vector(stats, 2 * x.size(1), reference.accumulate_dtype(x.dtype))
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _threads(x: Tensor) -> int:

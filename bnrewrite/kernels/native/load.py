@@ -3,38 +3,60 @@
 import ctypes
 import functools
 import importlib.util
+import struct
 import warnings
-from ctypes import c_double, c_int, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_char_p, c_int
 from pathlib import Path
-from typing import Any
 
 from bnrewrite.settings import kernels_setting
 
-_ABI = 1
-"""What ``bnrewrite_abi`` of the library returns that these signatures belong to."""
+_ABI = 2
+"""What ``bnrewrite_abi`` of the library returns that these arguments belong to."""
 
-_SIZES = (c_int, c_int64, c_int64, c_int64, c_int)
+_INPUT = "qqqqqPq"
+"""dtype, N, C, S, whether channels are last, address, threads."""
 
-_RUNNING = (c_double, c_void_p, c_void_p, c_void_p, c_double, c_int)
+_MOVING = "dPPPdq"
 """eps, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite."""
 
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "bnrewrite_abi": (),
-    "bnrewrite_moments": (*_SIZES, c_void_p, c_void_p, c_int),
-    "bnrewrite_statistics": (c_int, c_int64, c_void_p, *_RUNNING, c_void_p, c_void_p),
-    "bnrewrite_normalize": (
-        *_SIZES, c_void_p, c_void_p, *_RUNNING, *[c_void_p] * 4, c_int, c_double, c_double,
-        c_void_p, c_int,
-    ),
-    "bnrewrite_backward_reduce": (
-        *_SIZES, *[c_void_p] * 5, c_int, c_double, c_double, c_void_p, c_int,
-    ),
-    "bnrewrite_backward": (*_SIZES, *[c_void_p] * 7, c_int),
-}  # fmt: skip
-"""Arguments of the functions in native.c, each of which returns an int."""
+_MEMBERS = {
+    "moments": f"{_INPUT}P",
+    "statistics": f"qqP{_MOVING}PP",
+    "normalize": f"{_INPUT}P{_MOVING}PPPPqddP",
+    "backward_reduce": f"{_INPUT}PPPPqddP",
+    "backward": f"{_INPUT}PPPPPP",
+}
+"""Members of the arguments of the functions in native.c, as ``struct`` calls them."""
 
 
-def library() -> Any:
+class Library:
+    """The functions of native.c.
+
+    Each takes the members of its argument, with 0 for NULL, and says whether memory was lacking. To
+    ctypes they are one argument, since it takes longer for each than the struct module.
+    """
+
+    def __init__(self, path: str) -> None:
+        found = ctypes.CDLL(path)
+        found.bnrewrite_abi.restype = c_int
+        self.abi = found.bnrewrite_abi()
+        self.moments = _function(found, "moments")
+        self.statistics = _function(found, "statistics")
+        self.normalize = _function(found, "normalize")
+        self.backward_reduce = _function(found, "backward_reduce")
+        self.backward = _function(found, "backward")
+
+
+def _function(found: ctypes.CDLL, name: str) -> Callable[..., int]:
+    function = getattr(found, f"bnrewrite_{name}")
+    function.argtypes = (c_char_p,)
+    function.restype = c_int
+    pack = struct.Struct(_MEMBERS[name]).pack
+    return lambda *members: function(pack(*members))
+
+
+def library() -> Library | None:
     """The library with the kernels; None for the reason that :func:`whence` gives."""
     return _loaded()[0]
 
@@ -45,7 +67,7 @@ def whence() -> str:
 
 
 @functools.cache
-def _loaded() -> tuple[Any, str]:
+def _loaded() -> tuple[Library | None, str]:
     if kernels_setting() == "aten":
         return None, "of ATen: BNREWRITE_KERNELS leaves out those in C"
     spec = importlib.util.find_spec(f"{__package__}._library")
@@ -61,13 +83,9 @@ def _loaded() -> tuple[Any, str]:
         )
         return None, f"of ATen: those in C are older than their sources, {again}"
     try:
-        found = ctypes.CDLL(spec.origin)
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(found, name)
-            function.argtypes = arguments
-            function.restype = c_int
+        found = Library(spec.origin)
     except (OSError, AttributeError) as error:
         return None, f"of ATen: those in C cannot be loaded, {again} ({error})"
-    if found.bnrewrite_abi() != _ABI:
+    if found.abi != _ABI:
         return None, f"of ATen: those in C are of another version, {again}"
     return found, "in C"

@@ -230,14 +230,31 @@ static int reduce(const struct kernels *k, const void *g, const void *x, struct 
 }
 
 /* Changes whenever arguments of a function do. */
-EXPORT int bnrewrite_abi(void) { return 1; }
+EXPORT int bnrewrite_abi(void) { return 2; }
+
+/* Every function has one argument, whose members are listed in load.py, too. */
+
+/* An input (N, C, S), how it is laid out, and how many threads there are for it. */
+struct input {
+    int64_t dtype, N, C, S, last;
+    const void *x;
+    int64_t threads;
+};
+
+static struct shape shape_of(const struct input *of) {
+    return (struct shape){of->N, of->C, of->S, (int)of->last};
+}
+
+struct moments_args {
+    struct input input;
+    double *packed;
+};
 
 /* packed (2C + 1): count, sums, sums of squares. */
-EXPORT int bnrewrite_moments(int dtype, int64_t N, int64_t C, int64_t S, int last, const void *x,
-                             double *packed, int threads) {
-    struct shape d = {N, C, S, last};
-    packed[0] = (double)(N * S);
-    return reduce(KERNELS[dtype], NULL, x, (struct behind){0}, d, NULL, packed + 1, threads);
+EXPORT int bnrewrite_moments(const struct moments_args *a) {
+    a->packed[0] = (double)(a->input.N * a->input.S);
+    return reduce(KERNELS[a->input.dtype], NULL, a->input.x, (struct behind){0},
+                  shape_of(&a->input), NULL, a->packed + 1, (int)a->input.threads);
 }
 
 /* Whether a batch counts: not where no rank holds a value, nor with `skip_nonfinite` where a sum is
@@ -258,69 +275,107 @@ static double factor_of(int64_t *tracked, double momentum) {
     return tracked ? 1. / (double)larger(*tracked, 1) : 0;
 }
 
+/* What moves towards the statistics of a batch: running_mean and running_var (C), the counter, how
+   far, see `factor_of`, and whether a batch that is not finite is left out. */
+struct moving {
+    double eps;
+    void *mean, *var;
+    int64_t *tracked;
+    double momentum;
+    int64_t skip_nonfinite;
+};
+
+struct statistics_args {
+    int64_t dtype, C;
+    const double *totals;
+    struct moving moving;
+    void *stats, *variance;
+};
+
 /* stats (2, C), mean and rstd, and biased variance (C) from totals (2C + 1); moves the running
    statistics. These and the variance may be NULL. */
-EXPORT int bnrewrite_statistics(int dtype, int64_t C, const double *totals, double eps,
-                                void *running_mean, void *running_var, int64_t *tracked,
-                                double momentum, int skip_nonfinite, void *stats,
-                                void *variance) {
+EXPORT int bnrewrite_statistics(const struct statistics_args *a) {
     struct running run = {NULL, NULL, 0};
-    if (counts(totals, C, skip_nonfinite))
-        run = (struct running){running_mean, running_var, factor_of(tracked, momentum)};
-    KERNELS[dtype]->statistics(totals, C, eps, stats, variance, run);
+    if (counts(a->totals, a->C, (int)a->moving.skip_nonfinite))
+        run = (struct running){a->moving.mean, a->moving.var,
+                               factor_of(a->moving.tracked, a->moving.momentum)};
+    KERNELS[a->dtype]->statistics(a->totals, a->C, a->moving.eps, a->stats, a->variance, run);
     return 0;
 }
 
+struct normalize_args {
+    struct input input;
+    const double *totals;
+    struct moving moving;
+    void *stats;
+    const void *weight, *bias, *residual;
+    int64_t is_identity;
+    double slope, top;
+    void *y;
+};
+
 /* y (N, C, S) from totals (2C + 1) and the rest of `bnrewrite_statistics`; weight, bias and residual
    may be NULL. */
-EXPORT int bnrewrite_normalize(int dtype, int64_t N, int64_t C, int64_t S, int last, const void *x,
-                               const double *totals, double eps, void *running_mean,
-                               void *running_var, int64_t *tracked, double momentum,
-                               int skip_nonfinite, void *stats, const void *weight,
-                               const void *bias, const void *residual, int is_identity,
-                               double slope, double top, void *y, int threads) {
-    const struct kernels *k = KERNELS[dtype];
-    struct shape d = {N, C, S, last};
-    struct activation act = {is_identity, 0, slope, top};
-    void *table = malloc(2 * C * k->statistic);
+EXPORT int bnrewrite_normalize(const struct normalize_args *a) {
+    const struct kernels *k = KERNELS[a->input.dtype];
+    struct shape d = shape_of(&a->input);
+    struct activation act = {(int)a->is_identity, 0, a->slope, a->top};
+    int threads = (int)a->input.threads;
+    void *table = malloc(2 * d.C * k->statistic);
     if (!table) return 1;
-    bnrewrite_statistics(dtype, C, totals, eps, running_mean, running_var, tracked, momentum,
-                         skip_nonfinite, stats, NULL);
-    k->normalize_coefficients(totals, C, stats, weight, bias, table);
-    int64_t rows = N * (last ? S : C);
+    bnrewrite_statistics(&(struct statistics_args){a->input.dtype, d.C, a->totals, a->moving,
+                                                   a->stats, NULL});
+    k->normalize_coefficients(a->totals, d.C, a->stats, a->weight, a->bias, table);
+    int64_t rows = d.N * (d.last ? d.S : d.C);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++)
-        k->normalize(x, residual, y, d, rows * t / threads, rows * (t + 1) / threads, table, act);
+        k->normalize(a->input.x, a->residual, a->y, d, rows * t / threads,
+                     rows * (t + 1) / threads, table, act);
     free(table);
     return 0;
 }
 
+struct backward_reduce_args {
+    struct input input;
+    const void *g, *stats, *result;
+    void *inner;
+    int64_t is_leaky;
+    double slope, top, *sums;
+};
+
 /* sums (2C) of g and of g * xhat; behind an activation with `result`, whose gradient goes into
    `inner`, of that. */
-EXPORT int bnrewrite_backward_reduce(int dtype, int64_t N, int64_t C, int64_t S, int last,
-                                     const void *g, const void *x, const void *stats,
-                                     const void *result, void *inner, int is_leaky, double slope,
-                                     double top, double *sums, int threads) {
-    const struct kernels *k = KERNELS[dtype];
-    struct behind b = {result, inner, {0, is_leaky, slope, top}};
-    if (reduce(k, g, x, b, (struct shape){N, C, S, last}, stats, sums, threads)) return 1;
-    k->scale_products(stats, C, sums);
+EXPORT int bnrewrite_backward_reduce(const struct backward_reduce_args *a) {
+    const struct kernels *k = KERNELS[a->input.dtype];
+    struct behind b = {a->result, a->inner, {0, (int)a->is_leaky, a->slope, a->top}};
+    if (reduce(k, a->g, a->input.x, b, shape_of(&a->input), a->stats, a->sums,
+               (int)a->input.threads))
+        return 1;
+    k->scale_products(a->stats, a->input.C, a->sums);
     return 0;
 }
 
+struct backward_args {
+    struct input input;
+    const void *g, *stats;
+    const double *totals;
+    const void *weight;
+    const double *sums;
+    void *dx;
+};
+
 /* dx (N, C, S) from sums (2C) over totals[0] values; weight may be NULL. */
-EXPORT int bnrewrite_backward(int dtype, int64_t N, int64_t C, int64_t S, int last, const void *g,
-                              const void *x, const void *stats, const double *totals,
-                              const void *weight, const double *sums, void *dx, int threads) {
-    const struct kernels *k = KERNELS[dtype];
-    struct shape d = {N, C, S, last};
-    void *table = malloc(3 * C * k->statistic);
+EXPORT int bnrewrite_backward(const struct backward_args *a) {
+    const struct kernels *k = KERNELS[a->input.dtype];
+    struct shape d = shape_of(&a->input);
+    int threads = (int)a->input.threads;
+    void *table = malloc(3 * d.C * k->statistic);
     if (!table) return 1;
-    k->apply_coefficients(stats, totals[0], C, weight, sums, table);
-    int64_t rows = N * (last ? S : C);
+    k->apply_coefficients(a->stats, a->totals[0], d.C, a->weight, a->sums, table);
+    int64_t rows = d.N * (d.last ? d.S : d.C);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++)
-        k->apply(g, x, dx, d, rows * t / threads, rows * (t + 1) / threads, table);
+        k->apply(a->g, a->input.x, a->dx, d, rows * t / threads, rows * (t + 1) / threads, table);
     free(table);
     return 0;
 }
