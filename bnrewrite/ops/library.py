@@ -144,7 +144,7 @@ def _autograd_kernel(op: torch._ops.OpOverload, definition: Callable[..., Any]) 
             ctx.constants = [None if isinstance(arg, Tensor) else arg for arg in args]
             ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
             with below_autograd():
-                return op(*args)
+                return run(op, *args)
 
         @staticmethod
         @runs_in_python
@@ -182,6 +182,6 @@ def _autograd_kernel(op: torch._ops.OpOverload, definition: Callable[..., Any]) 
         ):
             return Phase.apply(*args)
         with below_autograd():
-            return op(*args)
+            return run(op, *args)
 
     return kernel
