@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bnrewrite.capture.seen import is_library
-from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.classes import original_class, restored_class
 
 _MARK = "_bnrewrite_"
 _COMPILED = "_compiled_call_impl"
@@ -69,7 +69,7 @@ class _Copier:
         original = unwrap(original)
         if id(original) in self._copies:
             return self._copies[id(original)]
-        copied = self._remember(original, _empty(original_class(original)))
+        copied = self._remember(original, _empty(restored_class(original)))
         for name, value in original.__dict__.items():
             if not name.startswith(_MARK):
                 copied.__dict__[name] = self.value(value)
@@ -101,7 +101,7 @@ class _Copier:
         if make is not None:
             return make(map(self.value, value))
         if kind is MethodType:
-            return MethodType(value.__func__, self.value(value.__self__))
+            return self.method(value)
         if kind is FunctionType and value.__closure__:
             return self.function(value)
         if kind is functools.partial:
@@ -111,6 +111,15 @@ class _Copier:
         if kind is SimpleNamespace or _is_of_user(value):
             return self._object(value)
         return value
+
+    def method(self, original: MethodType) -> MethodType:
+        """A method of a copy, which has the forward of its class where the original has that."""
+        owner = original.__self__
+        copied = self.value(owner)
+        function = original.__func__
+        if isinstance(owner, nn.Module) and function is type(owner).forward:
+            function = type(copied).forward
+        return MethodType(function, copied)
 
     def _object(self, original: Any) -> Any:
         """An object with attributes; itself where Python cannot make an empty one."""

@@ -3,11 +3,11 @@
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils import parametrize
 
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.schedule import SCHEDULE, schedule_of
@@ -17,6 +17,11 @@ class Converted:
     """First base of every class that conversion puts on a module."""
 
     _bnrewrite_original: type[nn.Module]
+
+    @staticmethod
+    def _bnrewrite_becomes(become: type[nn.Module]) -> type[nn.Module]:
+        """The class that a lazy module gets with its first batch, in place of ``become``."""
+        return become
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
@@ -66,9 +71,17 @@ def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
         "__doc__": original.__doc__,
         "_bnrewrite_original": original,
     }
+    if getattr(original, "cls_to_become", None) is not None:
+        # Not on the instance: pickles cannot name a class that is made at run time.
+        namespace["cls_to_become"] = property(_class_to_become)
     if recipe[0] is not None and "forward" in vars(recipe[0]):
         namespace["forward"] = _with_signature(vars(recipe[0])["forward"], original.forward)
     return type(original.__name__, bases, namespace)
+
+
+def _class_to_become(module: Any) -> type:
+    """The class of a lazy module after its first batch."""
+    return module._bnrewrite_becomes(original_class(module).cls_to_become)
 
 
 def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> FunctionType:
@@ -90,8 +103,18 @@ def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> Func
 
 
 def change_class(module: nn.Module, recipe: tuple[type | None, ...]) -> None:
-    """Puts the class of ``recipe`` on ``module``, in place of its own."""
-    module.__class__ = converted_class(original_class(module), recipe)
+    """Puts the class of ``recipe`` on ``module``, in place of its own.
+
+    Raises:
+        BnRewriteError: the module got yet another class after conversion.
+    """
+    cls = type(module)
+    changed = converted_class(_plain_class(cls), recipe)
+    if _is_of_parametrizations(cls):
+        # torch takes properties off the class on top, and in the end goes on with the one below.
+        original = vars(cls).get(_ORIGINAL) if issubclass(cls, Converted) else cls
+        changed = _parametrized(cls, changed, {} if original is None else {_ORIGINAL: original})
+    _set_class(module, changed)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -106,14 +129,72 @@ def restore_class(module: nn.Module) -> None:
     Raises:
         BnRewriteError: the module got yet another class after conversion.
     """
+    _set_class(module, restored_class(module))
+
+
+def restored_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` without conversion, with the parametrizations that it has now.
+
+    Raises:
+        BnRewriteError: the module got yet another class after conversion.
+    """
     cls = type(module)
-    if issubclass(cls, Converted) and "_bnrewrite_original" not in vars(cls):
+    restored = _plain_class(cls)
+    if _is_of_parametrizations(cls):
+        before = vars(cls).get(_ORIGINAL)
+        if before is not None and _properties(before) == _properties(cls):
+            return before
+        return _parametrized(cls, restored, {})
+    return restored
+
+
+_ORIGINAL = "_bnrewrite_original"
+
+
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of the user below conversion and ``torch.nn.utils.parametrize``."""
+    below = cls.__bases__[0] if _is_of_parametrizations(cls) else cls
+    if not issubclass(below, Converted):
+        return below
+    if _ORIGINAL not in vars(below):
         raise BnRewriteError(
             f"{cls.__name__}: the class of this module was changed after conversion, as "
             "fully_shard does, so the conversion cannot be undone or replaced. Convert or revert "
             "the model first, then wrap it."
         )
-    module.__class__ = original_class(module)
+    return below._bnrewrite_original
+
+
+def _is_of_parametrizations(cls: type) -> bool:
+    """Whether ``torch.nn.utils.parametrize`` made the class, for one module and its copies."""
+    return getattr(vars(cls).get("__getstate__"), "__module__", "") == parametrize.__name__
+
+
+def _parametrized(cls: type, base: type, more: dict[str, Any]) -> type:
+    """The class ``cls`` of a parametrized module made anew on top of ``base``."""
+    namespace = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in ("__dict__", "__weakref__", _ORIGINAL)
+    }
+    return type(cls.__name__, (base,), {**namespace, **more})
+
+
+def _properties(cls: type) -> set[str]:
+    return {name for name, value in vars(cls).items() if isinstance(value, property)}
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives ``module`` the class, and its forward if the instance holds that of its class.
+
+    Trainers such as Lightning put ``model.forward`` back on the instance after each step.
+    """
+    held: Any = vars(module).get("forward")
+    follows = isinstance(held, MethodType) and held.__self__ is module
+    follows = follows and held.__func__ is type(module).forward
+    module.__class__ = cls
+    if follows:
+        vars(module)["forward"] = MethodType(cls.forward, module)
 
 
 def below(module: Any, path: str) -> Any:
@@ -132,7 +213,7 @@ def has_frozen_weight(module: nn.Module) -> bool:
     """Whether the weight of a BatchNorm is there and gets no gradient."""
     # Reading a parametrised weight computes it, which may change what it is made of.
     weight = module._parameters.get("weight")
-    if weight is not None or not is_parametrized(module, "weight"):
+    if weight is not None or not parametrize.is_parametrized(module, "weight"):
         return weight is not None and not weight.requires_grad
     parametrization: Any = module.parametrizations["weight"]  # pyright: ignore
     return not any(one.requires_grad for one in parametrization.parameters())

@@ -103,6 +103,10 @@ class SiteForward(Converted):
         gradient = ", its weight frozen" if has_frozen_weight(module) else ""
         return [(state.group, (name, f"{state.mode}, {module.num_features} channels{gradient}"))]
 
+    @staticmethod
+    def _bnrewrite_becomes(become: type[nn.Module]) -> type[nn.Module]:
+        return converted_class(become, _recipe(become))
+
     def _bnrewrite_equal_buffers(self, group: str) -> list[Tensor]:
         """Buffers that are equal on all ranks of ``group``, since all update them alike."""
         module: Any = self
@@ -229,17 +233,25 @@ _SITES: dict[type[nn.Module], type[SiteForward]] = {
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the class of a BatchNorm module overrides torch's forward."""
-    return original_class(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return _is_own(original_class(module).forward)
+
+
+def _is_own(forward: Any) -> bool:
+    return forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def floor_recipe(module: nn.Module) -> tuple[type | None, ...]:
     """Bases of the converted class: the op's forward takes the place of torch's own."""
-    if not has_own_forward(module):
+    return _recipe(original_class(module))
+
+
+def _recipe(cls: type[nn.Module]) -> tuple[type | None, ...]:
+    if not _is_own(cls.forward):
         return (SiteForward, None)
-    for base in original_class(module).__mro__:
+    for base in cls.__mro__:
         if base in _SITES:
             return (None, _SITES[base])
-    raise TypeError(f"{type(module).__name__} is not a BatchNorm module")
+    raise TypeError(f"{cls.__name__} is not a BatchNorm module")
 
 
 def is_site(module: nn.Module) -> bool:
@@ -265,10 +277,6 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule
         group=group if mode.communicates else NO_GROUP,
         sync_group=sync_group,
     )
-    if is_uninitialised(module):
-        # The class changes again when the first batch shows the number of channels, to this one.
-        become = module.cls_to_become
-        module.__dict__["cls_to_become"] = converted_class(become, (SiteForward, None))
     change_class(module, floor_recipe(module))
     schedule.enter(module)
     remember(module, name)
@@ -285,7 +293,6 @@ def revert_site(module: nn.Module) -> None:
     restore_class(module)
     del module.__dict__[_STATE]
     del module.__dict__[SCHEDULE]
-    module.__dict__.pop("cls_to_become", None)
     if state.sync_group is None:
         return
     try:

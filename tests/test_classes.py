@@ -1,0 +1,190 @@
+"""Classes of modules that others change, too: parametrizations, lazy layers, trainers."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+import bnrewrite
+from bnrewrite.errors import BnRewriteError
+from bnrewrite.sites.classes import Converted
+from tests.models import ActivatedNorm, ResidualNet
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class NormalizedConvolution(nn.Conv2d):
+    """A convolution that owns the BatchNorm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(self.bn(super().forward(input)))
+
+
+class Double(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(NormalizedConvolution(), nn.BatchNorm2d(4), ActivatedNorm(4))
+
+
+def _parametrize(model: Any) -> Any:
+    weight_norm(model[0])
+    for module, name in ((model[0].bn, "weight"), (model[1], "bias"), (model[2], "weight")):
+        parametrize.register_parametrization(module, name, Double())
+    return model
+
+
+def _remove(model: Any) -> Any:
+    for module, name in (
+        *((model[0], "weight"), (model[0].bn, "weight")),
+        *((model[1], "bias"), (model[2], "weight")),
+    ):
+        parametrize.remove_parametrizations(module, name)
+    return model
+
+
+def _classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [cls.__name__ for cls in _classes(model)]
+
+
+class TestParametrizations:
+    """They come and go, before conversion and after it."""
+
+    def test_those_from_before_are_back_after_revert(self) -> None:
+        model = _parametrize(_model())
+        before = _classes(model)
+        bnrewrite.revert(bnrewrite.convert(bnrewrite.convert(model), "local"))
+        assert _classes(model) == before
+
+    def test_those_from_before_can_be_removed(self) -> None:
+        plain, model = _parametrize(_model()), bnrewrite.convert(_parametrize(_model()))
+        torch.testing.assert_close(_remove(model)(X), _remove(plain)(X))
+        assert all(isinstance(module, Converted) for module in model)
+        assert _names(model) == _names(plain)
+        assert _classes(bnrewrite.revert(model)) == _classes(_model())
+
+    def test_one_of_two_can_be_removed(self) -> None:
+        model = _model()
+        for name in ("weight", "bias"):
+            parametrize.register_parametrization(model[1], name, Double())
+        bnrewrite.convert(model)
+        parametrize.remove_parametrizations(model[1], "bias")
+        bnrewrite.revert(model)
+        assert torch.equal(model[1].weight, torch.full((4,), 2.0))
+        assert isinstance(model[1].bias, nn.Parameter)
+        parametrize.remove_parametrizations(model[1], "weight")
+        assert type(model[1]) is nn.BatchNorm2d
+
+    @pytest.mark.parametrize("again", [False, True], ids=["reverted", "converted again"])
+    def test_those_from_after_stay(self, again: bool) -> None:
+        plain, model = _parametrize(_model()), _parametrize(bnrewrite.convert(_model()))
+        if again:
+            bnrewrite.convert(model, "local")
+        else:
+            bnrewrite.revert(model)
+        assert _names(model) == _names(plain)
+        torch.testing.assert_close(model(X), plain(X))
+        bnrewrite.revert(model)
+        assert _classes(_remove(model)) == _classes(_model())
+
+    def test_those_from_after_are_exported(self) -> None:
+        model = _parametrize(bnrewrite.convert(_model()))
+        assert bnrewrite.export_onnx(model, (X,)).num_batch_norm == 3
+
+    def test_another_class_in_between_is_named(self) -> None:
+        model = bnrewrite.convert(_model())
+        # As fully_shard does it.
+        model[1].__class__ = type("FSDPBatchNorm2d", (nn.Identity, type(model[1])), {})
+        parametrize.register_parametrization(model[1], "weight", Double())
+        with pytest.raises(BnRewriteError, match=r"ParametrizedFSDPBatchNorm2d: the class of this"):
+            bnrewrite.revert(model)
+
+
+def _reverted(model: Any) -> Any:
+    return bnrewrite.revert(model)
+
+
+def _reverted_copy(model: Any) -> Any:
+    return bnrewrite.revert(copy.deepcopy(model))
+
+
+def _converted_again(model: Any) -> Any:
+    return bnrewrite.convert(bnrewrite.revert(model), "local")
+
+
+class TestForwardOnTheInstance:
+    """Lightning puts ``model.forward`` back on the instance after each step."""
+
+    @pytest.mark.parametrize("change", [_reverted, _reverted_copy, _converted_again, pickle.dumps])
+    def test_it_follows_the_class(self, change: Callable[[Any], Any]) -> None:
+        plain, model = ResidualNet().eval(), bnrewrite.convert(ResidualNet()).eval()
+        model.load_state_dict(plain.state_dict())
+        for module in (model, model.bn, model.layer1):
+            module.forward = module.forward
+        changed = change(model)
+        changed = pickle.loads(changed) if isinstance(changed, bytes) else changed
+        assert torch.equal(changed(X), plain(X))
+        for module in (changed, changed.bn, changed.layer1):
+            assert module.forward.__func__ is type(module).forward
+
+    def test_one_from_before_conversion_is_converted(self) -> None:
+        model = ResidualNet()
+        model.bn.forward = model.bn.forward  # pyright: ignore
+        bnrewrite.convert(model)
+        assert model.bn.forward.__func__ is type(model.bn).forward  # pyright: ignore
+
+    def test_another_one_stays(self) -> None:
+        model = bnrewrite.convert(_model())
+        model.forward = forward = model[1].forward
+        bnrewrite.revert(model)
+        assert model.forward is forward
+
+    def test_it_is_exported(self) -> None:
+        model = bnrewrite.convert(ResidualNet())
+        model.forward = model.forward
+        assert bnrewrite.export_onnx(model, (X,)).num_batch_norm == ResidualNet.NUM_SITES
+
+
+class LazyActivatedNorm(nn.LazyBatchNorm2d):
+    """A lazy layer that becomes one with a forward of its own."""
+
+    cls_to_become = ActivatedNorm  # pyright: ignore
+
+
+class TestLazyLayers:
+    """Their class changes at the first batch."""
+
+    @pytest.mark.parametrize("cls", [nn.LazyBatchNorm2d, LazyActivatedNorm])
+    @pytest.mark.parametrize("num_batches", [0, 1])
+    def test_pickles_go_on(self, cls: type[nn.Module], num_batches: int) -> None:
+        plain, model = nn.Sequential(cls()), bnrewrite.convert(nn.Sequential(cls()))
+        for _ in range(num_batches):
+            torch.testing.assert_close(model(X), plain(X))
+        model = pickle.loads(pickle.dumps(model))
+        # The first of them runs the forward of the lazy class still, as in torch.
+        for _ in range(2):
+            torch.testing.assert_close(model(X), plain(X))
+        assert len(bnrewrite.report(model).sites) == 1
+        bnrewrite.revert(model)
+        assert _classes(model) == _classes(plain)
+        assert vars(model[0]).keys() == vars(plain[0]).keys()
