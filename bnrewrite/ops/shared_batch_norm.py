@@ -67,8 +67,8 @@ def _start_batch_norm(
             communicate now: it takes no part.
 
     Returns:
-        For :func:`finish_batch_norm` only: packed sums of the sites that take part, none if none
-        does.
+        For :func:`finish_batch_norm` only: packed sums of the sites that take part; nothing of
+        interest if none does.
 
     Raises:
         UnsupportedBatchNorm: a size or dtype does not fit.
@@ -77,7 +77,8 @@ def _start_batch_norm(
         check(each[0], each[1:])
     taking_part = [i for i, name in enumerate(group) if name != NO_GROUP]
     if not taking_part:
-        return []
+        # torch.export.load() reads no lists that are empty.
+        return [inputs[0].new_empty(0)]
     if knows_only_torch():
         i = taking_part[0]
         raise unknown_to_torch((weight[i], bias[i], running_mean[i], running_var[i]))
