@@ -19,8 +19,9 @@ from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, o
 from bnrewrite.capture.model import capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.capture.patches import patched
-from bnrewrite.errors import CaptureError, UnsupportedBatchNorm
+from bnrewrite.errors import BnRewriteError, CaptureError, UnsupportedBatchNorm
 from bnrewrite.groups import DEFAULT_GROUP, group_name
+from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
@@ -56,6 +57,7 @@ class Conversion:
     skipped: list[Skip] = dataclasses.field(default_factory=list, compare=False)
 
 
+@runs_in_python
 def convert(
     model: M,
     mode: object = "sync",
@@ -95,9 +97,15 @@ def convert(
             does not contain this rank.
         UnsupportedBatchNorm: a site cannot have the mode it was given.
         CaptureError: ``strict`` and something was left.
+        BnRewriteError: a compiler traces the call.
 
     A failed call leaves the model as it was.
     """
+    if is_compiling():
+        raise BnRewriteError(
+            "convert() rewrites a model, which torch.compile and torch.export cannot do as a part "
+            "of a graph. Call it before, outside of the function that is compiled."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, but it is {type(model).__name__}. "
@@ -140,6 +148,7 @@ def convert(
     return model
 
 
+@runs_in_python
 def revert(model: M) -> M:
     """The exact inverse of :func:`convert`: original classes and forwards, same parameters.
 

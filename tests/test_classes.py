@@ -188,3 +188,12 @@ class TestLazyLayers:
         bnrewrite.revert(model)
         assert _classes(model) == _classes(plain)
         assert vars(model[0]).keys() == vars(plain[0]).keys()
+
+
+def test_a_forward_that_was_kept_serves_the_module_after_it_is_reverted() -> None:
+    model = bnrewrite.convert(_model())
+    kept = [module.forward for module in (model[0], model[0].bn, model[1], model[2])]
+    bnrewrite.revert(model)
+    inputs = (X, torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6))
+    for forward, x in zip(kept, inputs, strict=True):
+        assert torch.equal(forward(x), forward.__self__.forward(x))

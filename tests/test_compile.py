@@ -284,3 +284,18 @@ def test_a_residual_network_compiles_with_inductor() -> None:
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     batches = [torch.randn(4, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
     _assert_close(_train(compiled, batches), _train(model, batches))
+
+
+def _convert_and_run(model: nn.Module, x: Tensor) -> Tensor:
+    return bnrewrite.convert(model)(x)
+
+
+def test_a_call_of_convert_in_what_is_compiled_is_refused_or_left_out_of_the_graph() -> None:
+    x = _x(3)
+    expected = bnrewrite.convert(_model())(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(_convert_and_run, backend="eager")(_model(), x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(_convert_and_run, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Call it before, outside"):
+        compiled(_model(), x)

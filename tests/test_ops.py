@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import bnrewrite
 from bnrewrite import UnsupportedBatchNorm, reference
 from bnrewrite.kernels import aten, cpu_local, native
 from bnrewrite.ops.activation_backward_reduce import ACTIVATION_BACKWARD_REDUCE
@@ -665,6 +669,19 @@ class TestErrors:
             tensors = (x, weight, torch.ones(3), mean, var, None)
             with pytest.raises(UnsupportedBatchNorm, match=message):
                 BATCH_NORM(*tensors, training, True, 0.1, EPS, "")
+
+    def test_distributed_tensors_name_the_way_out(self) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            mesh = init_device_mesh("cpu", (2,))
+            model: Any = nn.Sequential(nn.BatchNorm1d(3))
+            model = bnrewrite.convert(distribute_module(model, mesh))
+            x = DTensor.from_local(torch.randn(4, 3), mesh, [Replicate()])
+            with pytest.raises(UnsupportedBatchNorm, match=r"^0: .*DTensor.*to_local\(\)"):
+                model(x)
+            assert isinstance(model.eval()(x), DTensor)
+        finally:
+            dist.destroy_process_group()
 
     def test_half_of_the_running_statistics(self) -> None:
         with pytest.raises(UnsupportedBatchNorm, match="together"):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.sites.classes import original_class
-from bnrewrite.sites.floor import FUNCTIONS, has_own_forward, is_site, site_state
+from bnrewrite.sites.floor import has_own_forward, is_site, site_state
+from bnrewrite.sites.intercept import FUNCTIONS
 
 
 def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -26,13 +26,8 @@ from bnrewrite.sites.classes import (
     restore_class,
 )
 from bnrewrite.sites.evaluate import site_number
-from bnrewrite.sites.floor import (
-    Intercept,
-    call_in_trace,
-    floor_recipe,
-    is_site,
-    site_state,
-)
+from bnrewrite.sites.floor import call_in_trace, floor_recipe, is_site, site_state
+from bnrewrite.sites.intercept import Intercept
 from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
 from bnrewrite.sites.tracing import Tracing, tracer_here
 from bnrewrite.torch_versions import is_fx_tracing
@@ -130,6 +125,9 @@ class OwnerForward(Converted):
         if not is_compiling() and is_fx_tracing() and _are_symbols(args, kwargs):
             return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
+            if not isinstance(module, OwnerForward):
+                # Somebody has kept the method from when it was converted.
+                return type(module).forward(module, *args, **kwargs)
             # Made of a converted module's class, as slices of a Sequential are.
             return super().forward(*args, **kwargs)  # pyright: ignore
         frozen = is_site(module) and isinstance(site_state(module).mode, Frozen)

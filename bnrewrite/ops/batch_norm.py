@@ -6,6 +6,7 @@ that the package docstring lists, with the autograd of this file around them.
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bnrewrite.collectives import all_reduce_sum
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -152,6 +153,13 @@ def unknown_to_torch(per_channel: tuple[Tensor | None, ...]) -> UnsupportedBatch
 def _check_statistics(site: Site, group: str) -> None:
     """Refuses a site of whose input no statistics can be taken."""
     site.check()
+    if isinstance(site.input, DTensor):
+        raise UnsupportedBatchNorm(
+            "statistics of a DTensor are not defined here: its shards lie on the ranks of its own "
+            "mesh. Give the layer the local tensor, input.to_local(), and convert with that mesh "
+            "as the process_group.",
+            site.per_channel,
+        )
     if group == NO_GROUP and site.input.numel() == site.input.size(1):
         raise UnsupportedBatchNorm(
             f"expected more than 1 value per channel when training, got input size "

@@ -33,10 +33,8 @@ from bnrewrite.passes.nodes import call_function
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.evaluate import shuffle_options
 from bnrewrite.sites.floor import (
-    FUNCTIONS,
     SITE_TENSORS,
     checked_input,
-    functional_arguments,
     has_hooks,
     has_own_forward,
     is_site,
@@ -44,6 +42,7 @@ from bnrewrite.sites.floor import (
     own_batch_norm,
     site_state,
 )
+from bnrewrite.sites.intercept import FUNCTIONS, functional_arguments
 
 
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.overrides import TorchFunctionMode
 
 from bnrewrite.differences import Line
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
@@ -135,6 +134,9 @@ class SiteForward(Converted):
             return Tracing.tracer.create_proxy("call_function", own_batch_norm, (input,), {})
         module: Any = self
         if not is_site(module):
+            if not isinstance(module, SiteForward):
+                # Somebody has kept the method from when it was converted.
+                return type(module).forward(module, input)
             # Made of a converted module's class by somebody else, so not converted itself.
             return super().forward(input)  # pyright: ignore
         state = self._bnrewrite_site
@@ -154,52 +156,6 @@ class SiteForward(Converted):
         if not training:
             self._bnrewrite_schedule.after_evaluation(y)
         return y
-
-
-_ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-FUNCTIONS: dict[Any, tuple[str, ...]] = {
-    torch.nn.functional.batch_norm: _ORDER,
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:]),
-}
-"""torch's functions that evaluate a BatchNorm, with the names of their arguments in order."""
-
-
-def functional_arguments(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Arguments of a call of one of :data:`FUNCTIONS` with the defaults filled in.
-
-    Order: input, running_mean, running_var, weight, bias, training, momentum, eps.
-    """
-    values = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-    values.update(zip(FUNCTIONS[function], args, strict=False))
-    values.update(kwargs)
-    return tuple(values[name] for name in _ORDER)
-
-
-class Intercept(TorchFunctionMode):
-    """Sends ``F.batch_norm`` to the op while the own forward of a BatchNorm subclass runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._state = site_state(module)
-        self._training = module.training
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in FUNCTIONS:
-            return func(*args, **kwargs)
-        state = self._state
-        input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
-            func, args, kwargs
-        )
-        group = active_group(state.group, self._training and training)
-        arguments = (input, weight, bias, mean, var, None, training, True, momentum, eps)
-        try:
-            return evaluate(state.mode, state.number, group, arguments)
-        except UnsupportedBatchNorm as error:
-            raise state.named(error) from error
 
 
 class BatchNormSite(SiteForward, _BatchNorm):

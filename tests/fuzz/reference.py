@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import bnrewrite
 from bnrewrite.modes import Mode
-from bnrewrite.sites.floor import FUNCTIONS, functional_arguments
+from bnrewrite.sites.intercept import FUNCTIONS, functional_arguments
 from tests.fuzz.layers import Functional
 from tests.fuzz.norms import OwnForwardNorm
 from tests.shuffled import borrow, random_peers
