@@ -7,6 +7,7 @@ notices. Where code does so is found in its instructions, once for each piece of
 import dataclasses
 import dis
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from types import CodeType
@@ -107,9 +108,31 @@ def _read(code: CodeType) -> Decisions:
     )
 
 
+JUMPS = frozenset((*dis.hasjabs, *dis.hasjrel))
+"""Numbers of the instructions that may go on elsewhere."""
+
+
 def instructions_of(code: CodeType) -> list[dis.Instruction]:
-    """The instructions of ``code`` that do something."""
-    return [one for one in dis.get_instructions(code) if one.opname not in _NO_OPERATION]
+    """The instructions of ``code`` that do something, those that are two in one as two."""
+    return [
+        single
+        for one in dis.get_instructions(code)
+        if one.opname not in _NO_OPERATION
+        for single in _singles(one)
+    ]
+
+
+def _singles(one: dis.Instruction) -> Iterator[dis.Instruction]:
+    """``LOAD_FAST`` and ``LOAD_FAST`` for ``LOAD_FAST_LOAD_FAST``, and the like."""
+    names = _FUSED.findall(one.opname)
+    if len(names) < 2:
+        yield one
+        return
+    for name, value in zip(names, one.argval, strict=True):
+        yield one._replace(opname=name, opcode=dis.opmap[name], argval=value)
+
+
+_FUSED = re.compile(r"(?:LOAD|STORE)_FAST(?:_BORROW)?(?=_LOAD|_STORE|$)")
 
 
 def start_of(instructions: list[dis.Instruction], end: int) -> int:

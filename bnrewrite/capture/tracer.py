@@ -298,10 +298,10 @@ class OwnerTracer(fx.Tracer):
         return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
 
     def gives_a_value(self, node: fx.Node) -> bool:
-        """Whether the module that ``node`` calls never returns None; notes its class."""
+        """Whether the module that ``node`` calls never returns None; notes why."""
+        path = str(node.target)
         with self.paused():
-            self._called_class(node)
-            return never_returns_none(below(self.root, str(node.target)))
+            return never_returns_none(below(self.root, path), path, self.assumptions)
 
     def _called_class(self, node: fx.Node) -> type:
         """Class of the module that makes the result of ``node``, and in a sequence of the last."""
