@@ -1,7 +1,7 @@
 """What code decides about a value without calling anything of it, read from its bytecode.
 
-``x is None``, ``except RuntimeError`` and ``case Tensor()`` ask a value nothing, so that no proxy
-notices. Where code does so is found in its instructions, once for each piece of code.
+``except RuntimeError`` and ``case Tensor()`` ask a value nothing, so that no proxy notices. Where
+code does so is found in its instructions, once for each piece of code.
 """
 
 import dataclasses
@@ -12,11 +12,6 @@ import sys
 from collections.abc import Iterator
 from types import CodeType
 
-_NONE_JUMPS = frozenset(
-    f"POP_JUMP_{way}IF_{what}"
-    for way in ("", "FORWARD_", "BACKWARD_")
-    for what in ("NONE", "NOT_NONE")
-)
 _NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "NOT_TAKEN"))
 _HANDLES = frozenset(("CHECK_EXC_MATCH", "CHECK_EG_MATCH", "JUMP_IF_NOT_EXC_MATCH", "POP_EXCEPT"))
 _PATTERNS = frozenset(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"))
@@ -27,21 +22,11 @@ class Decisions:
     """What one piece of code decides about values.
 
     Attributes:
-        none_names: variables that are compared with None by ``is``.
-        names: variables that are compared by ``is`` with anything else.
-        none_results: offsets of instructions whose result is compared with None at once.
-        results: offsets of those whose result is compared by ``is`` with anything else.
-        calls: whether any of these instructions is a call.
-        classes: offsets of those that read ``__class__``.
+        classes: offsets of instructions that read ``__class__``.
         tried: ranges of offsets in which exceptions are caught.
         matches: whether it matches values against patterns of classes, mappings or sequences.
     """
 
-    none_names: frozenset[str]
-    names: frozenset[str]
-    none_results: frozenset[int]
-    results: frozenset[int]
-    calls: bool
     classes: frozenset[int]
     tried: tuple[tuple[int, int], ...]
     matches: bool
@@ -49,10 +34,7 @@ class Decisions:
     @property
     def is_empty(self) -> bool:
         """Whether it decides nothing."""
-        return not (
-            self.none_names or self.names or self.none_results or self.results or self.classes
-            or self.tried or self.matches
-        )  # fmt: skip
+        return not (self.classes or self.tried or self.matches)
 
 
 _KNOWN: dict[int, tuple[CodeType, Decisions | None]] = {}
@@ -69,41 +51,10 @@ def decisions(code: CodeType) -> Decisions | None:
 
 
 def _read(code: CodeType) -> Decisions:
-    all_instructions = list(dis.get_instructions(code))
-    instructions = instructions_of(code)
-    none_names: set[str] = set()
-    names: set[str] = set()
-    none_results: set[int] = set()
-    results: set[int] = set()
-    for index, one in enumerate(instructions):
-        if one.opname in _NONE_JUMPS:
-            _note(instructions[index - 1], none_names, none_results)
-        elif one.opname == "IS_OP":
-            right = instructions[index - 1]
-            left = instructions[start_of(instructions, index - 1) - 1]
-            if right.opname == "LOAD_CONST" and right.argval is None:
-                _note(left, none_names, none_results)
-            else:
-                for operand in (left, right):
-                    _note(operand, names, results)
-    calls = any(
-        one.opname.startswith("CALL") and one.offset in none_results | results
-        for one in instructions
-    )
-    for one, following in itertools.pairwise(all_instructions):
-        # While a function in Python runs, its caller is at the end of what belongs to the call.
-        inside = range(one.offset, following.offset, 2)
-        for offsets in (none_results, results):
-            if one.offset in offsets:
-                offsets.update(inside)
+    instructions = list(dis.get_instructions(code))
     return Decisions(
-        frozenset(none_names),
-        frozenset(names),
-        frozenset(none_results),
-        frozenset(results),
-        calls,
         frozenset(one.offset for one in instructions if one.argval == "__class__"),
-        tuple(_tried(code, all_instructions)),
+        tuple(_tried(code, instructions)),
         any(one.opname in _PATTERNS for one in instructions),
     )
 
@@ -173,23 +124,6 @@ def _is_called(instructions: list[dis.Instruction], loaded: int) -> bool:
         if above < 0:
             break
     return False
-
-
-def compares(code: CodeType) -> bool:
-    """Whether ``code``, or code inside it, compares variables or results of calls by ``is``."""
-    found = decisions(code)
-    if found is not None and (found.none_names or found.names or found.calls):
-        return True
-    return any(compares(one) for one in code.co_consts if isinstance(one, CodeType))
-
-
-def _note(operand: dis.Instruction, names: set[str], results: set[int]) -> None:
-    """Notes what an instruction loads: a variable, or a result."""
-    if "FAST" in operand.opname or "DEREF" in operand.opname:
-        loaded = operand.argval if isinstance(operand.argval, tuple) else (operand.argval,)
-        names.update(loaded)
-    else:
-        results.add(operand.offset)
 
 
 def _tried(code: CodeType, instructions: list[dis.Instruction]) -> Iterator[tuple[int, int]]:

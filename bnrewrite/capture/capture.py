@@ -157,6 +157,7 @@ def _trace(
         ],
         tensor_arguments=[] if form.lists else asked,
         list_arguments=asked if form.lists else [],
+        compares_arguments=bool(tracer.compared),
         assumptions=tracer.assumptions,
     )
     return captured, run_required(_target(module, recipe, captured))

@@ -37,6 +37,7 @@ class Captured:
         names: of all arguments, in order.
         tensor_arguments: positions of the arguments that must be tensors.
         list_arguments: positions of those that must be lists.
+        compares_arguments: whether the forward asked whether one is None, which none ever is.
         assumptions: what else was baked in.
         sites: mode and group of the BatchNorm modules whose calls became ops, by path.
         function: the compiled graph; its first argument is the owner. None until the first call.
@@ -54,6 +55,7 @@ class Captured:
     assumptions: Assumptions
     sites: dict[str, tuple[Mode, str]] = dataclasses.field(default_factory=dict)
     list_arguments: list[int] = dataclasses.field(default_factory=list)
+    compares_arguments: bool = False
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
     key: str = dataclasses.field(init=False, compare=False)

@@ -1,10 +1,10 @@
-"""Refusing what code decides about values by itself: by identity, by exceptions, by patterns."""
+"""Refusing what code decides about values by itself: by identity, and by exceptions."""
 
 import contextlib
 import operator
 import sys
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -12,146 +12,50 @@ from torch import Tensor
 from bnrewrite.capture.bytecode import Decisions, decisions
 from bnrewrite.capture.frames import TRACES, is_ours
 from bnrewrite.capture.proxy import PROXIES, Attribute
+from bnrewrite.capture.watched import Watch
 
 
-def refuse_decisions(tracer: Any, new: Any) -> None:
-    """Has ``tracer`` refuse a forward that decides something about a value that it computes.
+def _tell(left: Any, right: Any) -> None:
+    for value, other in ((left, right), (right, left)):
+        if type(value) in PROXIES and value.tracer.recording:
+            _refuse_comparison(value.tracer, value, other)
 
-    A proxy answers such questions as itself: it is not None, it is no other proxy, nothing that it
-    does raises. Looked at are ``new``, a value that was just made, and those in variables of the
-    code that runs.
-    """
-    innermost = True
-    outer: FrameType | None = sys._getframe(1)
-    while outer is not None and outer.f_code.co_name != TRACES:
-        frame, outer = outer, outer.f_back
-        code, at = frame.f_code, frame.f_lasti
-        _, is_users, found = _USERS.get(id(code)) or _know(code)
-        if not is_users:
-            continue
-        is_innermost, innermost = innermost, False
-        if found is None:
-            continue
-        if any(start <= at < end for start, end in found.tried):
-            tracer.refuse("computes where it catches exceptions")
-        if is_innermost:
-            _refuse_comparison(tracer, new, at in found.none_results, at in found.results)
-        if found.none_names or found.names:
-            _refuse_in_variables(tracer, frame.f_locals, found)
+
+_WATCH = Watch(_tell)
+_CODES: list[tuple[FunctionType, CodeType]] = []
+"""Functions that run copies of their code, with the code."""
+
+
+def watch_comparisons(function: FunctionType) -> None:
+    """Has ``function`` tell what it compares by identity, within :func:`giving_code_back`."""
+    copy = _WATCH.copy(function.__code__)
+    if copy is not function.__code__:
+        _CODES.append((function, function.__code__))
+        function.__code__ = copy
 
 
 @contextlib.contextmanager
-def restoring_calls() -> Iterator[None]:
-    """Ends what :func:`watch_calls` begins."""
-    before = sys.gettrace()
+def giving_code_back() -> Iterator[None]:
+    """Ends what :func:`watch_comparisons` begins."""
     try:
         yield
     finally:
-        if sys.gettrace() is not before:
-            sys.settrace(before)
+        while _CODES:
+            function, code = _CODES.pop()
+            function.__code__ = code
 
 
-def watch_calls(tracer: Any) -> None:
-    """Has ``tracer`` look at the variables of code that compares them, line by line.
+def _refuse_comparison(tracer: Any, value: Any, other: Any) -> None:
+    """Refuses to compare two things that a proxy says are not the same.
 
-    Such code may make no value, so that nothing else would notice. Python then tells of every call,
-    which costs time, so it is for code that compares variables at all.
+    A proxy is never None, and one of what makes the same tensor is another one.
     """
-    before: Any = sys.gettrace()
-    if isinstance(before, _Calls) and before.tracer is tracer:
-        return
-    sys.settrace(_Calls(tracer, before))
-
-
-@contextlib.contextmanager
-def untold() -> Iterator[None]:
-    """Code of torch and of this package that runs meanwhile compares nothing of the user's."""
-    calls = sys.gettrace()
-    if not isinstance(calls, _Calls):
-        yield
-        return
-    sys.settrace(calls.before)
-    try:
-        yield
-    finally:
-        sys.settrace(calls)
-
-
-class _Calls:
-    """What Python tells of calls, on their way to whom it told before, a debugger perhaps."""
-
-    def __init__(self, tracer: Any, before: Any) -> None:
-        self.tracer = tracer
-        self.before = before
-
-    def __call__(self, frame: FrameType, event: Any, arg: Any) -> Any:
-        wants = self.tracer.recording and self._watches(frame)
-        if wants:
-            self._look(frame, event, arg)
-        if self.before is None:
-            return self._look if wants else None
-        others = self.before(frame, event, arg)
-        if sys.gettrace() is not self:
-            # A tracer in C puts itself back.
-            sys.settrace(self)
-        if not wants:
-            return others
-
-        def both(frame: FrameType, event: Any, arg: Any) -> Any:
-            self._look(frame, event, arg)
-            if others is not None:
-                others(frame, event, arg)
-            return both
-
-        return both
-
-    def _watches(self, frame: FrameType) -> bool:
-        """Whether a frame compares its variables, or its result is compared where it is called."""
-        found = _of_users(frame.f_code)
-        if found is not None and (found.none_names or found.names):
-            return True
-        caller = None if frame.f_back is None else _of_users(frame.f_back.f_code)
-        return caller is not None and caller.calls
-
-    def _look(self, frame: FrameType, event: Any, arg: Any) -> Any:
-        if self.tracer.recording:
-            found = _of_users(frame.f_code)
-            if found is not None:
-                _refuse_in_variables(self.tracer, frame.f_locals, found)
-            if event == "return" and type(arg) in PROXIES and frame.f_back is not None:
-                caller, at = _of_users(frame.f_back.f_code), frame.f_back.f_lasti
-                if caller is not None:
-                    with_none, with_others = at in caller.none_results, at in caller.results
-                    _refuse_comparison(self.tracer, arg, with_none, with_others)
-        return self._look
-
-
-_USERS: dict[int, tuple[CodeType, bool, Decisions | None]] = {}
-"""What is known of code, by its identity: itself, whether it is a user's, what that decides."""
-
-
-def _of_users(code: CodeType) -> Decisions | None:
-    """What ``code`` decides, if it is no code of torch or of this package."""
-    return (_USERS.get(id(code)) or _know(code))[2]
-
-
-def _know(code: CodeType) -> tuple[CodeType, bool, Decisions | None]:
-    is_users = not is_ours(code.co_filename)
-    found = _USERS[id(code)] = (code, is_users, decisions(code) if is_users else None)
-    return found
-
-
-def _refuse_in_variables(tracer: Any, variables: dict[str, Any], found: Decisions) -> None:
-    for name in found.none_names | found.names:
-        value = variables.get(name)
-        if type(value) in PROXIES:
-            _refuse_comparison(tracer, value, name in found.none_names, name in found.names)
-
-
-def _refuse_comparison(tracer: Any, value: Any, with_none: bool, with_others: bool) -> None:
-    if with_others:
+    if other is not None:
         tracer.refuse("compares a value that it computes by its identity")
-    if with_none and _may_be_none(tracer, value):
+    if type(value) is not Attribute and value.node.op == "placeholder":
+        # Calls with None for an argument run no graph.
+        tracer.compared.add(value.node.name)
+    elif _may_be_none(tracer, value):
         tracer.refuse("compares a value that it computes with None")
 
 
@@ -165,7 +69,7 @@ def _may_be_none(tracer: Any, value: Any) -> bool:
     if node.op == "call_method":
         return not hasattr(Tensor, str(node.target))
     if node.op != "call_function":
-        # Calls with None for an argument run no graph, and parameters are looked at.
+        # Parameters are looked at.
         return False
     if node.target is getattr:
         return _attribute_may_be_none(str(node.args[1]))
@@ -181,3 +85,29 @@ _OPTIONAL = frozenset(("grad", "grad_fn", "names"))
 
 def _attribute_may_be_none(name: str) -> bool:
     return name in _OPTIONAL or not hasattr(Tensor, name)
+
+
+def refuse_caught(tracer: Any) -> None:
+    """Has ``tracer`` refuse a forward that computes something where it catches exceptions.
+
+    Nothing that a proxy does raises.
+    """
+    outer: FrameType | None = sys._getframe(1)
+    while outer is not None and outer.f_code.co_name != TRACES:
+        frame, outer = outer, outer.f_back
+        found = _of_users(frame.f_code)
+        if found is not None and any(start <= frame.f_lasti < end for start, end in found.tried):
+            tracer.refuse("computes where it catches exceptions")
+
+
+_USERS: dict[int, tuple[CodeType, Decisions | None]] = {}
+"""What code of users decides, by the identity of the code; None for that of others."""
+
+
+def _of_users(code: CodeType) -> Decisions | None:
+    """What ``code`` decides, if it is no code of torch or of this package."""
+    found = _USERS.get(id(code))
+    if found is None:
+        decides = None if is_ours(code.co_filename) else decisions(code)
+        found = _USERS[id(code)] = (code, decides)
+    return found[1]

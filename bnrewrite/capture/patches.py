@@ -25,6 +25,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.bytecode import is_used_as_value
+from bnrewrite.capture.comparisons import giving_code_back
 from bnrewrite.capture.frames import asks_for_torch
 from bnrewrite.capture.proxy import PROXIES
 from bnrewrite.capture.questions import QUESTIONS
@@ -95,6 +96,7 @@ def _patched_once() -> Iterator[None]:
         ):
             stack.callback(setattr, holder, name, vars(holder)[name])
             setattr(holder, name, new)
+        stack.enter_context(giving_code_back())
         stack.callback(setattr, Patches, "patcher", None)
         stack.callback(Patches.keep_type.clear)
         Patches.patcher = stack.enter_context(fx_trace._new_patcher())
@@ -214,6 +216,7 @@ def _noted(
             if name == "__dict__" and not asks_for_torch(sys._getframe(1)):
                 tracer.refuse("reads the __dict__ of a module")
             return read(module, name)
+        reads.see_getter(type(module), name)
         path = paths.get(id(module))
         try:
             value = read(module, name)

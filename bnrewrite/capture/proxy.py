@@ -73,18 +73,14 @@ class Proxy(_Watched, fx.Proxy):
     """
 
     def __getattr__(self, name: str) -> "Attribute":
-        return Attribute(self, name)
+        return Attribute(self, name)  # pyright: ignore[reportCallIssue]
 
 
 class Attribute(_Watched, fx.proxy.Attribute):
     """An attribute of a value, or a method that is about to be called."""
 
-    def __init__(self, root: Any, attr: str) -> None:
-        super().__init__(root, attr)  # pyright: ignore[reportCallIssue]
-        self.tracer.watch_attribute(self)
-
     def __getattr__(self, name: str) -> "Attribute":
-        return Attribute(self, name)
+        return Attribute(self, name)  # pyright: ignore[reportCallIssue]
 
 
 PROXIES = (Proxy, Attribute)

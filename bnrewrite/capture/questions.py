@@ -3,6 +3,8 @@
 They stand in the globals of its modules until the conversion ends, in front of the builtins.
 """
 
+import builtins
+import operator
 import sys
 from typing import Any
 
@@ -91,9 +93,24 @@ QUESTIONS: dict[str, Any] = {
 }
 """By the names of the builtins that they stand for."""
 
+IDENTITY = frozenset(("is_", "is_not", "is_none", "is_not_none"))
+"""Functions of ``operator`` that compare by identity, and tell nobody."""
+
 _OURS = frozenset(map(id, QUESTIONS.values()))
+
+_UNSEEN = frozenset(
+    id(vars(home)[name])
+    for home, names in ((builtins, QUESTIONS), (operator, IDENTITY))
+    for name in names
+    if name in vars(home)
+)
 
 
 def is_question(value: Any) -> bool:
     """Whether ``value`` is one of :data:`QUESTIONS`, and no name of the user's."""
     return id(value) in _OURS
+
+
+def asks_unseen(value: Any) -> bool:
+    """Whether ``value`` is a function that asks about values and tells nobody."""
+    return id(value) in _UNSEEN

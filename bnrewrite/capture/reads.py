@@ -15,18 +15,19 @@ import operator
 import random
 import threading
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MemberDescriptorType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from bnrewrite.capture.bytecode import compares, decisions
+from bnrewrite.capture.bytecode import decisions
 from bnrewrite.capture.candidates import code_names
-from bnrewrite.capture.comparisons import watch_calls
+from bnrewrite.capture.comparisons import watch_comparisons
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
 from bnrewrite.capture.patches import record_questions
-from bnrewrite.capture.questions import is_question
+from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
+from bnrewrite.capture.restore import attributes_of, give_back, identical, refill
 from bnrewrite.capture.seen import (
     CONSTANTS,
     CONTAINERS,
@@ -65,7 +66,8 @@ class Reads:
         self._tracer = tracer
         self._classes = contextlib.ExitStack()
         self._patched: set[type] = set()
-        self._codes: set[CodeType] = set()
+        self._functions: dict[int, FunctionType] = {}
+        self._names: set[str] = set()
         # By identity; what is here is kept alive, so that numbers stay those of one object.
         self._known: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}
@@ -74,6 +76,7 @@ class Reads:
         self._named: dict[tuple[int, str], Any] = {}
         self._outside = Outside()
         self._traced: list[type] = []
+        self._made: list[type] = []
         self.asks_types = False
 
     @contextlib.contextmanager
@@ -90,9 +93,13 @@ class Reads:
 
     def see(self, value: Any) -> None:
         """Notes that the traced code may look into ``value`` from now on."""
+        if isinstance(value, type):
+            self._see_class(value)
         if isinstance(value, (CONSTANTS, Tensor, nn.Module)) or id(value) in self._known:
             return
         self._known[id(value)] = value
+        if asks_unseen(value):
+            self._tracer.refuse(f"calls {value.__name__} by another name")
         for function in routines(value):
             self.see_code(function)
         if isinstance(value, CONTAINERS):
@@ -109,7 +116,7 @@ class Reads:
         if isinstance(value, collections.abc.Iterator):
             self._tracer.refuse(f"reads an iterator, a {type(value).__name__}")
         if not is_library(type(value).__module__) or holds_data(type(value)):
-            self._objects[id(value)] = _attributes_of(value)
+            self._objects[id(value)] = attributes_of(value)
             self._watch(type(value))
 
     def _watch(self, cls: type) -> None:
@@ -117,13 +124,7 @@ class Reads:
         if cls in self._patched:
             return
         self._patched.add(cls)
-        for base in cls.__mro__:
-            if not is_library(base.__module__):
-                for name, value in list(vars(base).items()):
-                    # Those that operators call are not read as attributes.
-                    if name.startswith("__") and name not in ("__init__", "__new__"):
-                        for function in routines(value):
-                            self.see_code(function)
+        self._see_operators(cls, but=("__init__", "__new__"))
         own = vars(cls).get("__getattribute__")
         read: Any = cls.__getattribute__
         try:
@@ -135,6 +136,36 @@ class Reads:
         else:
             self._classes.callback(setattr, cls, "__getattribute__", own)
 
+    def _see_operators(self, cls: type, but: tuple[str, ...] = ()) -> None:
+        """Sees methods that are not read as attributes, since operators call them."""
+        for base in cls.__mro__:
+            if not is_library(base.__module__):
+                for name, value in list(vars(base).items()):
+                    if name.startswith("__") and name not in but:
+                        for function in routines(value):
+                            self.see_code(function)
+
+    def _see_class(self, cls: type) -> None:
+        """Notes that the traced code may make objects of ``cls``, and read these.
+
+        Modules tell which of their attributes are read.
+        """
+        if cls in self._made or issubclass(cls, nn.Module) or is_library(cls.__module__):
+            return
+        self._made.append(cls)
+        self._see_operators(cls)
+        for name in list(self._names):
+            self.see_in_class(cls, name)
+
+    def see_getter(self, cls: type, name: str) -> None:
+        """Sees the code that runs when ``name`` of an object of ``cls`` is read, before it does."""
+        for base in cls.__mro__:
+            found = vars(base).get(name)
+            if found is not None:
+                if not isinstance(found, FunctionType) and hasattr(type(found), "__get__"):
+                    self.see_in_class(cls, name)
+                return
+
     def _noted(self, read: Callable[[Any, str], Any], look_up: Any) -> Any:
         def getattribute(value: Any, name: str) -> Any:
             if (
@@ -144,6 +175,7 @@ class Reads:
                 or _is_special(name)
             ):
                 return read(value, name)
+            self.see_getter(type(value), name)
             try:
                 found = read(value, name)
             except AttributeError:
@@ -163,23 +195,28 @@ class Reads:
 
     def see_code(self, function: Any) -> None:
         """Notes what the code of ``function`` names, if it is no library's."""
-        if not isinstance(function, FunctionType) or function.__code__ in self._codes:
+        if not isinstance(function, FunctionType) or id(function) in self._functions:
             return
         if is_library(function.__module__):
             return
-        self._codes.add(function.__code__)
+        self._functions[id(function)] = function
         names = code_names(function.__code__)
         record_questions(function, names, self._tracer)
         decided = decisions(function.__code__)
         if decided is not None and decided.matches:
             self._tracer.refuse("matches values against patterns")
-        if compares(function.__code__):
-            watch_calls(self._tracer)
+        watch_comparisons(function)
         if "type" in names or "__class__" in names:
             self.asks_types = True
+        if not names.isdisjoint(("type", "__class__", "super")):
             for cls in self._traced:
                 for name in names:
                     self.see_in_class(cls, name)
+        new = names - self._names
+        self._names |= new
+        for cls in self._made:
+            for name in new:
+                self.see_in_class(cls, name)
         for name in names & TRACING:
             self._tracer.refuse(f"asks {name}()")
         for name in names & ASKED.keys():
@@ -201,6 +238,8 @@ class Reads:
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
         if home in _AMBIENT or value is builtins:
             self._tracer.refuse(f"asks for what {home} tells")
+        if value is operator and not names.isdisjoint(IDENTITY):
+            self._tracer.refuse("compares values by functions of operator")
         if isinstance(value, ModuleType) and is_library(value.__name__):
             return
         self._outside.holders[id(holder)] = holder
@@ -212,6 +251,7 @@ class Reads:
             for one in names:
                 self.see_in_class(value, one)
                 self.see_in_class(type(value), one)
+            self._see_class(value)
         else:
             if isinstance(value, FunctionType):
                 for one in names & vars(value).keys():
@@ -241,13 +281,13 @@ class Reads:
                 or not all(map(operator.is_, now, elements))
             ):
                 changed = "changes a list, set or dict that it keeps"
-                _refill(value, keys, elements)
+                refill(value, keys, elements)
         for number, before in self._objects.items():
             value = self._known[number]
-            if not _identical(_attributes_of(value), before):
+            if not identical(attributes_of(value), before):
                 kind = type(value).__name__
                 changed = f"changes an attribute of an object that it keeps, a {kind}"
-                _give_back(value, before)
+                give_back(value, before)
         for (number, name), before in self._named.items():
             holder = self._outside.holders[number]
             if read_of(holder, name) is not before:
@@ -265,43 +305,5 @@ class Reads:
         return dataclasses.replace(self._outside, values=values)
 
 
-def _attributes_of(value: Any) -> dict[str, Any]:
-    """What ``value`` holds now, in its dictionary and in slots."""
-    found: dict[str, Any] = {}
-    for base in type(value).__mro__:
-        for name, slot in vars(base).items():
-            if isinstance(slot, MemberDescriptorType):
-                with contextlib.suppress(AttributeError):
-                    found[name] = slot.__get__(value)
-    with contextlib.suppress(AttributeError):
-        found.update(object.__getattribute__(value, "__dict__"))
-    return found
-
-
-def _give_back(value: Any, attributes: dict[str, Any]) -> None:
-    """Gives an object the attributes back that it held."""
-    for name in _attributes_of(value).keys() - attributes.keys():
-        object.__delattr__(value, name)
-    for name, one in attributes.items():
-        object.__setattr__(value, name, one)
-
-
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name != "__dict__"
-
-
-def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is before[name] for name in now)
-
-
-def _refill(value: Any, keys: tuple[Any, ...], elements: tuple[Any, ...]) -> None:
-    """Gives a container its keys and elements back."""
-    if isinstance(value, SimpleNamespace):
-        value = vars(value)
-    value.clear()
-    if isinstance(value, dict):
-        value.update(zip(keys, elements, strict=True))
-    elif isinstance(value, set):
-        value.update(*keys)
-    else:
-        value.extend(elements)

@@ -255,6 +255,8 @@ def routines(value: Any) -> Iterable[Any]:
         return (value.__func__,)
     if isinstance(value, property):
         return tuple(one for one in (value.fget,) if one is not None)
-    if isinstance(value, functools.partial):
+    if isinstance(value, (functools.partial, functools.partialmethod, functools.cached_property)):
         return (value.func,)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
     return (value,) if inspect.isfunction(value) else ()

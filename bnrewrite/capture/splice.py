@@ -6,14 +6,12 @@ was traced with, or its owner with the result, a trace has to tell.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
-from bnrewrite.capture.bytecode import decisions
 from bnrewrite.capture.captured import Captured
 from bnrewrite.passes.base import Attribute, Rewrite, joined, where
 from bnrewrite.sites.classes import below, original_class
@@ -171,7 +169,7 @@ class _Splicer:
                 result = self._next(f"{path}.{name}", path, result, call)
             return result
         captured = self._graph_of(path)
-        if captured is None or not _takes(captured, args) or _compares_arguments(module, captured):
+        if captured is None or not _takes(captured, args):
             raise _NotSpliced
         self.assumptions.add(captured.assumptions, path)
         placeholders = captured.graph.find_nodes(op="placeholder")
@@ -202,19 +200,13 @@ def _is_sequence_of_calls(module: nn.Module) -> bool:
 def _takes(captured: Captured, args: tuple[fx.Node, ...]) -> bool:
     """Whether a trace with these arguments would give the same graph.
 
-    Not if the code asks for types. Whether a function call is a site depends on what is normalised,
-    and its name on those before.
+    Not if the code asks for types, or whether an argument is None. Whether a function call is a
+    site depends on what is normalised, and its name on those before.
     """
     return (
         len(args) == len(captured.arguments)
         and captured.names[: len(args)] == captured.arguments
         and not captured.tensor_arguments
+        and not captured.compares_arguments
         and not captured.functional_sites()
     )
-
-
-def _compares_arguments(module: nn.Module, captured: Captured) -> bool:
-    """Whether the forward asks whether what it is given is None, which calls of it never are."""
-    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
-    found = None if code is None else decisions(code)
-    return found is not None and not found.none_names.isdisjoint(captured.arguments)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
-from bnrewrite.capture.comparisons import refuse_decisions, restoring_calls, untold
+from bnrewrite.capture.comparisons import refuse_caught
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
 from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
@@ -31,7 +31,7 @@ from bnrewrite.capture.patches import (
     plainly,
     record_functions,
 )
-from bnrewrite.capture.proxy import Attribute, Proxy
+from bnrewrite.capture.proxy import Proxy
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.returns import never_returns_none
 from bnrewrite.sites.classes import below, original_class
@@ -42,9 +42,10 @@ from bnrewrite.torch_versions import fx_tracing
 class OwnerTracer(fx.Tracer):
     """Traces the forward of one module; children are leaves, but for those to trace through.
 
-    After :meth:`trace`, ``assumptions`` is what it took for granted, and ``asked`` are the
-    arguments that were asked for their type. Nodes have the path of the module whose forward made
-    them as ``meta["scope"]``, and as ``meta["call"]`` the number of that run of the forward.
+    After :meth:`trace`, ``assumptions`` is what it took for granted, ``asked`` are the arguments
+    that were asked for their type, and ``compared`` those that were compared with None. Nodes have
+    the path of the module whose forward made them as ``meta["scope"]``, and as ``meta["call"]`` the
+    number of that run of the forward.
 
     Args:
         through: paths of children whose forwards become part of the graph.
@@ -62,6 +63,7 @@ class OwnerTracer(fx.Tracer):
         self.assumptions = Assumptions()
         self.reads = Reads(self)
         self.asked: set[str] = set()
+        self.compared: set[str] = set()
         self.refusal: Refused | None = None
         self.recording = False
         self.thread = threading.get_ident()
@@ -97,7 +99,6 @@ class OwnerTracer(fx.Tracer):
                 noting_reads(paths, self),
                 keeping_random_state(self),
                 RefuseEffects(self),
-                restoring_calls(),
             ):
                 graph = self._record_graph(root, paths)
         except Exception as error:
@@ -151,17 +152,11 @@ class OwnerTracer(fx.Tracer):
         return Proxy(node, self)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """A proxy of a new node; no code of the user's runs meanwhile."""
-        with untold():
-            new = plainly(super().create_proxy, *args, **kwargs)
+        """A proxy of a new node."""
+        new = plainly(super().create_proxy, *args, **kwargs)
         if self.recording:
-            refuse_decisions(self, new)
+            refuse_caught(self)
         return new
-
-    def watch_attribute(self, attribute: Attribute) -> None:
-        """Has the trace refused where the code compares an attribute of a value at once."""
-        if self.recording:
-            refuse_decisions(self, attribute)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -246,7 +241,7 @@ class OwnerTracer(fx.Tracer):
             if path not in self._through:
                 called = self.create_proxy("call_module", path, args, kwargs)
         if called is not None:
-            refuse_decisions(self, called)
+            refuse_caught(self)
             return called
         self.assumptions.classes[path] = original_class(m)
         self._see_forward(m)
@@ -264,8 +259,7 @@ class OwnerTracer(fx.Tracer):
         """What is read meanwhile is not the forward's doing."""
         recording, self.recording = self.recording, False
         try:
-            with untold():
-                yield
+            yield
         finally:
             self.recording = recording
 
