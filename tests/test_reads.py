@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,15 +64,54 @@ class Config:
     inner: Any = None
     unread: int = 0
 
+    @property
+    def flagged(self) -> float:
+        return 3.0 if FLAG else 2.0
+
 
 class Scale:
     """A function that is an object."""
+
+    kind = 2.0
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+
+class Flagged:
+    """An object that a forward makes."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def value(self) -> Tensor:
+        return self._value()
+
+    def _value(self) -> Tensor:
+        return -self.x if FLAG else self.x
+
+
+def wrapped(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function whose code is that of others, too."""
+
+    @functools.wraps(function)
+    def wrapper(x: Tensor) -> Tensor:
+        return function(x)
+
+    return wrapper
+
+
+@wrapped
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+@wrapped
+def negated(x: Tensor) -> Tensor:
+    return -x if FLAG else x
 
 
 def closure() -> tuple[Callable[[Tensor], Tensor], list[float]]:
@@ -109,6 +149,8 @@ class Block(nn.Module):
         self.kind = Kind.ONE
         self.act: Any = functools.partial(F.leaky_relu, negative_slope=0.1)
         self.scale = Scale(2.0)
+        self.referred = weakref.ref(self.scale)
+        self.memory = bytearray(b"\2")
         self.closure, self.closed = closure()
         self.calls = [0]
         self.queue = collections.deque([1], maxlen=3)
@@ -116,6 +158,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return type(self).last(self.end(self, self.bn(self.conv(x))))
+
+    @property
+    def flagged(self) -> float:
+        return 3.0 if FLAG else 2.0
 
     @staticmethod
     def last(x: Any) -> Any:
@@ -232,6 +278,46 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Any], Change]] = {
         lambda block, patch: patch.setattr(Block, "forward", lambda self, x: self.conv(x)),
     ),
     "flag of a file": (_flagged, lambda _, patch: patch.setattr(f"{HERE}.FLAG", True)),
+    "flag that a property reads": (
+        lambda block, x: x * block.flagged,
+        lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    ),
+    "flag that a property of an object reads": (
+        lambda block, x: x * block.config.flagged,
+        lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    ),
+    "flag that an object reads which it makes": (
+        lambda _, x: Flagged(x).value(),
+        lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    ),
+    "flag that the second of two functions of the same code reads": (
+        lambda _, x: negated(halved(x)),
+        lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    ),
+    "attribute of the class of an object": (
+        lambda block, x: x * type(block.scale).kind,
+        lambda _, patch: patch.setattr(Scale, "kind", 3.0),
+    ),
+    "type of a child in a dictionary": (
+        lambda block, x: x * sum(type(one) is nn.Tanh for one in block.children_by_name.values()),
+        lambda block, _: block.children_by_name.update({"b": nn.Tanh()}),
+    ),
+    "name of the class of a child": (
+        lambda block, x: x * len(block.child._get_name()),
+        lambda block, _: setattr(block, "child", nn.Tanh()),
+    ),
+    "object that is referred to": (
+        lambda block, x: x * block.referred().scale,
+        lambda block, _: setattr(block.scale, "scale", 3.0),
+    ),
+    "memory": (
+        lambda block, x: x * block.memory[0],
+        lambda block, _: block.memory.__setitem__(0, 3),
+    ),
+    "variable by its name": (
+        lambda _, x: -x if globals()["FLAG"] else x,
+        lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    ),
     "function of a file": (
         lambda _, x: double(x),
         lambda _, patch: patch.setattr(f"{HERE}.double", torch.neg),

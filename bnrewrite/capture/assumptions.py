@@ -126,7 +126,7 @@ class Assumptions:
             places.update({place: looks.of(value) for place, value in places.items()})
         self.outside = reads.outside(looks)
         if reads.asks_types:
-            for path, names in self.present.items():
+            for path, names in (*self.present.items(), *self.children.items()):
                 for name in names:
                     child = below(owner, path)._modules.get(name)
                     if child is not None:

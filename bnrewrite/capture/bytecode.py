@@ -9,7 +9,7 @@ import dis
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType
 
 _NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "NOT_TAKEN"))
@@ -104,6 +104,13 @@ def is_used_as_value(code: CodeType, name: str) -> bool:
         one.opname == "LOAD_GLOBAL" and one.argval == name and not _is_called(instructions, index)
         for index, one in enumerate(instructions)
     ) or any(is_used_as_value(one, name) for one in code.co_consts if isinstance(one, CodeType))
+
+
+def loads_global(code: CodeType, names: Collection[str]) -> bool:
+    """Whether ``code``, or code inside it, uses one of the globals of these names."""
+    return any(
+        one.opname == "LOAD_GLOBAL" and one.argval in names for one in instructions_of(code)
+    ) or any(loads_global(one, names) for one in code.co_consts if isinstance(one, CodeType))
 
 
 def _is_called(instructions: list[dis.Instruction], loaded: int) -> bool:

@@ -5,6 +5,7 @@ list. What functions name is found in their code, before they run; attributes of
 when they are read.
 """
 
+import array
 import builtins
 import collections
 import contextlib
@@ -14,6 +15,7 @@ import dataclasses
 import operator
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bnrewrite.capture.bytecode import decisions
+from bnrewrite.capture.bytecode import decisions, loads_global
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import watch_comparisons
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
@@ -43,8 +45,17 @@ from bnrewrite.capture.seen import (
 _AMBIENT = frozenset(("time", "_contextvars", "contextvars"))
 """Modules whose answers differ from call to call."""
 
-_SHARED = (contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array)
-"""Values that depend on the thread, on the context or on other processes."""
+_SHARED = (
+    contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array, weakref.ref,
+    bytearray, array.array,
+)  # fmt: skip
+"""Values that depend on the thread, on the context, on other processes, or that are mere memory."""
+
+_TYPES = frozenset(("type", "__class__", "_get_name", "typename"))
+"""What code names that looks at types of modules without asking ``isinstance``."""
+
+_BY_NAME = frozenset(("globals", "eval", "exec"))
+"""Builtins that find what code does not name."""
 
 _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -124,6 +135,8 @@ class Reads:
         if cls in self._patched:
             return
         self._patched.add(cls)
+        for name in list(self._names) if self.asks_types else ():
+            self.see_in_class(cls, name)
         self._see_operators(cls, but=("__init__", "__new__"))
         own = vars(cls).get("__getattribute__")
         read: Any = cls.__getattribute__
@@ -206,10 +219,11 @@ class Reads:
         if decided is not None and decided.matches:
             self._tracer.refuse("matches values against patterns")
         watch_comparisons(function)
-        if "type" in names or "__class__" in names:
-            self.asks_types = True
-        if not names.isdisjoint(("type", "__class__", "super")):
-            for cls in self._traced:
+        if not names.isdisjoint(_BY_NAME) and loads_global(function.__code__, _BY_NAME):
+            self._tracer.refuse("looks up what its code does not name")
+        self.asks_types |= not names.isdisjoint(_TYPES)
+        if self.asks_types or "super" in names:
+            for cls in (*self._traced, *self._patched):
                 for name in names:
                     self.see_in_class(cls, name)
         new = names - self._names
