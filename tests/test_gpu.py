@@ -215,6 +215,31 @@ def test_another_launch_is_not_compiled_again() -> None:
     assert known == launcher._COMPILED
 
 
+def test_known_code_gives_what_code_just_compiled_gives() -> None:
+    """The first launch is Triton's, with tensors; others are given addresses."""
+    x = torch.randn(5, 24, 9, device="cuda", dtype=torch.bfloat16)
+    packed = gpu.moments(x)
+    assert torch.equal(gpu.moments(x), packed)
+    check_moments(packed, x)
+
+
+def test_a_counter_on_the_cpu_counts() -> None:
+    norms: list[Any] = [nn.BatchNorm1d(6).cuda() for _ in range(2)]
+    bnrewrite.convert(norms[1], mode="local")
+    x = torch.randn(7, 6, device="cuda")
+    for norm in norms:
+        norm.num_batches_tracked = torch.tensor(0)
+        norm(x)
+        assert norm.num_batches_tracked.item() == 1
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var)
+
+
+def test_a_parameter_on_the_cpu_is_named() -> None:
+    norm = bnrewrite.convert(nn.BatchNorm1d(6), mode="local")
+    with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"weight is on cpu.*cuda:0"):
+        norm(torch.randn(7, 6, device="cuda"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_than_two_to_the_31_values(layout: str) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
