@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 import bnrewrite
+from bnrewrite.capture.owner import is_owner
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.classes import Converted
 from tests.models import ActivatedNorm, ResidualNet
@@ -152,6 +153,21 @@ class TestForwardOnTheInstance:
         model.bn.forward = model.bn.forward  # pyright: ignore
         bnrewrite.convert(model)
         assert model.bn.forward.__func__ is type(model.bn).forward  # pyright: ignore
+
+    @pytest.mark.parametrize("change", [_reverted, copy.deepcopy, _converted_again])
+    def test_its_owner_is_captured(self, change: Callable[[Any], Any]) -> None:
+        torch.manual_seed(0)
+        plain: Any = ResidualNet()
+        model = copy.deepcopy(plain)
+        for module in (model, model.layer1):
+            module.forward = module.forward
+        bnrewrite.convert(model)
+        assert is_owner(model)
+        assert is_owner(model.layer1)
+        assert not bnrewrite.report(model).skipped
+        changed = change(model)
+        torch.testing.assert_close(changed(X), plain(X))
+        assert changed.forward.__func__ is type(changed).forward
 
     def test_another_one_stays(self) -> None:
         model = bnrewrite.convert(_model())

@@ -15,7 +15,12 @@ from bnrewrite.capture.tracer import OwnerTracer
 from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.nodes import copied
-from bnrewrite.sites.classes import below, converted_class, original_class
+from bnrewrite.sites.classes import (
+    below,
+    converted_class,
+    has_forward_of_its_own,
+    original_class,
+)
 from bnrewrite.sites.floor import floor_recipe, is_site
 
 
@@ -27,7 +32,7 @@ def capture(module: nn.Module, recipe: Recipe, cache: Cache) -> Capture:
         recipe: its name and what to do.
         cache: captures made so far with the same recipe but for the name; it is added to.
     """
-    if "forward" in module.__dict__:
+    if has_forward_of_its_own(module):
         return Capture(None, None, {}, "its forward was replaced on the instance")
     return cache.capture(module, recipe, lambda module, recipe: _capture(module, recipe, cache))
 

@@ -185,16 +185,22 @@ def _properties(cls: type) -> set[str]:
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Gives ``module`` the class, and its forward if the instance holds that of its class.
+    """Gives ``module`` the class, and its forward if the instance holds that of its class."""
+    follows = "forward" in vars(module) and not has_forward_of_its_own(module)
+    module.__class__ = cls
+    if follows:
+        vars(module)["forward"] = MethodType(cls.forward, module)
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether the instance holds another forward than that of its class.
 
     Trainers such as Lightning put ``model.forward`` back on the instance after each step.
     """
     held: Any = vars(module).get("forward")
-    follows = isinstance(held, MethodType) and held.__self__ is module
-    follows = follows and held.__func__ is type(module).forward
-    module.__class__ = cls
-    if follows:
-        vars(module)["forward"] = MethodType(cls.forward, module)
+    if isinstance(held, MethodType) and held.__self__ is module:
+        return held.__func__ is not type(module).forward
+    return "forward" in vars(module)
 
 
 def below(module: Any, path: str) -> Any:
