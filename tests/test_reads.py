@@ -408,6 +408,74 @@ def test_a_change_of_what_a_forward_reads_takes_effect(what: str, twice: bool) -
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+class Heir(Block):
+    """A class that inherits all that its forward uses."""
+
+
+class Further(Heir):
+    """One that asks the class above, which inherits it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + 1
+
+
+class Row(nn.Sequential):
+    """A sequence by another name, whose forward is torch's."""
+
+    def __init__(self, end: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+class Larger(Scale):
+    """A function that is an object, and inherits how it is called."""
+
+
+LARGER = Larger(2.0)
+
+INHERITED: dict[str, tuple[type, Any, Any, str]] = {
+    "forward": (Heir, lambda _, x: x, Heir, "forward"),
+    "forward of the class above": (Further, lambda _, x: x, Heir, "forward"),
+    "forward of torch": (Row, None, Row, "forward"),
+    "method of an object": (Block, lambda _, x: LARGER(x), Larger, "__call__"),
+    "its class's own": (Block, lambda _, x: LARGER(x), Scale, "__call__"),
+    "method of an object that it makes": (
+        Block, lambda _, x: Larger(3.0)(x), Larger, "__call__",
+    ),
+    "number of a class": (Block, lambda _, x: x * Larger.kind, Larger, "kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["own graph", "inlined"])
+@pytest.mark.parametrize("what", INHERITED)
+def test_a_class_that_no_more_inherits_takes_effect(what: str, twice: bool) -> None:
+    cls, end, changed, name = INHERITED[what]
+    new = -1.0 if name == "kind" else lambda _, x: -x
+    results = []
+    for convert in (lambda model: model, bnrewrite.convert):
+        torch.manual_seed(0)
+        two: Any = Two(lambda _, x: x)
+        two.first, two.second = cls(end), cls(end)
+        model = convert(two if twice else two.first)
+        assert convert is not bnrewrite.convert or is_owner(model)
+        x = torch.randn(4, 4, 5, 5)
+        results.append([model(x)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(changed, name, new, raising=name != "forward")
+            results[-1].append(model(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_that_a_class_inherits_and_a_forward_sets_stays() -> None:
+    def count(block: Any, x: Tensor) -> Tensor:
+        type(block).number += 1
+        return x * block.number
+
+    torch.manual_seed(0)
+    model = bnrewrite.convert(Heir(count))
+    assert "number" not in vars(Heir)
+    assert "changes number" in bnrewrite.report(model).skipped[0].reason
+
+
 def _runs_graph(model: Any) -> bool:
     values = model._bnrewrite_choose(True, (torch.randn(4, 4, 5, 5),), {})[1]
     return values is not None

@@ -113,6 +113,8 @@ def write_to(holder: Any, name: str, value: Any) -> None:
     """Gives a holder ``value`` under ``name``."""
     if isinstance(holder, dict):
         holder[name] = value
+    elif isinstance(holder, type) and value is MISSING:
+        delattr(holder, name)
     elif isinstance(holder, type):
         setattr(holder, name, value)
     elif isinstance(holder, FunctionType):

@@ -154,9 +154,8 @@ class Reads:
         for base in cls.__mro__:
             if not is_library(base.__module__):
                 for name, value in list(vars(base).items()):
-                    if name.startswith("__") and name not in but:
-                        for function in routines(value):
-                            self.see_code(function)
+                    if name.startswith("__") and name not in but and routines(value):
+                        self.see_in_class(cls, name)
 
     def _see_class(self, cls: type) -> None:
         """Notes that the traced code may make objects of ``cls``, and read these.
@@ -278,10 +277,20 @@ class Reads:
         self.see_in_class(cls, "forward")
 
     def see_in_class(self, cls: type, name: str) -> None:
-        """Notes that ``name`` may be read of a class, and of those that it overrides."""
+        """Notes that ``name`` may be read of a class, and of those that it overrides.
+
+        Where a class inherits it, it may define its own later.
+        """
+        if name == "__getattribute__" or not any(name in vars(base) for base in cls.__mro__):
+            return
         for base in cls.__mro__:
-            if name in vars(base) and not is_library(base.__module__):
+            if is_library(base.__module__):
+                continue
+            if name in vars(base):
                 self._name(base, name, frozenset())
+            else:
+                self._outside.holders[id(base)] = base
+                self._named.setdefault((id(base), name), MISSING)
 
     def undo(self) -> str:
         """Puts back what the traced code changed, and says what that was; "" if nothing."""
