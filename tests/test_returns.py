@@ -168,6 +168,92 @@ def test_what_is_exchanged_below_a_child(returns: Any, change: Any) -> None:
     assert is_owner(model), bnrewrite.report(model).skipped
 
 
+def _none(*_: Any) -> None:
+    return None
+
+
+def _on_instance(module: Any, _: Any) -> None:
+    module.forward = _none
+
+
+def _on_class(module: Any, patch: Any) -> None:
+    cls = type(module)._bnrewrite_original if hasattr(module, "_bnrewrite_owner") else type(module)
+    patch.setattr(cls, "forward", _none, raising=False)
+
+
+_Handing: Any = type(_child(_handed_on))
+
+CHILDREN: dict[str, Callable[[], Any]] = {
+    "its class's": lambda: _child(_handed_on),
+    "inherited": lambda: type("Heir", (_Handing,), {})(),
+    "layer": nn.Tanh,
+    "sequence": lambda: nn.Sequential(nn.Tanh()),
+    "owner": lambda: type("Row", (nn.Sequential,), {})(nn.BatchNorm2d(4), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("replace", [_on_instance, _on_class])
+@pytest.mark.parametrize("what", CHILDREN)
+def test_a_forward_that_is_replaced(what: str, replace: Callable[..., None]) -> None:
+    results = []
+    for convert in (lambda model: model, bnrewrite.convert):
+        torch.manual_seed(0)
+        model: Any = convert(Net(CHILDREN[what]()))
+        assert convert is not bnrewrite.convert or is_owner(model)
+        results.append([model(X)])
+        with pytest.MonkeyPatch.context() as patch:
+            replace(model.child, patch)
+            results[-1].append(model(X))
+    torch.testing.assert_close(results[1], results[0])
+
+
+class Asks(Net):
+    """Asks for the type of what its child gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.child(self.bn(self.conv(x)))
+        return found * 3 if isinstance(found, Tensor) else found[0]
+
+
+class Listed(nn.Module):
+    """A list with what it is given."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+def _hook(layer: Any) -> None:
+    (layer[-1] if isinstance(layer, nn.Sequential) else layer).register_forward_hook(
+        lambda _, args, result: [result]
+    )
+
+
+def _replace_forward(layer: Any) -> None:
+    layer.forward = lambda x: [x]
+
+
+def _append(layer: Any) -> None:
+    layer.append(Listed())
+
+
+@pytest.mark.parametrize(
+    ("layers", "change"),
+    [
+        ([], _hook),
+        ([nn.Sigmoid()], _hook),
+        ([], _replace_forward),
+        ([nn.Sigmoid()], _replace_forward),
+        ([nn.Sigmoid()], _append),
+    ],
+)
+def test_what_exchanges_what_a_layer_gives(layers: list[nn.Module], change: Any) -> None:
+    def make() -> nn.Module:
+        return Asks(nn.Sequential(*layers, nn.Tanh()) if layers else nn.Tanh())
+
+    model = _assert_same(make, lambda one: change(one.child))
+    assert is_owner(model)
+
+
 @pytest.mark.parametrize(
     "returns",
     [_conditional, _stored, _chosen, _looked_up, _subscripted, _skipped],

@@ -11,7 +11,7 @@ from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import below, original_class
-from bnrewrite.sites.floor import has_hooks
+from bnrewrite.sites.floor import has_forward_hooks, has_hooks
 
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -38,6 +38,8 @@ class Assumptions:
         classes: modules whose forwards became part of the graph, by path, with their classes.
         layers: modules whose results were taken for tensors, or that were asked for their type, by
             path, with their classes.
+        methods: methods of modules whose code told what they give, by path and name.
+        unhooked: paths of modules whose results were taken for what the layer makes.
         instances: answers of ``isinstance`` about modules, by path and class.
         outside: what the code read besides modules.
     """
@@ -54,6 +56,8 @@ class Assumptions:
     reads_own_training: bool = False
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     layers: dict[str, type] = dataclasses.field(default_factory=dict)
+    methods: dict[Place, Any] = dataclasses.field(default_factory=dict)
+    unhooked: set[str] = dataclasses.field(default_factory=set)
     instances: dict[tuple[str, Any], bool] = dataclasses.field(default_factory=dict)
     outside: Outside = dataclasses.field(default_factory=Outside)
 
@@ -95,7 +99,7 @@ class Assumptions:
 
     def add(self, other: "Assumptions", path: str) -> None:
         """Adds what the trace in training of the module at ``path`` baked in."""
-        for name in ("constants", "objects", "inherited", "tensors", "instances"):
+        for name in ("constants", "objects", "inherited", "tensors", "methods", "instances"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({(joined(path, at), what): value for (at, what), value in theirs.items()})
         if path:
@@ -110,6 +114,7 @@ class Assumptions:
         for name in ("children", "classes", "layers"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({joined(path, at): value for at, value in theirs.items()})
+        self.unhooked.update(joined(path, at) for at in other.unhooked)
         for at, names in other.present.items():
             self.present.setdefault(joined(path, at), set()).update(names)
         for name in ("values", "answers", "holders"):
@@ -144,6 +149,13 @@ class Assumptions:
                 return False
         for path, cls in self.layers.items():
             if original_class(below(owner, path)) is not cls:
+                return False
+        for (path, name), function in self.methods.items():
+            module = below(owner, path)
+            if name in module.__dict__ or getattr(original_class(module), name) is not function:
+                return False
+        for path in self.unhooked:
+            if has_forward_hooks(below(owner, path)):
                 return False
         for (path, name), before in self.constants.items():
             values = below(owner, path).__dict__

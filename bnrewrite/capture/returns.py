@@ -37,6 +37,7 @@ def never_returns_none(
     read.layers[path] = cls
     if "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
         return False
+    read.methods[path, "forward"] = cls.forward
     if cls.forward is nn.Sequential.forward:
         names = read.children[path] = tuple(module._modules)
         last = module._modules[names[-1]] if names else None
@@ -175,6 +176,7 @@ class _Code:
             return never_returns_none(called, f"{path}.{name}", self._read, self._depth - 1)
         function = getattr(original_class(holder), name, None)
         if isinstance(function, FunctionType) and self._depth and not outer:
+            self._read.methods[path, name] = function
             made = _Code(holder, path, function, self._read, self._depth - 1)
             return made.never_returns_none()
         return False

@@ -288,7 +288,14 @@ class OwnerTracer(fx.Tracer):
         """Whether ``node`` calls a layer of torch's that makes a tensor; notes that it does."""
         if node.op != "call_module":
             return False
-        cls = self._called_class(node)
+        path = str(node.target)
+        layer = self.root.get_submodule(path)  # pyright: ignore
+        cls = self._take_layer(path, layer)
+        # In a sequence the last one makes the result.
+        while cls is nn.Sequential and layer._modules:
+            names = self.assumptions.children[path] = tuple(layer._modules)
+            path, layer = f"{path}.{names[-1]}", below(layer, names[-1])
+            cls = self._take_layer(path, layer)
         return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
 
     def gives_a_value(self, node: fx.Node) -> bool:
@@ -297,15 +304,11 @@ class OwnerTracer(fx.Tracer):
         with self.paused():
             return never_returns_none(below(self.root, path), path, self.assumptions)
 
-    def _called_class(self, node: fx.Node) -> type:
-        """Class of the module that makes the result of ``node``, and in a sequence of the last."""
-        path = str(node.target)
-        layer = self.root.get_submodule(path)  # pyright: ignore
-        while original_class(layer) is nn.Sequential and len(layer):  # pyright: ignore
-            self.assumptions.layers[path] = nn.Sequential
-            name, layer = list(layer.named_children())[-1]
-            path = f"{path}.{name}"
+    def _take_layer(self, path: str, layer: nn.Module) -> type:
+        """Class of a layer; notes that its forward alone makes what a call gives."""
         self.assumptions.layers[path] = cls = original_class(layer)
+        self.assumptions.methods[path, "forward"] = cls.forward
+        self.assumptions.unhooked.add(path)
         return cls
 
 

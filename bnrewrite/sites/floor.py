@@ -270,13 +270,18 @@ def has_hooks(module: nn.Module) -> bool:
 def has_hooks_of_its_own(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward, where calling others does not."""
     return bool(
-        (module._forward_hooks and _act(module._forward_hooks))
+        has_forward_hooks(module)
         or (module._forward_pre_hooks and _act(module._forward_pre_hooks))
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module.__dict__.get("_compiled_call_impl") is not None
     )
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether something sees, and may exchange, what calling ``module`` gives."""
+    return bool(module._forward_hooks) and _act(module._forward_hooks)
 
 
 def has_global_hooks() -> bool:
