@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bnrewrite.capture import comparisons
 from bnrewrite.capture.bytecode import JUMPS
 from bnrewrite.capture.watched import Watch
 
@@ -151,6 +152,32 @@ def test_code_that_compares_nothing_is_left_alone() -> None:
     copied = watch.copy(_is.__code__)
     assert copied is not _is.__code__
     assert watch.copy(copied) is copied is watch.copy(_is.__code__)
+
+
+class _Interrupted:
+    """Stands for a function while Ctrl-C is pressed, as its code is given back."""
+
+    code = interruptions = 0
+
+    @property
+    def __code__(self) -> Any:
+        return self.code
+
+    @__code__.setter
+    def __code__(self, code: Any) -> None:
+        if not self.interruptions:
+            self.interruptions = 1
+            raise KeyboardInterrupt
+        self.code = code
+
+
+def test_an_interruption_loses_no_code() -> None:
+    function: Any = _Interrupted()
+    with pytest.raises(KeyboardInterrupt), comparisons.giving_code_back():
+        comparisons._CODES.append((function, 5))  # pyright: ignore
+    with comparisons.giving_code_back():
+        pass
+    assert function.code == 5
 
 
 _OURS = frozenset(("IS_OP", "BUILD_TUPLE", "LOAD_CONST", "CONTAINS_OP", "COPY", "POP_TOP"))

@@ -41,8 +41,10 @@ def giving_code_back() -> Iterator[None]:
         yield
     finally:
         while _CODES:
-            function, code = _CODES.pop()
+            # In this order, so that an interruption in between loses none.
+            function, code = _CODES[-1]
             function.__code__ = code
+            _CODES.pop()
 
 
 def _refuse_comparison(tracer: Any, value: Any, other: Any) -> None:
