@@ -25,6 +25,7 @@ from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
+from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
 from bnrewrite.sites.schedule import Schedule, schedule_of
@@ -127,9 +128,10 @@ def convert(
     with _all_or_nothing(modules.values()), patched(), _without_collecting():
         _take_off(modules.values())
         conversion = _put_on(modules, found, wanted)
-        sites = dict.fromkeys(name for name, _ in found)
-        for report in conversion.reports.values():
-            sites.update(dict.fromkeys(one.name for one in (*report.rewritten, *report.skipped)))
+        # Other passes have names of other modules, too.
+        report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
+        calls = (*report.rewritten, *report.skipped)
+        sites = dict.fromkeys([*(name for name, _ in found), *(one.name for one in calls)])
         wanted.modes.check_patterns(list(sites))
         left = [skip for skip in conversion.skipped if skip.reason != UNMATCHED]
         if strict and left:
@@ -243,8 +245,13 @@ def _put_on(
     captured = capture_from_below(modules, tried, recipe, cache, schedule)
     for name in tried:
         _note(name, tried[name], captured.pop(name), conversion)
-    for one in captured.values():
+    for name, one in captured.items():
         _note_reports(one, conversion)
+        if one.refused is not None:
+            # Its children are distributed by themselves, and share nothing.
+            inlining = conversion.reports.setdefault(inline_children.__name__, PassReport())
+            skip = Skip(name or "the model itself", one.refused, owner=None)
+            inlining.skipped.append(skip)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(modules, tried, _settled(conversion)):
         if name not in captured:

@@ -134,6 +134,9 @@ class Report:
         lines.append(
             f"{self.num_owners} modules run captured graphs, {self.num_owners_train_eval} of them "
             "have one for training and one for evaluation"
+            if self.num_owners != 1
+            else "1 module runs a captured graph"
+            + (", one in training and one in evaluation" * self.num_owners_train_eval)
         )
         inlined = self.inlined()
         if inlined:
@@ -289,7 +292,7 @@ def _summary(name: str, done: PassReport, owners: set[str | None]) -> PassSummar
     left = {
         skip.name: skip
         for skip in done.skipped
-        if skip.name not in rewritten and (everywhere or skip.owner in owners)
+        if skip.name not in rewritten and (everywhere or skip.owner in {None, *owners})
     }
     return PassSummary(name, len(rewritten), tuple(left.values()))
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
 from bnrewrite import Local, Sync
+from bnrewrite.demo.network import DigitsNet
 from tests.models import ActivatedNorm, Block, Functional, FunctionalNorm, ResidualNet, perturb
 from tests.parity import assert_same_training
 
@@ -815,3 +816,37 @@ class TestGraphs:
 
     def test_a_model_that_is_not_converted_has_none(self) -> None:
         assert bnrewrite.graphs(ResidualNet()) == {}
+
+
+class _Guarded(nn.Module):
+    """Two branches that could share, and a question about a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.b = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        if a.shape[-1] != b.shape[-1]:
+            raise ValueError("sizes differ")
+        return a + b
+
+
+def test_the_report_says_why_children_share_nothing() -> None:
+    report = bnrewrite.report(bnrewrite.convert(_Guarded()))
+    (inlining,) = (one for one in report.passes if one.name == "inline_children")
+    (skip,) = inlining.skipped
+    assert skip.name == "the model itself"
+    assert "branches on a value or a shape that it computes" in skip.reason
+    assert "test_convert.py:" in skip.reason
+    assert skip.reason in str(report)
+    # Each is distributed all the same.
+    bnrewrite.convert(_Guarded(), strict=True)
+
+
+@pytest.mark.parametrize("pattern", ["stages.0.shortcut", "conv", "stages.*.conv?"])
+def test_patterns_that_match_other_modules_match_no_site(pattern: str) -> None:
+    model = DigitsNet()
+    with pytest.raises(ValueError, match="matches none of the 7 BatchNorm sites"):
+        bnrewrite.convert(model, mode={pattern: "frozen", "*": "sync"})

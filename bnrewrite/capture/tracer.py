@@ -143,6 +143,11 @@ class OwnerTracer(fx.Tracer):
 
     # What fx.Tracer asks of its subclasses
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """No value is known, nor the shape of one."""
+        self.refuse("branches on a value or a shape that it computes")
+        return False
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Children stay calls, but for those to trace through."""
         return module_qualified_name not in self._through

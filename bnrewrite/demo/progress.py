@@ -53,8 +53,7 @@ class Progress:
         if self._bar.disable and self._shown and error is None:
             seconds = time.perf_counter() - self._started
             print(
-                f"{self._title:{TITLE_WIDTH}} {self._num_steps:5} steps  {seconds:5.1f} s  "
-                f"loss {self._loss:.3f}",
+                f"{self._title:{TITLE_WIDTH}} {self._num_steps:5} steps  {seconds:5.1f} s",
                 flush=True,
             )
         self._bar.close()

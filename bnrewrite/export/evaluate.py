@@ -134,7 +134,8 @@ def _failure(
     text = str(error).replace("when training", "when batch statistics are used")
     return (
         f"the model itself fails in eval mode on the example ({given}): {site}"
-        f"{type(error).__name__}: {text}. Give an example that model.eval()(*args) accepts."
+        f"{type(error).__name__}: {text.rstrip('.')}. Give an example that model.eval()(*args) "
+        "accepts."
     )
 
 

@@ -17,14 +17,15 @@ UNMATCHED = "no pattern of mode matches it"
 class Skip:
     """Something a pass left as it was: which, why, and where in the user's code.
 
-    ``path`` leads from ``owner`` to the module that ``name`` names, where there is one.
+    ``path`` leads from ``owner`` to the module that ``name`` names, where there is one. Of a module
+    without a graph ``owner`` is None.
     """
 
     name: str
     reason: str
     where: str | None = None
     path: str | None = None
-    owner: str = ""
+    owner: str | None = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,13 @@ class PassReport:
                 for one in self.rewritten
             ],
             [
-                Skip(name_of(one.name, one.path, one.owner), one.reason, one.where, one.path, owner)
+                Skip(
+                    name_of(one.name, one.path, one.owner or ""),
+                    one.reason,
+                    one.where,
+                    one.path,
+                    owner,
+                )
                 for one in self.skipped
             ],
         )

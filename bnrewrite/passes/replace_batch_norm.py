@@ -147,7 +147,7 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     module = below(target.owner, path)
     state = site_state(module)
     if is_uninitialised(module):
-        reason = "it is lazy: a call until the model is converted after its first batch"
+        reason = "it is lazy and has no channels yet: run one batch, then convert again"
         return target.skip(state.name, reason, node, path)
     if has_hooks(module):
         return target.skip(state.name, "it has hooks, which only a call runs", node, path)
