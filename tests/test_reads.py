@@ -194,13 +194,49 @@ def _typed(block: Any, x: Tensor) -> Tensor:
     return x if type(block.child) is nn.Identity else -x
 
 
+def _other_forward(self: Any, x: Tensor) -> Any:
+    return self.bn(self.conv(x)) * 3
+
+
 def _named_children(block: Any, x: Tensor) -> Tensor:
     for name, child in block.children_by_name.items():
         x = child(x) * len(name)
     return x
 
 
+SETTINGS: Any = types.ModuleType("settings_of_a_user")
+SETTINGS.mine, SETTINGS.helpers = 2.0, 3.0
+
+
+def helped(x: Tensor) -> Tensor:
+    """Reads what its caller names, too, but something else of it."""
+    return x * SETTINGS.helpers * helped.scale  # pyright: ignore[reportFunctionMemberAccess]
+
+
+helped.scale = 2.0  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _tripled(x: Tensor) -> Tensor:
+    return x * 3
+
+
 READS: dict[str, tuple[Callable[[Any, Tensor], Any], Change]] = {
+    "module that two functions name": (
+        lambda _, x: helped(x) * SETTINGS.mine,
+        lambda _, patch: patch.setattr(SETTINGS, "helpers", 4.0),
+    ),
+    "attribute of a function, read by itself": (
+        lambda _, x: helped(x),
+        lambda _, patch: patch.setattr(helped, "scale", 4.0),
+    ),
+    "code of a function": (
+        lambda _, x: double(x),
+        lambda _, patch: patch.setattr(double, "__code__", _tripled.__code__),
+    ),
+    "code of a forward": (
+        lambda _, x: x,
+        lambda _, patch: patch.setattr(Block.forward, "__code__", _other_forward.__code__),
+    ),
     "attribute of an object": (
         lambda block, x: x * block.config.inner.scale,
         lambda block, _: setattr(block.config.inner, "scale", 3.0),
@@ -474,6 +510,45 @@ def test_a_number_that_a_class_inherits_and_a_forward_sets_stays() -> None:
     model = bnrewrite.convert(Heir(count))
     assert "number" not in vars(Heir)
     assert "changes number" in bnrewrite.report(model).skipped[0].reason
+
+
+class Signed(nn.Module):
+    """Depends on a flag."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if FLAG else x
+
+
+class Direct(nn.Module):
+    """Calls the forward of its child by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.child = nn.BatchNorm2d(4), Signed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child.forward(self.bn(x))
+
+
+CALLED: dict[str, Change] = {
+    "a flag": lambda _, patch: patch.setattr(f"{HERE}.FLAG", True),
+    "of the class": lambda _, patch: patch.setattr(Signed, "forward", lambda _, x: x * 3),
+    "of the instance": lambda model, _: setattr(model.child, "forward", lambda x: x * 3),
+}
+
+
+@pytest.mark.parametrize("what", CALLED)
+def test_a_forward_that_is_called_by_its_name_changes(what: str) -> None:
+    results = []
+    for convert in (lambda model: model, bnrewrite.convert):
+        with _nothing_stays() as patch:
+            model = convert(Direct())
+            assert convert is not bnrewrite.convert or is_owner(model)
+            x = torch.linspace(-1, 1, 400).view(4, 4, 5, 5)
+            results.append([model(x)])
+            CALLED[what](model, patch)
+            results[-1].append(model(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 def _runs_graph(model: Any) -> bool:

@@ -10,7 +10,7 @@ from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, same
 from bnrewrite.passes.base import joined
-from bnrewrite.sites.classes import below, original_class
+from bnrewrite.sites.classes import Converted, below, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
 
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
@@ -82,11 +82,18 @@ class Assumptions:
             # What it looks like is known at the end of the trace.
             (self.constants if constant else self.objects)[path, name] = value
             reads.see(value)
-        elif not hasattr(nn.Module, name):
+        elif name == "forward":
+            # That of a converted module is called as the module is, and that of one which is
+            # inlined has been seen.
+            if not isinstance(module, Converted) and path not in self.classes:
+                self.methods[path, name] = type(module).forward
+                reads.see_in_class(type(module), name)
+        else:
             value = getattr(original_class(module), name, None)
-            self.inherited[path, name] = value
-            reads.see_in_class(original_class(module), name)
-            reads.see(value)
+            if not hasattr(nn.Module, name) or value is not getattr(nn.Module, name):
+                self.inherited[path, name] = value
+                reads.see_in_class(original_class(module), name)
+                reads.see(value)
 
     def note_member(self, path: str, module: nn.Module, name: str) -> None:
         """Notes that the traced code asked for a parameter, buffer or child, which may be None."""

@@ -34,6 +34,11 @@ def watch_comparisons(function: FunctionType) -> None:
         function.__code__ = copy
 
 
+def own_code(function: FunctionType) -> CodeType:
+    """The code of ``function``, also while it runs a copy."""
+    return _WATCH.original(function.__code__)
+
+
 @contextlib.contextmanager
 def giving_code_back() -> Iterator[None]:
     """Ends what :func:`watch_comparisons` begins."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bnrewrite.capture.comparisons import own_code
 from bnrewrite.capture.seen import MISSING, Seen
 
 
@@ -70,7 +71,7 @@ class Outside:
 
     Attributes:
         values: by the holder and the name there, what was found. Holders are dictionaries of
-            globals and of defaults, classes, functions and cells.
+            globals and of defaults, classes, functions (their defaults and code) and cells.
         answers: of torch, by the name of the question.
     """
 
@@ -102,7 +103,7 @@ def read_of(holder: Any, name: str) -> Any:
     if isinstance(holder, type):
         return vars(holder).get(name, MISSING)
     if isinstance(holder, FunctionType):
-        return holder.__defaults__
+        return own_code(holder) if name == "__code__" else holder.__defaults__
     try:
         return holder.cell_contents
     except ValueError:
@@ -117,6 +118,8 @@ def write_to(holder: Any, name: str, value: Any) -> None:
         delattr(holder, name)
     elif isinstance(holder, type):
         setattr(holder, name, value)
+    elif isinstance(holder, FunctionType) and name == "__code__":
+        holder.__code__ = value
     elif isinstance(holder, FunctionType):
         holder.__defaults__ = value
     else:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bnrewrite.capture.bytecode import decisions, loads_global
 from bnrewrite.capture.candidates import code_names
-from bnrewrite.capture.comparisons import watch_comparisons
+from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
 from bnrewrite.capture.patches import record_questions
 from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
@@ -85,6 +85,7 @@ class Reads:
         self._objects: dict[int, dict[str, Any]] = {}
         self._attributes: dict[int, dict[str, Any]] = collections.defaultdict(dict)
         self._named: dict[tuple[int, str], Any] = {}
+        self._looked: set[tuple[int, str, frozenset[str]]] = set()
         self._outside = Outside()
         self._traced: list[type] = []
         self._made: list[type] = []
@@ -211,7 +212,8 @@ class Reads:
             return
         if is_library(function.__module__):
             return
-        self._functions[id(function)] = function
+        self._functions[id(function)] = self._outside.holders[id(function)] = function
+        self._named[id(function), "__code__"] = own_code(function)
         names = code_names(function.__code__)
         record_questions(function, names, self._tracer)
         decided = decisions(function.__code__)
@@ -246,8 +248,10 @@ class Reads:
     def _name(self, holder: Any, name: str, names: frozenset[str]) -> None:
         """Notes one value that code names, and what it may read of that by ``names``."""
         value = read_of(holder, name)
-        if (id(holder), name) in self._named or value is MISSING or is_question(value):
+        looked = id(holder), name, names
+        if looked in self._looked or value is MISSING or is_question(value):
             return
+        self._looked.add(looked)
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
         if home in _AMBIENT or value is builtins:
             self._tracer.refuse(f"asks for what {home} tells")
@@ -256,7 +260,7 @@ class Reads:
         if isinstance(value, ModuleType) and is_library(value.__name__):
             return
         self._outside.holders[id(holder)] = holder
-        self._named[id(holder), name] = value
+        self._named.setdefault((id(holder), name), value)
         if isinstance(value, ModuleType):
             for one in names & vars(value).keys():
                 self._name(vars(value), one, names)

@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, tell: Callable[[Any, Any], None]) -> None:
         self._tell = tell
         self._copies: dict[int, tuple[CodeType, CodeType]] = {}
+        self._originals: dict[int, CodeType] = {}
 
     def __contains__(self, pair: tuple[Any, Any]) -> bool:
         left, right = pair
@@ -48,7 +49,12 @@ class Watch:
         if found is None:
             found = self._copies[id(code)] = (code, self._made(code))
             self._copies[id(found[1])] = (found[1], found[1])
+            self._originals[id(found[1])] = code
         return found[1]
+
+    def original(self, code: CodeType) -> CodeType:
+        """What ``code`` is a copy of, or itself."""
+        return self._originals.get(id(code), code)
 
     def _made(self, code: CodeType) -> CodeType:
         consts = tuple(
