@@ -494,6 +494,48 @@ def test_what_is_none_only_in_calls_is_noticed_wherever_it_is(what: str) -> None
     assert not is_owner(model)
 
 
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda self, y, x: _added(y, self.hands.inner(y)[0]),
+        lambda self, y, x: _added(y, {"x": x}.get("x")[0]),  # pyright: ignore
+    ],
+    ids=["of a child", "of an argument"],
+)
+def test_an_element_that_may_be_none(do: Callable[..., Any]) -> None:
+    model = bnrewrite.convert(Net(do))
+    assert "with None" in bnrewrite.report(model).skipped[0].reason
+
+
+class Direct(nn.Module):
+    """Calls the forward of its child by its name."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child.forward(self.bn(self.conv(x)))
+
+
+class Optional(nn.Module):
+    """Asks what a child gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Odd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.odd(x)
+        return x if y is None else y * 2
+
+
+def test_a_forward_that_is_called_by_its_name_compares() -> None:
+    model = _assert_same(lambda: Direct(Optional()), lambda model: [model(X), model(X[:3])])
+    assert not is_owner(model)
+
+
 def test_code_is_given_back() -> None:
     before = Net.forward.__code__, _exists.__code__, Result.is_empty.fget.__code__  # pyright: ignore
     for what in ("a property", "an element"):
@@ -512,7 +554,26 @@ def _asserted(self: Net, y: Tensor, x: Tensor) -> Tensor:
     return y * 2
 
 
+def _added(x: Any, other: Any = None) -> Any:
+    return x if other is None else x + other
+
+
+def _chunked(self: Net, y: Tensor, x: Tensor) -> Tensor:
+    first, second = y.chunk(2, 1)
+    return y * _added(first, second)[:, :1]
+
+
+def _resized(y: Tensor, height: Any = None) -> Tensor:
+    return y if height is None else F.interpolate(y, size=(height, height))
+
+
 CAPTURED: dict[str, Callable[..., Any]] = {
+    "a chunk for an optional argument": _chunked,
+    "a part that torch splits": lambda self, y, x: _added(y, torch.split(y, 1, 1)[1]),
+    "a slice for an optional argument": lambda self, y, x: _added(y, y[:, :1]),
+    "a size for an optional argument": lambda self, y, x: _resized(y, y.shape[2:][0]),
+    "an element of a sum": lambda self, y, x: _added(y, (y + 1)[0]),
+    "an element of a layer": lambda self, y, x: _added(y, self.conv1(x)[0]),
     "numbers of numpy": _numpy_number,
     "the first of a sum": _accumulated,
     "hasattr of what tensors have": lambda self, y, x: y * 2 if hasattr(x, "shape") else y,

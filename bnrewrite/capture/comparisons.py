@@ -8,6 +8,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from bnrewrite.capture.bytecode import Decisions, decisions
 from bnrewrite.capture.frames import TRACES, is_ours
@@ -81,9 +82,38 @@ def _may_be_none(tracer: Any, value: Any) -> bool:
     if node.target is getattr:
         return _attribute_may_be_none(str(node.args[1]))
     if node.target is operator.getitem:
-        return True
+        return not (_is_slice(node.args[1]) or _is_of_tensors(tracer, node.args[0]))
     home = getattr(node.target, "__module__", None) or ""
     return not home.startswith(("torch", "_operator", "math"))
+
+
+def _is_slice(index: Any) -> bool:
+    """Whether an index makes a part of what is indexed, and not an element of it."""
+    return isinstance(index, slice) or (
+        isinstance(index, tuple) and any(isinstance(one, slice) or one is ... for one in index)
+    )
+
+
+def _is_of_tensors(tracer: Any, node: Any) -> bool:
+    """Whether no element of a value is None: of a tensor, of its shape, of its chunks."""
+    if node.op == "call_module":
+        return tracer.is_layer(node)
+    if node.op == "call_method":
+        return hasattr(Tensor, str(node.target))
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    if node.target is getattr:
+        return not _attribute_may_be_none(str(node.args[1]))
+    if node.target is operator.getitem:
+        return _is_of_tensors(tracer, node.args[0])
+    home = getattr(node.target, "__module__", None) or ""
+    if home == "_operator":
+        return any(_is_of_tensors(tracer, one) for one in node.all_input_nodes)
+    return home in _OF_TENSORS and node.target is not F.multi_head_attention_forward
+
+
+_OF_TENSORS = frozenset(("torch", "torch.functional", "torch.nn.functional", "torch._C._nn"))
+"""Modules of functions that make tensors, or tuples of them."""
 
 
 _OPTIONAL = frozenset(("grad", "grad_fn", "names"))
