@@ -31,7 +31,8 @@ class SiteReport:
             if the BatchNorm module evaluates it by itself.
         where: file and line of the call, where known.
         fused: what follows the site and became one call with it, like ``"sum, relu"``; or "".
-        shares_with: names of the sites that take part in its collective.
+        shares_with: names of the sites that take part in its collective; its own where that is
+            another evaluation of it.
     """
 
     name: str
@@ -263,7 +264,7 @@ def _sites(
         dataclasses.replace(
             site,
             fused=first[site.name].fused_with(site.name),
-            shares_with=tuple(name for name in first[site.name].sites if name != site.name),
+            shares_with=_others(first[site.name].sites, site.name),
         )
         if site.name in first
         else site
@@ -295,6 +296,13 @@ def _summary(name: str, done: PassReport, owners: set[str | None]) -> PassSummar
         if skip.name not in rewritten and (everywhere or skip.owner in {None, *owners})
     }
     return PassSummary(name, len(rewritten), tuple(left.values()))
+
+
+def _others(names: tuple[str, ...], own: str) -> tuple[str, ...]:
+    """``names`` once each, without one of ``own``."""
+    others = list(names)
+    others.remove(own)
+    return tuple(dict.fromkeys(others))
 
 
 def _found(conversion: Conversion, name: str) -> PassReport:

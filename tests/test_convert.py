@@ -850,3 +850,19 @@ def test_patterns_that_match_other_modules_match_no_site(pattern: str) -> None:
     model = DigitsNet()
     with pytest.raises(ValueError, match="matches none of the 7 BatchNorm sites"):
         bnrewrite.convert(model, mode={pattern: "frozen", "*": "sync"})
+
+
+class _TwoViews(nn.Module):
+    """Runs one encoder twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.encoder(x) - self.encoder(y)
+
+
+def test_a_site_that_shares_with_its_other_evaluation_says_so() -> None:
+    (site,) = bnrewrite.report(bnrewrite.convert(_TwoViews())).sites
+    assert site.shares_with == ("encoder.1",)
