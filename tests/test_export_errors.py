@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 import bnrewrite
 from bnrewrite import ExportError, export_onnx
+from bnrewrite.export.quiet import quiet_stderr
 from tests.export_models import Block, random_image, randomize
 
 
@@ -146,6 +148,24 @@ def test_a_model_that_cannot_be_exported_is_refused(name, tmp_path):
         export_onnx(make(), (x,), tmp_path / "m.onnx")
     assert len(str(caught.value).splitlines()[0]) > 40
     assert not list(tmp_path.iterdir())
+
+
+def test_control_flow_that_depends_on_values_is_named_in_one_line(capfd):
+    """torch.export prints the graphs of both ways of tracing on stderr before it raises."""
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Branches(), (X,))
+    line = Branches.forward.__code__.co_firstlineno + 1
+    assert str(caught.value).startswith(f"{__file__}:{line}: torch.export cannot trace")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_threads_go_on_printing_while_a_trace_is_quiet(capsys):
+    with quiet_stderr() as kept:
+        print("graph", file=sys.stderr)
+        other = threading.Thread(target=print, args=("other",), kwargs={"file": sys.stderr})
+        other.start()
+        other.join()
+    assert (kept.getvalue(), capsys.readouterr().err) == ("graph\n", "other\n")
 
 
 ARGUMENTS = {

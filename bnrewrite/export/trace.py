@@ -2,8 +2,11 @@
 
 import dataclasses
 import logging
+import os
 import re
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +19,14 @@ from bnrewrite.export.arguments import Example
 from bnrewrite.export.batch_statistics import lower_batch_statistics
 from bnrewrite.export.dynamic import Axes, torch_shapes
 from bnrewrite.export.evaluate import output_leaves
-from bnrewrite.export.quiet import quiet
+from bnrewrite.export.quiet import quiet, quiet_stderr
 
 log = logging.getLogger(__name__)
 
 PREFIX = "model."
 """In front of the names of parameters and buffers, because the adapter holds the model."""
+
+_SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
@@ -93,7 +98,8 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
     # Without it, an example with a batch of one would fix the batch.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
     # It logs errors of its own before it raises, which is reported below.
-    hushed = quiet("torch.export", "torch._guards", "torch._dynamo", level=logging.CRITICAL)
+    loggers = "torch.export", "torch._guards", "torch._dynamo", _SHAPES_LOGGER
+    hushed = quiet(*loggers, level=logging.CRITICAL)
     with warnings.catch_warnings(), torch.no_grad(), oblivious, hushed:
         # The model's own warnings were shown when it ran on the example.
         warnings.simplefilter("ignore")
@@ -101,11 +107,15 @@ def _export(adapter: Adapter, example: Example, axes: Axes) -> ExportedProgram:
         # Strict tracing reads the code of the model: slower, and other models pass it. It also
         # leaves a size dynamic that the code converts to an int, which fixes it otherwise.
         for strict in (False, True):
-            try:
-                return torch.export.export(adapter, tensors, dynamic_shapes=shapes, strict=strict)
-            except Exception as error:
-                log.debug("torch.export with strict=%s fails: %s", strict, error)
-                failures.append(error)
+            with quiet_stderr() as printed:
+                try:
+                    return torch.export.export(
+                        adapter, tensors, dynamic_shapes=shapes, strict=strict
+                    )
+                except Exception as error:
+                    text = printed.getvalue()
+                    log.debug("torch.export with strict=%s fails: %s\n%s", strict, error, text)
+                    failures.append(error)
     raise ExportError(_failure(failures[0], example, axes)) from failures[0]
 
 
@@ -134,9 +144,26 @@ def _failure(error: Exception, example: Example, axes: Axes) -> str:
                 f"Leave it out of dynamic_shapes. torch.export says: {text}"
             )
     return (
-        f"torch.export cannot trace the model in eval mode: {type(error).__name__}: {text}. "
+        f"{_line(error)}torch.export cannot trace the model in eval mode: "
+        f"{type(error).__name__}: {text}. "
         "Remove the operation, or the control flow that depends on values, from its forward."
     )
+
+
+def _line(error: Exception) -> str:
+    """File and line of the model's own code where tracing failed; "" if it is all torch's."""
+    skipped = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<"
+    found, inside = "", False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename.startswith(skipped):
+            inside = False
+            continue
+        # torch calls other packages as well; the model's code starts with a module's method.
+        inside = inside or isinstance(frame.f_locals.get("".join(code.co_varnames[:1])), nn.Module)
+        if inside:
+            found = f"{code.co_filename}:{line}: "
+    return found
 
 
 def _tensors_by_node(program: ExportedProgram) -> dict[str, tuple[str, Tensor]]:
