@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import bnrewrite
 from bnrewrite import ExportError, export_onnx
+from bnrewrite.demo.network import DigitsNet
 from bnrewrite.export.quiet import quiet_stderr
 from tests.export_models import Block, random_image, randomize
 
@@ -58,6 +59,17 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x) if x.sum() > 0 else self.bn(-x)
+
+
+class Scales(nn.Module):
+    """Computes something else when it is exported, unless the width is 9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) * (1.0 if torch.compiler.is_exporting() else x.shape[3] / 9)
 
 
 class Strange(nn.Module):
@@ -245,6 +257,28 @@ def test_an_option_that_cannot_be_met_is_refused(name):
     options, error, message = OPTIONS[name]
     with pytest.raises(error, match=message):
         export_onnx(Block(), (X,), **options)
+
+
+@pytest.mark.parametrize("axis", ["c", torch.export.Dim("c")], ids=["name", "Dim"])
+def test_an_axis_of_one_that_the_code_fixes_is_refused(axis):
+    """torch.export says c from 1 to 2, because an axis of one is no constant to it."""
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(
+        ExportError, match=r"^axis 1 of 'x' cannot be dynamic: .*fixes it.*Leave it"
+    ):
+        export_onnx(DigitsNet(), (x,), dynamic_shapes=[{1: axis}])
+
+
+def test_each_dynamic_axis_is_compared_on_a_second_size():
+    shapes = [{0: "n", 2: "height", 3: "width"}]
+    with pytest.raises(ExportError, match=r"^axis 3 of 'x' of size 10: output 0 .output. differs"):
+        export_onnx(Scales(), (X,), dynamic_shapes=shapes)
+
+
+def test_an_example_that_a_derived_axis_cannot_have_is_refused():
+    shapes = [{3: 4 * torch.export.Dim("w")}]
+    with pytest.raises(ExportError, match=r"axis 3 of 'image' is 4\*w .*has 9 there, which no w"):
+        export_onnx(Block(), (X,), dynamic_shapes=shapes)
 
 
 def test_a_name_given_twice_is_refused():

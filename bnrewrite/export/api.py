@@ -55,7 +55,7 @@ def export_onnx(
         opset_version: version of the operators, 15 to 26; 18 by default.
         fold: compute BatchNorm into the convolution or linear layer before it, where it is legal.
         verify: compare onnxruntime's outputs with the model's on the example, and on a second
-            batch size if the batch is dynamic.
+            size of each dynamic axis.
         rtol: allowed difference relative to the largest value of an output; by default 1e-4 in
             float32 and 1e-2 in float16.
         atol: allowed absolute difference on top; by default the rounding of values of order one.

@@ -65,17 +65,31 @@ def _check_equal_names(example: Example, axes: Axes) -> None:
     first: dict[str, tuple[str, int]] = {}
     for name, tensor, one in zip(example.names, example.tensors, axes, strict=True):
         for axis, what in one.items():
-            called = axis_name(what)
+            called = root_name(what)
             if called is None:
                 continue
-            place, size = f"axis {axis} of {name!r}", tensor.shape[axis]
+            place = f"axis {axis} of {name!r}"
+            size = _root_size(place, what, tensor.shape[axis])
             other, there = first.setdefault(called, (place, size))
             if size != there:
                 raise ExportError(
                     f"{place} and {other} are both called {called!r} in dynamic_shapes, but the "
-                    f"example has {size} and {there} there. Give them two names, or an example in "
+                    f"example makes that {size} and {there}. Give them two names, or an example in "
                     "which they are equal."
                 )
+
+
+def _root_size(place: str, what: Any, size: int) -> int:
+    """The size that makes a derived axis ``size``, as 4 for ``4*h`` makes it 16."""
+    if root_name(what) == axis_name(what):
+        return size
+    zero, one = what.fn(0), what.fn(1)
+    if (size - zero) % (one - zero):
+        raise ExportError(
+            f"{place} is {axis_name(what)} in dynamic_shapes, but the example has {size} there, "
+            f"which no {root_name(what)} makes. Give an example that fits, or another Dim."
+        )
+    return (size - zero) // (one - zero)
 
 
 def _flatten_variadic(model: nn.Module, given: Mapping[Any, Any]) -> dict[str, Any]:
@@ -145,3 +159,8 @@ def axis_name(what: Any) -> str | None:
     if isinstance(what, str):
         return what
     return getattr(what, "__name__", None) if isinstance(what, Dim) else None
+
+
+def root_name(what: Any) -> str | None:
+    """As :func:`axis_name`, but ``h`` for a derived axis such as ``4*h``."""
+    return axis_name(getattr(what, "root", what))

@@ -13,13 +13,13 @@ from bnrewrite.export import files, names, translate, verify
 from bnrewrite.export.arguments import Example
 from bnrewrite.export.cleanup import clean
 from bnrewrite.export.dynamic import Axes
-from bnrewrite.export.evaluate import Outputs, evaluate
+from bnrewrite.export.evaluate import Outputs
 from bnrewrite.export.fold import fold_batch_norms
 from bnrewrite.export.mixed import widen_batch_norms
 from bnrewrite.export.paths import data_name
 from bnrewrite.export.plain import plain_copy
 from bnrewrite.export.report import ExportReport, TensorReport
-from bnrewrite.export.second import axis_limits, second_example
+from bnrewrite.export.second import Other, axis_limits, other_examples
 from bnrewrite.export.trace import Traced, trace
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ def _ranges(model: ir.Model, traced: Traced) -> dict[str, tuple[int, int | None]
 def _verify(job: Job, traced: Traced, model: ir.Model, path: Path) -> _Verified:
     if not job.verify:
         return _Verified(why_not="verify=False")
+    # Without onnxruntime too: the report tells the limits of each axis.
+    others = other_examples(traced.program, job.model, job.example, job.axes)
     if not verify.has_onnxruntime():
         return _Verified(why_not="onnxruntime is not installed")
     log.info("comparing with the model in onnxruntime")
@@ -120,28 +122,17 @@ def _verify(job: Job, traced: Traced, model: ir.Model, path: Path) -> _Verified:
         for attribute in node.attributes.values()
     )
     tolerance = verify.Tolerance(*job.tolerances, rounded)
-    total = _compare(job, runtime, job.example.tensors, job.expected, tolerance)
-    sizes = [_batch_size(job.example.tensors)]
-    second = second_example(traced.program, job.example, job.axes)
-    if second is not None:
-        expected = evaluate(job.model, job.example, second)
-        total |= _compare(job, runtime, second, expected, tolerance)
-        sizes.append(_batch_size(second))
+    size = _batch_size(job.example.tensors)
+    first = Other(f"batch size {size}", job.example.tensors, job.expected)
+    total = verify.Difference()
+    for one in (first, *others):
+        got = runtime.run(one.tensors)
+        try:
+            total |= verify.compare(one.expected.tensors, got, job.outputs, tolerance)
+        except ExportError as error:
+            raise ExportError(f"{one.place}: {error}") from None
+    sizes = dict.fromkeys([size, *(_batch_size(one.tensors) for one in others)])
     return _Verified(tuple(sizes), difference=total)
-
-
-def _compare(
-    job: Job,
-    runtime: verify.Runtime,
-    tensors: tuple[Tensor, ...],
-    expected: Outputs,
-    tolerance: verify.Tolerance,
-) -> verify.Difference:
-    got = runtime.run(tensors)
-    try:
-        return verify.compare(expected.tensors, got, job.outputs, tolerance)
-    except ExportError as error:
-        raise ExportError(f"batch size {_batch_size(tensors)}: {error}") from None
 
 
 def _batch_size(tensors: tuple[Tensor, ...]) -> int:

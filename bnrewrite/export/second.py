@@ -1,48 +1,100 @@
-"""A second example, with another batch size, to see that a dynamic batch is one."""
+"""Other examples, of other sizes, to see that a dynamic axis is one."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from bnrewrite.errors import ExportError
 from bnrewrite.export.arguments import Example
-from bnrewrite.export.dynamic import Axes, axis_name
+from bnrewrite.export.dynamic import Axes, root_name
+from bnrewrite.export.evaluate import Outputs, evaluate
 
 
-def second_example(
-    program: ExportedProgram, example: Example, axes: Axes
-) -> tuple[Tensor, ...] | None:
-    """Inputs with one more sample (or one less) than ``example``; None if the batch is fixed.
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """Inputs of another size, and what the model returns for them.
 
-    Axes that the program ties to the batch change with it, and those that have its name.
+    Attributes:
+        place: the axis that is of another size, and its size.
+        tensors: the inputs.
+        expected: what the model returns.
+    """
+
+    place: str
+    tensors: tuple[Tensor, ...]
+    expected: Outputs
+
+
+def other_examples(
+    program: ExportedProgram, model: torch.nn.Module, example: Example, axes: Axes
+) -> list[Other]:
+    """For each dynamic axis inputs in which it is of another size, within the program's limits.
+
+    Axes that the program ties to it change with it, and those that have its name. Where the model
+    fails on a size, as a U-Net does on an odd one, the next is tried.
+
+    Raises:
+        ExportError: the model takes no other size.
     """
     sizes = _sizes(program)
-    batches = (
-        size[0]
-        for size, one in zip(sizes, axes, strict=True)
-        if 0 in one and not isinstance(size[0], int)
-    )
-    batch = next(batches, None)
-    if batch is None or len(batch.free_symbols) != 1:
-        return None
-    symbol = next(iter(batch.free_symbols))
     values = _values(sizes, example)
-    if symbol not in values:
-        return None
-    now = values[symbol]
-    tied = [one for one in _of_one_name(symbol, sizes, axes) if values.get(one) == now]
-    limits = [program.range_constraints[one] for one in tied if one in program.range_constraints]
-    for then in (now + 1, now - 1):
-        if then >= 1 and all(one.lower <= then <= one.upper for one in limits):
-            values.update(dict.fromkeys(tied, then))
-            return tuple(
+    found: list[Other] = []
+    for index, axis, tied in _tied(sizes, values, axes):
+        place, why = f"axis {axis} of {example.names[index]!r}", ""
+        for tensors in _resizings(program, example, (sizes, values), tied):
+            size = tensors[index].shape[axis]
+            try:
+                expected = evaluate(model, example, tensors)
+            except ExportError as error:
+                cause = error.__cause__ or error
+                why = why or f" With {size} it fails: {type(cause).__name__}: {cause}"
+                continue
+            found.append(Other(f"{place} of size {size}", tensors, expected))
+            break
+        else:
+            raise ExportError(
+                f"{place} cannot be dynamic: the code of the model fixes it to "
+                f"{example.tensors[index].shape[axis]}. Leave it out of dynamic_shapes.{why}"
+            )
+    return found
+
+
+def _resizings(
+    program: ExportedProgram,
+    example: Example,
+    known: tuple[list[list[Any]], dict[Any, int]],
+    tied: list[Any],
+) -> Iterator[tuple[Tensor, ...]]:
+    """The example with other values for ``tied``, which are equal, within the limits."""
+    sizes, values = known
+    now = values[tied[0]]
+    steps = [sign * step for step in _STEPS for sign in (1, -1)]
+    # Twice the size passes where a network halves it several times.
+    candidates = [now + 1, now - 1, 2 * now, now // 2, *(now + step for step in steps)]
+    for then in dict.fromkeys(candidates):
+        if then < 1 or then == now:
+            continue
+        changed = values | dict.fromkeys(tied, then)
+        limits = program.range_constraints
+        if all(
+            limits[one].lower <= one.subs(changed) <= limits[one].upper
+            for one in (*tied, *(one for shape in sizes for one in shape))
+            if one in limits and not one.free_symbols.isdisjoint(tied)
+        ):
+            yield tuple(
                 _resized(
-                    tensor, [one if isinstance(one, int) else int(one.subs(values)) for one in size]
+                    tensor,
+                    [
+                        now if isinstance(one, int) else int(one.subs(changed))
+                        for one, now in zip(size, tensor.shape, strict=True)
+                    ],
                 )
                 for tensor, size in zip(example.tensors, sizes, strict=True)
             )
-    return None
 
 
 def axis_limits(program: ExportedProgram) -> list[dict[int, tuple[int, int | None]]]:
@@ -65,18 +117,38 @@ def axis_limits(program: ExportedProgram) -> list[dict[int, tuple[int, int | Non
 
 
 _FEW, _ENDLESS = 2, 2**31
+_STEPS = 1, 2, 4, 8, 16, 32, 64
 
 
-def _of_one_name(symbol: Any, sizes: list[list[Any]], axes: Axes) -> list[Any]:
-    """``symbol`` and the symbols of the axes to which the user gave the same name."""
-    names = {
-        size[axis]: axis_name(what)
-        for size, one in zip(sizes, axes, strict=True)
+def _symbol(size: Any) -> Any:
+    """The symbol of a size that has one; None if it has none or several."""
+    symbols = () if isinstance(size, int) else tuple(size.free_symbols)
+    return symbols[0] if len(symbols) == 1 else None
+
+
+def _tied(
+    sizes: list[list[Any]], values: dict[Any, int], axes: Axes
+) -> list[tuple[int, int, list[Any]]]:
+    """Input, axis and symbols of each dynamic axis that was asked for, one of each name."""
+    asked = [
+        (index, axis, symbol, root_name(what))
+        for index, (size, one) in enumerate(zip(sizes, axes, strict=True))
         for axis, what in one.items()
-        if not isinstance(size[axis], int) and size[axis].is_Symbol
-    }
-    name = names.get(symbol)
-    return [symbol, *(one for one in names if one != symbol and name and names[one] == name)]
+        if (symbol := _symbol(size[axis])) in values
+    ]
+    found: list[tuple[int, int, list[Any]]] = []
+    seen: set[Any] = set()
+    for index, axis, symbol, name in asked:
+        if symbol not in seen:
+            same = [
+                other
+                for _, _, other, called in asked
+                if name is not None and called == name and values[other] == values[symbol]
+            ]
+            tied = list(dict.fromkeys([symbol, *same]))
+            found.append((index, axis, tied))
+            seen.update(tied)
+    return found
 
 
 def _sizes(program: ExportedProgram) -> list[list[Any]]:
@@ -87,13 +159,15 @@ def _sizes(program: ExportedProgram) -> list[list[Any]]:
 
 
 def _values(sizes: list[list[Any]], example: Example) -> dict[Any, int]:
-    """The value of each symbol that is the size of some axis by itself."""
-    return {
-        size: actual
-        for shape, tensor in zip(sizes, example.tensors, strict=True)
-        for size, actual in zip(shape, tensor.shape, strict=True)
-        if not isinstance(size, int) and size.is_Symbol
-    }
+    """The value of each symbol in a size such as ``s`` or ``4*s + 1``."""
+    found: dict[Any, int] = {}
+    for shape, tensor in zip(sizes, example.tensors, strict=True):
+        for size, actual in zip(shape, tensor.shape, strict=True):
+            symbol = _symbol(size)
+            slope = None if symbol is None else size.diff(symbol)
+            if slope is not None and slope.is_number:
+                found[symbol] = int((actual - size.subs(symbol, 0)) / slope)
+    return found
 
 
 def _resized(tensor: Tensor, sizes: list[int]) -> Tensor:
