@@ -322,6 +322,38 @@ def test_dynamic_batch_and_space_have_the_names_given(size):
     assert report.verified == (size, size + 1)
 
 
+class Halves(nn.Module):
+    """Halves its input twice, and doubles it again, as a U-Net does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x + F.interpolate(F.max_pool2d(F.max_pool2d(x, 2), 2), scale_factor=4.0)
+
+
+@pytest.mark.parametrize("batch", ["b", torch.export.Dim("b"), None], ids=["name", "Dim", "fixed"])
+def test_a_derived_axis_has_the_name_given(batch):
+    x = random_image(2, 3, 16, 16)
+    shapes = {"x": {0: batch, 2: torch.export.Dim("h", min=2, max=8) * 4}}
+    report = export_onnx(randomize(Halves()), (x,), dynamic_shapes=shapes)
+    first = 2 if batch is None else "b"
+    assert report.inputs[0].shape == (first, 3, "4*h", 16)
+    assert report.outputs[0].shape == (first, 4, "4*h", 16)
+    assert report.ranges == {"4*h": (8, 32)}
+    assert report.verified == ((2,) if batch is None else (2, 3))
+
+
+def test_a_size_on_which_the_model_fails_is_no_second_size():
+    x = random_image(2, 3, 16, 16)
+    report = export_onnx(randomize(Halves()), (x,), dynamic_shapes={"x": {2: "h"}})
+    assert report.inputs[0].shape == (2, 3, "h", 16)
+    assert report.verified == (2,)
+
+
 def test_an_unnamed_dynamic_axis_gets_a_name():
     report = export_onnx(Block(), (IMAGE,), dynamic_shapes={"image": {0: torch.export.Dim.DYNAMIC}})
     assert report.inputs[0].shape[0] == report.outputs[0].shape[0] == "image_axis_0"

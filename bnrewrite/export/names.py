@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bnrewrite.errors import ExportError
-from bnrewrite.export.dynamic import Axes, axis_name
+from bnrewrite.export.dynamic import Axes, axis_name, root_name
 from bnrewrite.export.trace import PREFIX
 
 
@@ -115,7 +115,12 @@ def name_axes(model: ir.Model, names: Sequence[str], axes: Axes) -> dict[str, st
                     f"{value.shape[axis] if value.shape else '?'}. Leave it out of dynamic_shapes."
                 )
             if not symbol.isidentifier():
-                continue
+                # A derived axis, as 4*h is: its name is that of the axis it comes from.
+                inner = re.findall(r"[^\W\d]\w*", symbol)
+                wanted = root_name(what)
+                if len(inner) != 1 or wanted is None or isinstance(what, str):
+                    continue
+                symbol = inner[0]
             wanted = wanted or found.get(symbol) or f"{name}_axis_{axis}"
             if found.setdefault(symbol, wanted) != wanted:
                 raise ExportError(
