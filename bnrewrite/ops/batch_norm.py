@@ -153,7 +153,8 @@ def unknown_to_torch(per_channel: tuple[Tensor | None, ...]) -> UnsupportedBatch
 def _check_statistics(site: Site, group: str) -> None:
     """Refuses a site of whose input no statistics can be taken."""
     site.check()
-    if isinstance(site.input, DTensor):
+    # Whether a tensor is an instance of a subclass takes longer to find out.
+    if type(site.input) is not Tensor and isinstance(site.input, DTensor):
         raise UnsupportedBatchNorm(
             "statistics of a DTensor are not defined here: its shards lie on the ranks of its own "
             "mesh. Give the layer the local tensor, input.to_local(), and convert with that mesh "
