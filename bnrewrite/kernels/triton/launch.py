@@ -54,7 +54,7 @@ class Normalized(NamedTuple):
         return stats
 
 
-_NOTHING = Normalized((None,) * 7, (0.0, 0.0), cumulative=False)
+_NO_OTHER = Normalized((None,) * 7, (0.0, 0.0), cumulative=False)
 
 
 def normalize(
@@ -73,7 +73,7 @@ def normalize(
     ``total`` is filled with what is activated, where it is given. With ``other`` the residual is
     normalised, too.
     """
-    second = _NOTHING if other is None else other
+    second = _NO_OTHER if other is None else other
     is_counted = own.cumulative or second.cumulative
     num_books = 1 if is_counted else max(1, -(-x.size(1) // BOOK))
     if plan is None:
