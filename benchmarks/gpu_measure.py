@@ -1,5 +1,6 @@
 """What the GPU benchmarks share: the device, the copy bandwidth, times of captured graphs."""
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,10 @@ def one_rank_group() -> str:
     return group.group_name
 
 
+_CALLS = 32
+"""Calls of a graph, at least: to start one takes some 9 microseconds."""
+
+
 def milliseconds(functions: Sequence[Callable[[], object]], *, repeats: int = 20) -> float:
     """Median time of a call on the device, launches excluded: all calls are one CUDA graph.
 
@@ -58,10 +63,12 @@ def milliseconds(functions: Sequence[Callable[[], object]], *, repeats: int = 20
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    turns = -(-_CALLS // len(functions))
     with torch.cuda.graph(graph):
-        for function in functions:
-            function()
-    return timed(graph.replay, repeats=repeats) / len(functions)
+        for _ in range(turns):
+            for function in functions:
+                function()
+    return timed(graph.replay, repeats=repeats) / (turns * len(functions))
 
 
 def timed(function: Callable[[], object], *, repeats: int, warmup: int = 3) -> float:
@@ -84,6 +91,22 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     time = timed(lambda: target.copy_(source), repeats=20)
     return 2 * source.numel() * source.element_size() / time
+
+
+@functools.cache
+def copy_milliseconds(num_bytes: int) -> float:
+    """Time of a copy that reads and writes so many bytes together, from and to memory."""
+
+    def make(_: int) -> tuple[Tensor, Tensor]:
+        source = torch.randint(256, (num_bytes // 2,), device="cuda", dtype=torch.uint8)
+        return source, torch.empty_like(source)
+
+    sets = sets_beyond_cache(make, num_bytes)
+
+    def copy(source: Tensor, target: Tensor) -> Callable[[], object]:
+        return lambda: target.copy_(source)
+
+    return milliseconds([copy(*pair) for pair in sets])
 
 
 def sets_beyond_cache(make: Callable[[int], Any], num_bytes: int) -> list[Any]:

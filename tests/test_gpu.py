@@ -153,6 +153,47 @@ def test_graphs_that_run_beside_each_other_share_nothing() -> None:
             torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("shape", [(4, 8, 6, 6), (16, 64, 28, 28)], ids=str)
+def test_a_kernel_waits_for_what_it_reads(shape: tuple[int, ...], captured: bool) -> None:
+    """It may start before what writes its input ends: a copy, a kernel, another stream."""
+    inputs = [torch.randn(shape, device="cuda") * 2**k for k in range(8)]
+    side = torch.cuda.Stream()
+
+    def moments() -> list[Tensor]:
+        x = torch.empty(shape, device="cuda")
+        results = []
+        for turn, values in enumerate(inputs):
+            if turn % 2:
+                x.copy_(values)
+            else:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    torch.mul(values, 1.0, out=x)
+                torch.cuda.current_stream().wait_stream(side)
+            results.append(gpu.moments(x))
+            x.fill_(torch.nan)
+        return results
+
+    expected = []
+    for values in inputs:
+        torch.cuda.synchronize()
+        expected.append(gpu.moments(values))
+    results = moments()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph):
+            results = moments()
+    for _ in range(20):
+        if captured:
+            graph.replay()
+        else:
+            results = moments()
+        for mine, its in zip(results, expected, strict=True):
+            assert torch.equal(mine, its)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(32, 64, 56, 56), (16, 512, 7, 7), (4, 3, 200, 200)], ids=str)
 def test_the_same_input_gives_the_same_bits(shape: tuple[int, ...], layout: str) -> None:

@@ -51,7 +51,9 @@ def _compile(one: Launch, target: int, folder: Path) -> Compiled:
     names = one.kernel.arg_names
     annotated = {parameter.name: parameter.annotation_type for parameter in one.kernel.params}
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(one.constants)
+    starts_early = target >= 90
+    constants: dict[str, Any] = {**one.constants, "PDL": starts_early}
+    options = {**one.options, "launch_pdl": starts_early}
     attributes: dict[tuple[int, ...], list] = {}
     for index, (name, value) in enumerate(zip(names, one.args, strict=False)):
         if value is None:
@@ -68,7 +70,7 @@ def _compile(one: Launch, target: int, folder: Path) -> Compiled:
         constexprs=constants,
         attrs=attributes,
     )
-    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=one.options)
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     code = folder / "kernel.ptx"
     code.write_text(made.asm["ptx"])
     tool = get_ptxas(target).path
@@ -179,13 +181,23 @@ QUICK = [
     Variant((32, 64, 56, 56), True, torch.bfloat16, "gelu", False),
     Variant((32, 3, 224, 224), True, torch.float64, "identity", True),
     Variant((32, 2048, 7, 7), False, torch.bfloat16, "relu", True),
+    Variant((32, 256, 14, 14), False, torch.float16, "relu", True),
+    Variant((32, 512, 7, 7), False, torch.float32, "gelu", True),
+    Variant((128, 64, 56, 56), True, torch.float16, "relu", False),
     # Every argument that may be missing is.
     Variant((32, 2048), False, torch.float16, "relu", False, affine=False, tracks=False),
 ]
 ALL = [
     Variant(shape, last, dtype, activation, residual)
     for shape, last, dtype, activation, residual in itertools.product(
-        [(32, 64, 56, 56), (32, 2048, 7, 7), (32, 3, 224, 224), (16, 128, 14, 14)],
+        [
+            (32, 64, 56, 56),
+            (32, 2048, 7, 7),
+            (32, 512, 7, 7),
+            (32, 3, 224, 224),
+            (16, 128, 14, 14),
+            (128, 64, 112, 112),
+        ],
         [False, True],
         [torch.float16, torch.bfloat16, torch.float32, torch.float64],
         ACTIVATIONS,
@@ -268,13 +280,17 @@ class TestPlan:
         for reads in range(4):
             cut = plan(7, C, S, itemsize, last, reads)
             assert cut is not None
-            assert cut.BLOCK_C * cut.BLOCK_S * itemsize <= (16384 if reads == 1 else 8192)
+            is_whole = cut.num_splits == 1 and reads > 0 and not last
+            assert cut.BLOCK_C * cut.BLOCK_S * itemsize <= (
+                16384 if is_whole or reads == 1 else 8192
+            )
             width = cut.GROUP or cut.BLOCK_C
             assert (cut.num_blocks - 1) * width < C <= cut.num_blocks * width
             assert cut.GROUP * cut.P <= cut.BLOCK_C
-            per_image = -(-cut.S // cut.BLOCK_S)
-            assert cut.num_tiles == cut.N * per_image
-            assert (per_image - 1) * cut.BLOCK_S < cut.S <= per_image * cut.BLOCK_S
+            per_image, images = -(-cut.S // cut.SPAN), cut.BLOCK_S // cut.SPAN
+            assert cut.num_tiles == -(-cut.N // images) * per_image
+            assert (per_image - 1) * cut.SPAN < cut.S <= per_image * cut.SPAN
+            assert images == 1 or (images < 2 * cut.N and not cut.LAST)
             assert cut.N * cut.S * cut.P == 7 * S
             N, units_c, units_s, columns = cut.sizes
             units = 1 if cut.GROUP else cut.VEC

@@ -9,9 +9,10 @@ import triton.language as tl
 from bnrewrite.kernels.triton.tiles import sizes, tile
 
 
-@triton.jit(do_not_specialize=["C", "S", "P", "t", "block"])
+@triton.jit(do_not_specialize=["N", "C", "S", "P", "t", "block"])
 def addresses_kernel(
     result: tl.tensor,
+    N: tl.int64,
     C: tl.int64,
     S: tl.int64,
     P: tl.int64,
@@ -19,12 +20,15 @@ def addresses_kernel(
     block: tl.int32,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
     """Addresses of tile ``t`` of a channel block, -1 where there is nothing."""
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
-    start, offsets, mask, _ = tile(t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP)
+    start, offsets, mask, _ = tile(
+        t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
+    )
     place = tl.arange(0, BLOCK_C)[:, None] * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     tl.store(result + place, tl.where(mask, start + offsets, -1))

@@ -124,7 +124,7 @@ def normalize_backward_reduce(
     slope: float,
 ) -> Launch:
     """Fills the sums, twice, and ``grad_residual``; with ``other`` the sums of both branches."""
-    room = workspace(plan, own.x, 2 if other is None else 3)
+    room = workspace(plan, own.x, 2 if other is None else 4)
     is_light = activation in _LIGHT and other is None
     return Launch(
         normalize_backward_reduce_kernel,

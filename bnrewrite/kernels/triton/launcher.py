@@ -1,9 +1,11 @@
 """One launch of a kernel, as cheap for the host as Triton allows."""
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -12,11 +14,22 @@ from bnrewrite.kernels.triton.plan import Plan
 
 _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-_STAGES = 3
-"""Tiles of a program that are on their way or used: what is loaded next does not wait."""
-
 _MOST_REGISTERS = 255
 """Of a thread, on every GPU that Triton compiles for with ptxas."""
+
+
+@functools.cache
+def _starts_early(device: int) -> bool:
+    """Whether kernels may start while the one before ends, for which they then wait themselves.
+
+    That hides a launch: CUDA calls it programmatic dependent launch.
+    """
+    return (
+        device >= 0
+        and torch.version.hip is None
+        and not triton.knobs.runtime.interpret
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 class Launch(NamedTuple):
@@ -57,15 +70,10 @@ class Launch(NamedTuple):
     @property
     def constants(self) -> dict[str, Any]:
         """Values of the arguments that are constants."""
-        plan = self.plan
         return {
-            "BLOCK_C": plan.BLOCK_C,
-            "BLOCK_S": plan.BLOCK_S,
-            "VEC": plan.VEC,
-            "LAST": plan.LAST,
-            "GROUP": plan.GROUP,
+            **self.plan.constants,
             "ACC": _ACC[reference.accumulate_dtype(self.x.dtype)],
-            "STAGES": _STAGES,
+            "PDL": _starts_early(self.x.get_device()),
             **dict(zip(self.more[::2], self.more[1::2], strict=True)),
         }
 
@@ -75,6 +83,8 @@ class Launch(NamedTuple):
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if self.never_spills and torch.version.hip is None:
             options["maxnreg"] = _MOST_REGISTERS
+        if _starts_early(self.x.get_device()):
+            options["launch_pdl"] = True
         return options
 
     def run(self) -> None:

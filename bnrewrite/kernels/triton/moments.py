@@ -6,8 +6,16 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from bnrewrite.kernels.triton.tiles import of_channels, over_splits, sizes, sums_of, tile
+from bnrewrite.kernels.triton.tiles import (
+    count_tiles,
+    of_channels,
+    over_splits,
+    sizes,
+    sums_of,
+    tile,
+)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "P"])
@@ -22,6 +30,7 @@ def moments_kernel(
     P: tl.int64,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -29,6 +38,7 @@ def moments_kernel(
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Packed sums of x, see :func:`bnrewrite.reference.moments`. Bytes: x read once.
 
@@ -39,21 +49,23 @@ def moments_kernel(
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    if PDL:
+        gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     start, offsets, mask, count = tile(
-        split, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+        split, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
     )
     values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
     pivot = (tl.sum(values, 1) / count.to(ACC))[:, None]
     centred = tl.where(mask, values - pivot, 0.0)
     sums = centred
     squares = centred * centred
-    end = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
-    for t in tl.range(split + num_splits, end, num_splits, num_stages=STAGES):
+    last = count_tiles(N, S, BLOCK_S, SPAN)
+    for t in tl.range(split + num_splits, last, num_splits, num_stages=STAGES):
         start, offsets, mask, size = tile(
-            t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+            t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
         )
         values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.where(mask, values - pivot, 0.0)
@@ -61,18 +73,23 @@ def moments_kernel(
         squares += centred * centred
         count += size
     n = count.to(tl.float64)
+    # One division: each takes a thread as long as all the rest that it does for its channels.
+    share = 1.0 / n
     rest = tl.sum(sums, 1).to(tl.float64)
-    mean = tl.sum(pivot, 1).to(tl.float64) + rest / n
+    mean = tl.sum(pivot, 1).to(tl.float64) + rest * share
     total = n * mean
-    square = tl.sum(squares, 1).to(tl.float64) - rest * rest / n + total * mean
-    total = of_channels(total, P, BLOCK_C, GROUP, WIDE)
-    square = of_channels(square, P, BLOCK_C, GROUP, WIDE)
-    c, c_mask = sums_of(block, C, BLOCK_C, GROUP, WIDE)
-    total, square, _, done = over_splits(
-        total, square, total, partials, arrivals, c, c_mask, C, block, split, num_splits, 2, MERGE
-    )
+    square = tl.sum(squares, 1).to(tl.float64) - rest * (rest * share) + total * mean
+    sum_x = of_channels(total, P, BLOCK_C, GROUP, WIDE)
+    sum_xx = of_channels(square, P, BLOCK_C, GROUP, WIDE)
+    pairs = tl.join(sum_x, sum_xx)
+    first, end, c = sums_of(block, C, BLOCK_C, GROUP, WIDE)
+    pairs, _, done = over_splits(
+        pairs, pairs, partials, arrivals, first, end, C, block, split, num_splits, c.shape[0],
+        False, MERGE,
+    )  # fmt: skip
     if done:
-        tl.store(packed + 1 + c, total, mask=c_mask)
-        tl.store(packed + 1 + C + c, square, mask=c_mask)
+        sum_x, sum_xx = tl.split(pairs)
+        tl.store(packed + 1 + c, sum_x, mask=c < end)
+        tl.store(packed + 1 + C + c, sum_xx, mask=c < end)
     if (block == 0) & (split == 0):
         tl.store(packed, (N * S * P).to(tl.float64))

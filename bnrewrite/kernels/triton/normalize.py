@@ -7,9 +7,18 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activate
-from bnrewrite.kernels.triton.tiles import channels, mean_and_var, per_channel, sizes, tile
+from bnrewrite.kernels.triton.tiles import (
+    channels,
+    count_tiles,
+    mean_and_var,
+    per_channel,
+    rstd_of,
+    sizes,
+    tile,
+)
 
 BOOK = 512
 """Channels that a program keeps the statistics of at a time."""
@@ -58,9 +67,8 @@ def _keep_books(
     for block in range(first, tl.cdiv(C, BOOK).to(tl.int32), step):
         c, mask = channels(block, C, 1, BOOK, 0)
         mean, var = mean_and_var(totals, c, mask, C)
-        rstd = tl.rsqrt(var + eps)
         tl.store(stats + c, mean.to(stats.dtype.element_ty), mask=mask)
-        tl.store(stats + C + c, rstd.to(stats.dtype.element_ty), mask=mask)
+        tl.store(stats + C + c, rstd_of(var, eps, stats.dtype.element_ty), mask=mask)
         if running_mean is not None:
             # Of scalars, because the interpreter cannot combine such a condition with a mask.
             moving = c < tl.where(count > 0, C, 0)
@@ -87,8 +95,7 @@ def _affine(
 ) -> tl.tuple:
     """Mean, scale and shift of channels ``c``, (BLOCK_C, 1) each."""
     mean, var = mean_and_var(totals, c, mask, C)
-    rstd = tl.rsqrt(var + eps).to(ACC)[:, None]
-    scale = rstd * per_channel(weight, c, mask, ACC, 1.0)
+    scale = rstd_of(var, eps, ACC)[:, None] * per_channel(weight, c, mask, ACC, 1.0)
     return mean.to(ACC)[:, None], scale, per_channel(bias, c, mask, ACC, 0.0)
 
 
@@ -125,11 +132,13 @@ def normalize_kernel(
     num_books: tl.int32,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OTHER_CUMULATIVE: tl.constexpr,
@@ -146,6 +155,8 @@ def normalize_kernel(
     of each of the ``num_blocks`` channel blocks.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    if PDL:
+        gdc_wait()
     program = tl.program_id(0)
     if program < num_books:
         if other_totals is not None:
@@ -169,10 +180,10 @@ def normalize_kernel(
                 other_totals, other_weight, other_bias, other_eps, c, c_mask, C, ACC
             )
             shift += other_shift
-        last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
+        last = count_tiles(N, S, BLOCK_S, SPAN)
         for t in tl.range(program // num_blocks, last, num_splits, num_stages=STAGES):
             start, offsets, mask, _ = tile(
-                last - 1 - t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+                last - 1 - t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
             )
             z = (tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean) * scale + shift
             if residual is not None:

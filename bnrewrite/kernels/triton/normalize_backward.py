@@ -8,9 +8,10 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activation_backward
-from bnrewrite.kernels.triton.tiles import channels, per_channel, sizes, tile
+from bnrewrite.kernels.triton.tiles import channels, count_tiles, per_channel, sizes, tile
 
 
 @triton.jit
@@ -60,11 +61,13 @@ def normalize_backward_kernel(
     num_blocks: tl.int32,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
@@ -80,6 +83,8 @@ def normalize_backward_kernel(
     Grid: the splits of each of the ``num_blocks`` channel blocks.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    if PDL:
+        gdc_wait()
     block = tl.program_id(0) % num_blocks
     c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
     mean, scale, mean_g, slope_x = _coefficients(stats, totals, weight, sums, c, c_mask, C, ACC)
@@ -90,10 +95,10 @@ def normalize_backward_kernel(
         )
         shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
     num_splits = tl.num_programs(0) // num_blocks
-    last = (N * tl.cdiv(S, BLOCK_S)).to(tl.int32)
+    last = count_tiles(N, S, BLOCK_S, SPAN)
     for t in tl.range(tl.program_id(0) // num_blocks, last, num_splits, num_stages=STAGES):
         start, offsets, mask, _ = tile(
-            last - 1 - t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP
+            last - 1 - t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
         )
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean

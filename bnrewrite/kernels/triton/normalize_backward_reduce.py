@@ -8,10 +8,12 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activation_backward
 from bnrewrite.kernels.triton.tiles import (
     channels,
+    count_tiles,
     of_channels,
     over_splits,
     per_channel,
@@ -65,6 +67,7 @@ def normalize_backward_reduce_kernel(
     P: tl.int64,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -72,6 +75,7 @@ def normalize_backward_reduce_kernel(
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
@@ -86,6 +90,8 @@ def normalize_backward_reduce_kernel(
     Grid: channel blocks, splits. MERGE is 0 if there is one split.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    if PDL:
+        gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -102,8 +108,11 @@ def normalize_backward_reduce_kernel(
         other_scale = other_rstd * per_channel(other_weight, c, c_mask, ACC, 1.0)
         shift += per_channel(other_bias, c, c_mask, ACC, 0.0)
         sum_go = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-    for t in tl.range(split, (N * tl.cdiv(S, BLOCK_S)).to(tl.int32), num_splits, num_stages=STAGES):
-        start, offsets, mask, _ = tile(t, block, C, S, P, ROW, BLOCK_C, BLOCK_S, VEC, LAST, GROUP)
+    last = count_tiles(N, S, BLOCK_S, SPAN)
+    for t in tl.range(split, last, num_splits, num_stages=STAGES):
+        start, offsets, mask, _ = tile(
+            t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
+        )
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
         centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
         if other is not None:
@@ -125,20 +134,24 @@ def normalize_backward_reduce_kernel(
         sum_gx += tl.where(mask, g * centred, 0.0)
         if other is not None:
             sum_go += tl.where(mask, g * o_centred, 0.0)
-    total = of_channels(tl.sum(sum_g, 1).to(tl.float64), P, BLOCK_C, GROUP, WIDE)
+    total = tl.sum(sum_g, 1).to(tl.float64)
     total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
-    total_x = of_channels(total_x, P, BLOCK_C, GROUP, WIDE)
-    total_o = total
+    sum_of_g = of_channels(total, P, BLOCK_C, GROUP, WIDE)
+    sum_of_gx = of_channels(total_x, P, BLOCK_C, GROUP, WIDE)
+    pairs = tl.join(sum_of_g, sum_of_gx)
+    third = pairs
     if other is not None:
-        total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
-        total_o = of_channels(total_o, P, BLOCK_C, GROUP, WIDE)
-    ROWS: tl.constexpr = 2 if other is None else 3
-    c, c_mask = sums_of(block, C, BLOCK_C, GROUP, WIDE)
-    total, total_x, total_o, done = over_splits(
-        total, total_x, total_o, partials, arrivals, c, c_mask, C, block, split, num_splits, ROWS,
-        MERGE,
+        total_o = tl.sum(sum_go, 1).to(tl.float64) * tl.sum(other_rstd, 1).to(tl.float64)
+        sum_of_go = of_channels(total_o, P, BLOCK_C, GROUP, WIDE)
+        third = tl.join(sum_of_go, sum_of_go)
+    first, end, c = sums_of(block, C, BLOCK_C, GROUP, WIDE)
+    pairs, third, done = over_splits(
+        pairs, third, partials, arrivals, first, end, C, block, split, num_splits, c.shape[0],
+        other is not None, MERGE,
     )  # fmt: skip
     if done:
-        _store(sums, gradients, total, total_x, c, c_mask, C)
+        sum_of_g, sum_of_gx = tl.split(pairs)
+        _store(sums, gradients, sum_of_g, sum_of_gx, c, c < end, C)
         if other is not None:
-            _store(other_sums, other_gradients, total, total_o, c, c_mask, C)
+            sum_of_go, _ = tl.split(third)
+            _store(other_sums, other_gradients, sum_of_g, sum_of_go, c, c < end, C)

@@ -32,6 +32,10 @@ _REDUCTION_PROGRAMS = 2
 _SMALL = 4
 """Tiles per multiprocessor up to which one program of a reduction is enough."""
 
+_WHOLE = 4096
+"""Values of a tile of a channel that one program sums; twice as many where they are all of it, and
+it reads nothing else. Faster than programs that wait for each other, as long as tiles are few."""
+
 _MANY = 8
 """Tiles of 16-bit values per multiprocessor from which on larger ones are faster, where a reduction
 reads nothing else; five times as many of 32 bits."""
@@ -51,6 +55,16 @@ _FEW = 4
 _MERGE = 2048
 """Partial sums that the last program loads at a time."""
 
+_STAGES = 3
+"""See :attr:`Plan.STAGES`; of a program with several tiles."""
+
+_DEEP_STAGES = 6
+"""The same of the moments of many 16-bit values in channels-last, where one program loads as far
+ahead as two would, and leaves half as many partial sums."""
+
+_FULL = 1024
+"""Values that make a program of whole channels worth its launch."""
+
 _MULTIPROCESSORS = 132
 """Where the device does not say how many it has."""
 
@@ -66,6 +80,7 @@ class Plan:
         P: columns of a channel.
         BLOCK_C: columns of a tile.
         BLOCK_S: positions of a tile.
+        SPAN: those of them that are in one image; the tile has ``BLOCK_S // SPAN`` images.
         VEC: what the dimension along memory is given in multiples of.
         LAST: whether columns are next to each other in memory.
         GROUP: 0 if each column is a channel. Otherwise the images are small, and contiguous: the
@@ -75,6 +90,7 @@ class Plan:
         num_tiles: tiles of a block.
         num_splits: programs that share the tiles of a block, evenly.
         num_warps: warps of a program.
+        STAGES: tiles of a program that are on their way or used: what comes next does not wait.
         is_tight: whether ptxas is known to spill, for some target and activation, where it has the
             choice. Wide values take registers, and so do single ones, each of which has an
             address and a mask, and columns that are parts of channels, which have statistics each.
@@ -86,6 +102,7 @@ class Plan:
     P: int
     BLOCK_C: int
     BLOCK_S: int
+    SPAN: int
     VEC: int
     LAST: bool
     GROUP: int
@@ -93,6 +110,7 @@ class Plan:
     num_tiles: int
     num_splits: int
     num_warps: int
+    STAGES: int
     is_tight: bool
 
     @functools.cached_property
@@ -105,9 +123,15 @@ class Plan:
         return self.N, self.C, self.S // self.VEC, 1
 
     @functools.cached_property
-    def cut(self) -> tuple[int, int, int, bool, int]:
+    def constants(self) -> dict[str, int]:
         """What of it kernels take for constants."""
-        return self.BLOCK_C, self.BLOCK_S, self.VEC, self.LAST, self.GROUP
+        names = ("BLOCK_C", "BLOCK_S", "SPAN", "VEC", "LAST", "GROUP", "STAGES")
+        return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def cut(self) -> tuple[int, ...]:
+        """The values of these constants."""
+        return tuple(self.constants.values())
 
     @functools.cached_property
     def of_sums(self) -> tuple[str, int, str, int]:
@@ -121,7 +145,7 @@ class Plan:
         return "MERGE", merge if self.num_splits > 1 else 0, "WIDE", wide
 
 
-NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, True, 0, 0, 0, 0, 4, True)
+NOTHING = Plan(0, 0, 0, 1, 1, 1, 1, 1, True, 0, 0, 0, 0, 4, 1, True)
 """Of an empty tensor, but for the number of its channels."""
 
 
@@ -177,39 +201,58 @@ def plan(
     """See :func:`plan_of`."""
     values = _TILE * 4 // max(itemsize, 4)
     tiles_each = N * C * S // values // multiprocessors
-    if itemsize <= 4 and reads == 1 and tiles_each >= (_MANY if itemsize == 2 else 5 * _MANY):
+    is_many = reads == 1 and tiles_each >= {2: _MANY, 4: 5 * _MANY}.get(itemsize, math.inf)
+    if is_many:
         values *= 2
     widest = 16 // itemsize
-    P, group = 1, 0
-    if not last and math.gcd(S, widest) * itemsize < _NARROW:
+    P, group, images = 1, 0, 1
+    whole = _whole(N, C, S, reads, multiprocessors) if itemsize <= 4 and not last else None
+    if not last and not whole and math.gcd(S, widest) * itemsize < _NARROW:
         group = _best_group(C, S, widest)
-    if group:
+    if whole:
+        span, images = whole
+        block_c = min(max(_FULL // (span * images), 1), _power_of_two(C))
+        vec = math.gcd(S, widest)
+    elif group:
         P, S, N, last = S, N, 1, True
         block_c = _power_of_two(group * P)
-        block_s = min(max(values // block_c, 1), _power_of_two(S))
+        span = min(max(values // block_c, 1), _power_of_two(S))
         vec = math.gcd(C * P, group * P, widest)
     elif last:
         N, S = 1, N * S
         block_c = min(_power_of_two(C), _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize)
-        block_s = min(values // block_c, _power_of_two(S))
+        span = min(values // block_c, _power_of_two(S))
         vec = math.gcd(C, widest)
     else:
-        block_s = _best_block(S, values)
-        block_c = min(values // block_s, _power_of_two(C))
+        span = _best_block(S, values)
+        block_c = min(values // span, _power_of_two(C))
         vec = math.gcd(S, widest)
+    block_s = images * span
     num_blocks = -(-C // (group or block_c))
-    num_tiles = N * -(-S // block_s)
-    farthest = block_s * C * P if last else (block_c - 1) * S + block_s
+    num_tiles = -(-N // images) * -(-S // span)
+    farthest = block_s * C * P if last else ((images - 1) * C + block_c - 1) * S + span
     if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * P >= 1 << 31:
         return None
     total = num_tiles * num_blocks
-    if reads:
-        is_small = tiles_each <= _SMALL and not group
-        each = -(-total // (multiprocessors * (1 if is_small else _REDUCTION_PROGRAMS)))
-    else:
+    is_deep = is_many and itemsize == 2 and last and vec == widest and not group
+    if reads == 0:
         busy = -(-total // (multiprocessors * _BUSY))
         each = max(-(-total // _PASS_PROGRAMS), min(busy, _AHEAD))
-    is_alone = reads > 0 and num_tiles <= _FEW
+    elif num_tiles <= _FEW:
+        each = num_tiles
+    else:
+        is_small = tiles_each <= _SMALL and not group
+        programs = 1 if is_small or is_deep else _REDUCTION_PROGRAMS
+        each = -(-total // (multiprocessors * programs))
+    num_splits = -(-num_tiles // each)
+    if num_splits == num_tiles:
+        stages = 1
+    elif is_deep:
+        stages = _DEEP_STAGES
+    else:
+        stages = _STAGES + (is_many and itemsize == 2 and num_splits > 1)
+    # Registers: single accesses take a mask and an address each, unless a tile is all of a channel.
+    needs_many = block_s > _WHOLE or reads > 1 if whole else vec == 1
     return Plan(
         N=N,
         C=C,
@@ -217,16 +260,30 @@ def plan(
         P=P,
         BLOCK_C=block_c,
         BLOCK_S=block_s,
+        SPAN=span,
         VEC=vec,
         LAST=last,
         GROUP=group,
         num_blocks=num_blocks,
         num_tiles=num_tiles,
-        num_splits=1 if is_alone else -(-num_tiles // each),
-        # Single accesses take a mask and an address each: fewer of them per thread.
-        num_warps=max(1, min(8 if vec == 1 else 4, block_c * block_s // 256)),
-        is_tight=itemsize == 8 or vec == 1 or group > 0,
+        num_splits=num_splits,
+        num_warps=max(1, min(8 if needs_many else 4, block_c * block_s // 256)),
+        STAGES=stages,
+        is_tight=itemsize == 8 or (vec == 1 and not whole) or group > 0,
     )
+
+
+def _whole(N: int, C: int, S: int, reads: int, multiprocessors: int) -> tuple[int, int] | None:
+    """Positions and images of a tile of one channel; None where programs are to share channels."""
+    if reads == 0:
+        return None
+    padded = _power_of_two(N) * _power_of_two(S)
+    longest = padded if reads == 1 and padded <= 2 * _WHOLE else _WHOLE
+    span = min(_power_of_two(S), longest)
+    images = min(_power_of_two(N), longest // span)
+    num_tiles = -(-N // images) * -(-S // span)
+    is_small = C * num_tiles * images * span <= _SMALL * _WHOLE * multiprocessors
+    return (span, images) if num_tiles <= _FEW and is_small else None
 
 
 def _best_block(S: int, values: int) -> int:

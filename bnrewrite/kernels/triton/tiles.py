@@ -47,15 +47,23 @@ def channels(
 
 
 @triton.jit
+def count_tiles(N: tl.tensor, S: tl.tensor, BLOCK_S: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
+    """Tiles of a block of columns, int32, as the host has checked to suffice."""
+    return (tl.cdiv(N, BLOCK_S // SPAN) * tl.cdiv(S, SPAN)).to(tl.int32)
+
+
+@triton.jit
 def tile(
     t: tl.tensor,
     block: tl.tensor,
+    N: tl.tensor,
     C: tl.tensor,
     S: tl.tensor,
     P: tl.tensor,
     ROW: tl.tensor,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,6 +72,7 @@ def tile(
 
     The first is an int64 scalar. The second (BLOCK_C, BLOCK_S) is int32, which the host has
     checked to suffice; 64 bits would cost registers. ``t`` is int32, as the host has checked too.
+    The mask compares 32 bits for each VEC, because it is computed as often as values are.
     """
     c = tl.arange(0, BLOCK_C)[:, None]
     s = tl.arange(0, BLOCK_S)[None, :]
@@ -73,17 +82,30 @@ def tile(
         first = tl.cast(t, tl.int64) * BLOCK_S
         start = first * ROW + first_c
         offsets = s * ROW.to(tl.int32) + c
-        mask = (first_c + c < ROW) & (first + s < S)
+        left_c = tl.minimum(ROW - first_c, BLOCK_C).to(tl.int32)
+        left = tl.minimum(S - first, BLOCK_S).to(tl.int32)
+        mask = (c // VEC < left_c // VEC) & (s < left)
         if GROUP:
             mask = mask & (c < width)
     else:
+        IMAGES: tl.constexpr = BLOCK_S // SPAN
         first_c = tl.cast(block, tl.int64) * BLOCK_C
-        num_parts = tl.cdiv(S, BLOCK_S).to(tl.int32)
-        first = tl.cast(t % num_parts, tl.int64) * BLOCK_S
-        start = (tl.cast(t // num_parts, tl.int64) * C + first_c) * S + first
-        offsets = c * S.to(tl.int32) + s
-        mask = (first_c + c < C) & (first + s < S)
-    return start, offsets, mask, tl.minimum(S - first, BLOCK_S)
+        num_parts = tl.cdiv(S, SPAN).to(tl.int32)
+        first = tl.cast(t % num_parts, tl.int64) * SPAN
+        first_n = tl.cast(t // num_parts, tl.int64) * IMAGES
+        start = (first_n * C + first_c) * S + first
+        offsets = c * S.to(tl.int32) + s % SPAN
+        left_c = tl.minimum(C - first_c, BLOCK_C).to(tl.int32)
+        left = tl.minimum(S - first, SPAN).to(tl.int32)
+        # In this order, which lets the compiler see that VEC neighbours are alike.
+        mask = (c < left_c) & ((s // VEC) % (SPAN // VEC) < left // VEC)
+        if IMAGES > 1:
+            image = s // SPAN
+            offsets += image * (C * S).to(tl.int32)
+            left_n = tl.minimum(N - first_n, IMAGES).to(tl.int32)
+            mask = mask & (image < left_n)
+            left *= left_n
+    return start, offsets, mask, left
 
 
 @triton.jit
@@ -103,14 +125,13 @@ def of_channels(
 def sums_of(
     block: tl.tensor, C: tl.tensor, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr
 ) -> tl.tuple:
-    """Channel numbers of what :func:`of_channels` gives, int64, and which of them exist."""
+    """The channels of what :func:`of_channels` gives, int64: the first, the end, one for each."""
     if GROUP:
-        one = tl.arange(0, WIDE)
-        c = tl.cast(block, tl.int64) * GROUP + one
-        return c, (one < GROUP) & (c < C)
+        first = tl.cast(block, tl.int64) * GROUP
+        return first, tl.minimum(first + GROUP, C), first + tl.arange(0, WIDE)
     else:
-        c = tl.cast(block, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-        return c, c < C
+        first = tl.cast(block, tl.int64) * BLOCK_C
+        return first, tl.minimum(first + BLOCK_C, C), first + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
@@ -122,6 +143,24 @@ def mean_and_var(totals: tl.tensor, c: tl.tensor, mask: tl.tensor, C: tl.tensor)
     var = square - mean * mean
     # Not tl.maximum, which would turn NaN into 0.
     return mean, tl.where(var < 0, 0.0, var)
+
+
+@triton.jit
+def rstd_of(var: tl.tensor, eps: tl.float64, ACC: tl.constexpr) -> tl.tensor:
+    """1 / sqrt(var + eps) in ACC, of ``var`` in float64.
+
+    The root of float64 is a function of its own that a thread calls for each channel; that of
+    float32 is one instruction, for which numbers beyond its range are scaled.
+    """
+    square = var + eps
+    if ACC == tl.float64:  # noqa: SIM300
+        return tl.rsqrt(square)
+    else:
+        is_small = square < 2.0**-100
+        is_large = square > 2.0**100
+        scale = tl.where(is_small, 2.0**160, tl.where(is_large, 2.0**-160, 1.0).to(tl.float64))
+        root = tl.where(is_small, 2.0**80, tl.where(is_large, 2.0**-80, 1.0))
+        return tl.rsqrt((square * scale).to(tl.float32)) * root
 
 
 @triton.jit
@@ -137,39 +176,44 @@ def per_channel(
 
 @triton.jit
 def over_splits(
-    a: tl.tensor,
-    b: tl.tensor,
-    other: tl.tensor,
+    pairs: tl.tensor,
+    third: tl.tensor,
     partials: tl.tensor,
     arrivals: tl.tensor,
-    c: tl.tensor,
-    mask: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
     C: tl.tensor,
     block: tl.tensor,
     split: tl.tensor,
     num_splits: tl.tensor,
-    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    THIRD: tl.constexpr,
     MERGE: tl.constexpr,
 ) -> tl.tuple:
-    """The sums of ``a``, ``b`` and ``other`` over all splits, and whether this program has them.
+    """The sums of ``pairs`` and ``third`` over all splits, and whether this program has them.
 
-    It is the one that is the last to store its partial sums (splits, ROWS, C); ``other`` is a sum
-    if there are three rows. MERGE is 0 if there is one split.
+    Both are (WIDTH, 2), of the channels from ``first`` to ``end``; only THIRD says whether there is
+    a ``third``. The program that has the sums is the one that is the last to store its partial
+    sums. MERGE is 0 if there is one split.
     """
     if MERGE:
-        row = partials + split * ROWS * C + c
-        tl.store(row, a, mask=mask)
-        tl.store(row + C, b, mask=mask)
-        if ROWS == 3:
-            tl.store(row + 2 * C, other, mask=mask)
+        # Each pair is next to its neighbours': one wide access, and one sum in place of two.
+        place = first * 2 + tl.arange(0, 2 * WIDTH)
+        exists = place < end * 2
+        row = partials + split * 2 * C + place
+        tl.store(row, tl.reshape(pairs, (2 * WIDTH,)), mask=exists)
+        if THIRD:
+            row += num_splits * 2 * C
+            tl.store(row, tl.reshape(third, (2 * WIDTH,)), mask=exists)
         last = _is_last(arrivals, block, num_splits)
         if last:
-            a, b = _merged(partials, ROWS, c, mask, C, num_splits, MERGE)
-            if ROWS == 3:
-                other = _merged_third(partials, c, mask, C, num_splits, MERGE)
-        return a, b, other, last
+            pairs = _merged(partials, place, exists, C, num_splits, WIDTH, MERGE)
+            if THIRD:
+                thirds = partials + num_splits * 2 * C
+                third = _merged(thirds, place, exists, C, num_splits, WIDTH, MERGE)
+        return pairs, third, last
     else:
-        return a, b, other, True
+        return pairs, third, True
 
 
 @triton.jit
@@ -190,40 +234,22 @@ def _is_last(arrivals: tl.tensor, block: tl.tensor, num_splits: tl.tensor) -> tl
 @triton.jit
 def _merged(
     partials: tl.tensor,
-    ROWS: tl.constexpr,
-    c: tl.tensor,
-    mask: tl.tensor,
+    place: tl.tensor,
+    exists: tl.tensor,
     C: tl.tensor,
     num_splits: tl.tensor,
-    MERGE: tl.constexpr,
-) -> tl.tuple:
-    """Sums over splits of the first two rows of partials (splits, ROWS, C), in a fixed order."""
-    a = tl.zeros((MERGE, c.shape[0]), tl.float64)
-    b = tl.zeros((MERGE, c.shape[0]), tl.float64)
-    for first in range(0, num_splits, MERGE):
-        k = first + tl.arange(0, MERGE)
-        row = partials + k[:, None] * ROWS * C + c[None, :]
-        exists = (k < num_splits)[:, None] & mask[None, :]
-        # Other programs wrote them: not from the cache of this multiprocessor.
-        a += tl.load(row, mask=exists, other=0.0, cache_modifier=".cg")
-        b += tl.load(row + C, mask=exists, other=0.0, cache_modifier=".cg")
-    return tl.sum(a, 0), tl.sum(b, 0)
-
-
-@triton.jit
-def _merged_third(
-    partials: tl.tensor,
-    c: tl.tensor,
-    mask: tl.tensor,
-    C: tl.tensor,
-    num_splits: tl.tensor,
+    WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ) -> tl.tensor:
-    """As :func:`_merged`, the last of three rows."""
-    total = tl.zeros((MERGE, c.shape[0]), tl.float64)
+    """Sums over splits of partials (splits, 2C), in a fixed order: (WIDTH, 2)."""
+    total = tl.zeros((MERGE, 2 * WIDTH), tl.float64)
     for first in range(0, num_splits, MERGE):
-        k = first + tl.arange(0, MERGE)
-        row = partials + (k[:, None] * 3 + 2) * C + c[None, :]
-        exists = (k < num_splits)[:, None] & mask[None, :]
-        total += tl.load(row, mask=exists, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+        k = first + tl.arange(0, MERGE)[:, None]
+        # Other programs wrote them: not from the cache of this multiprocessor.
+        total += tl.load(
+            partials + k * 2 * C + place[None, :],
+            mask=(k < num_splits) & exists[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    return tl.reshape(tl.sum(total, 0), (WIDTH, 2))
