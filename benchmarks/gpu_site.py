@@ -14,15 +14,16 @@ more, never slower than ``F.batch_norm`` above 1 MB.
 """
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from gpu_measure import (
-    assert_close,
     copy_bandwidth,
     copy_milliseconds,
     gpu,
+    is_close,
     milliseconds,
     one_rank_group,
     require_gpu,
@@ -35,6 +36,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 from bnrewrite import reference
 from bnrewrite.kernels import gpu as kernels
+from bnrewrite.kernels.triton import workspace
 
 EPS = 1e-5
 
@@ -90,6 +92,17 @@ class Case:
         self.bias = torch.randn(C, device="cuda").requires_grad_()
         self.mean, self.var = torch.zeros(C, device="cuda"), torch.ones(C, device="cuda")
         self.count = torch.tensor(0, device="cuda")
+
+        self._keep_off_zero()
+
+    @torch.no_grad()
+    def _keep_off_zero(self) -> None:
+        """Moves residuals where a rounding error would decide about the gradient of the ReLU."""
+        tensors = (self.x, self.weight, self.bias, self.residual)
+        x, weight, bias, residual = (t.double() for t in tensors)
+        z = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS) + residual
+        least = 16 * torch.finfo(self.x.dtype).eps
+        self.residual += torch.where(z.abs() < least, torch.where(z < 0, -least, least), 0.0)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, ...]:
         wanted = (self.x, self.weight, self.bias, self.residual)
@@ -166,7 +179,7 @@ def assert_no_synchronisation(case: Case) -> None:
 def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]:
     """Times, predictions and shares of the copy bandwidth of one shape."""
     case = cases[0]
-    assert_close(case.ours(), case.exact(), case.plain())
+    is_exact = is_close(case.ours(), case.exact(), case.plain())
     assert_no_synchronisation(case)
     num_bytes = case.x.numel() * case.x.element_size()
     times = {
@@ -174,6 +187,7 @@ def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]
         for name in ("ours", "plain", "sync")
     }
     row: dict[str, Any] = {"megabytes": num_bytes / 2**20, "ms": times, "kernels": {}}
+    row["is_exact"] = is_exact
     # moments 1, normalize 3, the reduction 4, the gradient 3.
     row["predicted_ms"] = 11 * num_bytes / bandwidth
     each = [one.kernels() for one in cases]
@@ -220,6 +234,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "least_and_median_share_of_copy": least_and_median("share_of_copy"),
         "least_and_median_share_of_small_copy": least_and_median("share_of_small_copy"),
+        "inexact": [
+            (row["shape"], row["dtype"], row["layout"]) for row in rows if not row["is_exact"]
+        ],
         "most_of_plain": max(
             (row["ms"]["ours"] / row["ms"]["plain"] for row in rows if row["megabytes"] > 1),
             default=None,
@@ -245,6 +262,8 @@ def main() -> None:
                     return Case(shape, dtype, layout == "channels-last", group)
 
                 row = {"of": of, "shape": shape, "dtype": str(dtype)[6:], "layout": layout}
+                # Graphs keep their counters; those of the last shape are gone.
+                workspace._RESERVES.clear()
                 row |= measured(sets_beyond_cache(make, num_bytes), bandwidth, options.rounds)
                 rows.append(row)
                 print(line(row), flush=True)
@@ -256,6 +275,8 @@ def main() -> None:
         {"gpu": gpu(), "copy_bytes_per_ms": bandwidth, **result, "cases": rows},
         save=options.save,
     )
+    # Times of wrong results are of no use.
+    sys.exit(1 if result["inexact"] else 0)
 
 
 if __name__ == "__main__":

@@ -718,6 +718,28 @@ def _check_addresses(cut: Plan, C: int, t: int, block: int) -> None:
     assert torch.equal(result.cpu(), expected)
 
 
+def _check_rstd(dtype: torch.dtype) -> None:
+    sizes = [0.0, 1e-60, 1e-50, 1e-40, 1e-30, 0.3, 1.0, 7.0, 1e30, 1e40, 1e70, torch.inf]
+    var = torch.tensor(sizes, dtype=torch.float64, device=harness.device())
+    C = len(var)
+    x = torch.zeros(4, C, 2, dtype=dtype, device=harness.device())
+    totals = torch.cat([var.new_tensor([8.0]), torch.zeros_like(var), 8 * var])
+    with kernels_on_cpu_tensors():
+        _, stats = gpu.normalize(x, totals, None, None, 0.0, None, None, None, 0.1)
+    exact = var.rsqrt().to(stats.dtype)
+    assert torch.equal(stats[1].isinf(), exact.isinf())
+    finite = exact.isfinite()
+    error = (stats[1][finite].double() / exact[finite].double() - 1).nan_to_num().abs().max()
+    # The root is rounded, its argument before it, and the reference after it.
+    assert error <= 1.5 * torch.finfo(stats.dtype).eps
+    assert (stats[1][exact == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_deviations_of_every_size(run: Interpreter, dtype: torch.dtype) -> None:
+    run(_check_rstd, dtype)
+
+
 class TestManyTiles:
     """Programs with many tiles, whose results others add up."""
 

@@ -18,6 +18,11 @@ _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 """Activations whose derivative is a choice."""
 
 
+def _takes_registers(plan: Plan) -> bool:
+    """Whether a reduction does: for partial sums, too, lest they are loaded one after another."""
+    return plan.is_tight or plan.num_splits > 1
+
+
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
     """Fills ``packed`` (2C + 1,), float64."""
     return Launch(
@@ -28,7 +33,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
         plan,
         plan.of_sums,
         plan.num_warps,
-        never_spills=plan.is_tight,
+        never_spills=_takes_registers(plan),
     )
 
 
@@ -135,7 +140,7 @@ def normalize_backward_reduce(
         ("ACTIVATION", activation, *plan.of_sums),
         # Several accumulators and operands and what an activation needs: half as many per thread.
         plan.num_warps if is_light else min(2 * plan.num_warps, 8),
-        never_spills=plan.is_tight or not is_light,
+        never_spills=_takes_registers(plan) or not is_light,
     )  # fmt: skip
 
 

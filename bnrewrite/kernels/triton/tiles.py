@@ -149,8 +149,9 @@ def mean_and_var(totals: tl.tensor, c: tl.tensor, mask: tl.tensor, C: tl.tensor)
 def rstd_of(var: tl.tensor, eps: tl.float64, ACC: tl.constexpr) -> tl.tensor:
     """1 / sqrt(var + eps) in ACC, of ``var`` in float64.
 
-    The root of float64 is a function of its own that a thread calls for each channel; that of
-    float32 is one instruction, for which numbers beyond its range are scaled.
+    The root of float64 is a function of its own that a thread calls for each channel. That of
+    float32 is one instruction, whose last bits a step of Newton's method makes right; numbers
+    beyond its range are scaled.
     """
     square = var + eps
     if ACC == tl.float64:  # noqa: SIM300
@@ -159,8 +160,12 @@ def rstd_of(var: tl.tensor, eps: tl.float64, ACC: tl.constexpr) -> tl.tensor:
         is_small = square < 2.0**-100
         is_large = square > 2.0**100
         scale = tl.where(is_small, 2.0**160, tl.where(is_large, 2.0**-160, 1.0).to(tl.float64))
-        root = tl.where(is_small, 2.0**80, tl.where(is_large, 2.0**-80, 1.0))
-        return tl.rsqrt((square * scale).to(tl.float32)) * root
+        back = tl.where(is_small, 2.0**80, tl.where(is_large, 2.0**-80, 1.0))
+        scaled = (square * scale).to(tl.float32)
+        root = tl.rsqrt(scaled)
+        better = root + root * (0.5 - 0.5 * scaled * root * root)
+        # There is none for zero and infinity.
+        return tl.where(better == better, better, root) * back
 
 
 @triton.jit
