@@ -18,9 +18,18 @@ _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 """Activations whose derivative is a choice."""
 
 
-def _takes_registers(plan: Plan) -> bool:
-    """Whether a reduction does: for partial sums, too, lest they are loaded one after another."""
-    return plan.is_tight or plan.num_splits > 1
+_MOST_REGISTERS = 255
+"""Of a thread, on every GPU that Triton compiles for with ptxas."""
+
+_REGISTERS = 65536
+"""Of a multiprocessor."""
+
+
+def _for_partials(plan: Plan, num_warps: int) -> int:
+    """Registers of a reduction: for partial sums, too, lest one is loaded after another."""
+    if plan.is_tight:
+        return _MOST_REGISTERS
+    return min(_MOST_REGISTERS, _REGISTERS // (64 * num_warps)) if plan.num_splits > 1 else 0
 
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
@@ -33,7 +42,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
         plan,
         plan.of_sums,
         plan.num_warps,
-        never_spills=_takes_registers(plan),
+        _for_partials(plan, plan.num_warps),
     )
 
 
@@ -94,7 +103,7 @@ def normalize(
             "OTHER_CUMULATIVE", second.cumulative, "BOOK", BOOK,
         ),
         plan.num_warps,
-        plan.is_tight or other is not None,
+        _MOST_REGISTERS if plan.is_tight or other is not None else 0,
     )  # fmt: skip
 
 
@@ -131,6 +140,8 @@ def normalize_backward_reduce(
     """Fills the sums, twice, and ``grad_residual``; with ``other`` the sums of both branches."""
     room = workspace(plan, own.x, 2 if other is None else 4)
     is_light = activation in _LIGHT and other is None
+    # Several accumulators and operands and what an activation needs: half as many per thread.
+    num_warps = plan.num_warps if is_light else min(2 * plan.num_warps, 8)
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, plan.num_splits, 1),
@@ -138,9 +149,8 @@ def normalize_backward_reduce(
         (slope, *plan.sizes),
         plan,
         ("ACTIVATION", activation, *plan.of_sums),
-        # Several accumulators and operands and what an activation needs: half as many per thread.
-        plan.num_warps if is_light else min(2 * plan.num_warps, 8),
-        never_spills=_takes_registers(plan) or not is_light,
+        num_warps,
+        _for_partials(plan, num_warps) or (0 if is_light else _MOST_REGISTERS),
     )  # fmt: skip
 
 
@@ -186,5 +196,5 @@ def normalize_backward(
         ("ACTIVATION", activation),
         # What derivatives compute in float64 takes most registers of all.
         min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,
-        never_spills=plan.is_tight or other is not None,
+        _MOST_REGISTERS if plan.is_tight or other is not None else 0,
     )

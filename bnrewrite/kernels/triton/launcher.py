@@ -14,9 +14,6 @@ from bnrewrite.kernels.triton.plan import Plan
 
 _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-_MOST_REGISTERS = 255
-"""Of a thread, on every GPU that Triton compiles for with ptxas."""
-
 
 @functools.cache
 def _starts_early(device: int) -> bool:
@@ -43,8 +40,9 @@ class Launch(NamedTuple):
         plan: how the first tensor is cut.
         more: names and values, in turn, of the constants that do not follow from it.
         num_warps: warps of a program.
-        never_spills: whether a thread gets the registers that it needs, however few programs then
-            run at a time. By itself ptxas weighs one against the other, and may spill some bytes.
+        most_registers: of a thread, which it gets if it needs them, however few programs then run
+            at a time. With 0 ptxas weighs one against the other, and may spill some bytes or have
+            loads wait for each other.
     """
 
     kernel: Any
@@ -54,7 +52,7 @@ class Launch(NamedTuple):
     plan: Plan
     more: tuple[Any, ...]
     num_warps: int
-    never_spills: bool = False
+    most_registers: int = 0
 
     @property
     def x(self) -> Tensor:
@@ -81,8 +79,8 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, Any]:
         """What Triton is told besides; multiply-adds are wanted whatever its default is."""
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
-        if self.never_spills and torch.version.hip is None:
-            options["maxnreg"] = _MOST_REGISTERS
+        if self.most_registers and torch.version.hip is None:
+            options["maxnreg"] = self.most_registers
         if _starts_early(self.x.get_device()):
             options["launch_pdl"] = True
         return options
@@ -133,7 +131,7 @@ class Launch(NamedTuple):
             self.plan.cut,
             self.more,
             self.num_warps,
-            self.never_spills,
+            self.most_registers,
             *[
                 None if t is None else t.dtype if not address & 15 else (t.dtype, "odd")  # pyright: ignore[reportOptionalOperand]
                 for t, address in zip(self.tensors, addresses, strict=True)

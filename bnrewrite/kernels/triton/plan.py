@@ -243,7 +243,8 @@ def plan(
     else:
         is_small = tiles_each <= _SMALL and not group
         programs = 1 if is_small or is_deep else _REDUCTION_PROGRAMS
-        each = -(-total // (multiprocessors * programs))
+        # Rounded down: one more than run at a time makes a second round of them.
+        each = -(-num_tiles // max(1, multiprocessors * programs // num_blocks))
     num_splits = -(-num_tiles // each)
     if num_splits == num_tiles:
         stages = 1
