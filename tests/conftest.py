@@ -1,11 +1,16 @@
 """Settings and fixtures that all tests share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests import ranks as harness
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has them ignore interrupts, and what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -296,6 +296,9 @@ class TestPlan:
             units = 1 if cut.GROUP else cut.VEC
             assert N * units_c * units_s * columns * units == 7 * C * S
             assert 1 <= cut.num_splits <= min(cut.num_tiles, 65535)
+            if reads and cut.num_splits > 1:
+                # As many as 132 multiprocessors run at a time.
+                assert cut.num_blocks * cut.num_splits <= 2 * 132
             name, merge, *_ = cut.of_sums
             assert name == "MERGE"
             assert (merge > 0) == (cut.num_splits > 1)

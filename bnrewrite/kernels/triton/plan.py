@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -189,6 +190,48 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_Whole: TypeAlias = tuple[int, int]
+"""Positions and images of a tile of one channel."""
+
+
+class _Tile(NamedTuple):
+    """Attributes of a plan that say what a tile is, and how many images it has."""
+
+    N: int
+    S: int
+    P: int
+    BLOCK_C: int
+    SPAN: int
+    VEC: int
+    LAST: bool
+    GROUP: int
+    images: int = 1
+
+
+def _tile(
+    N: int, C: int, S: int, itemsize: int, last: bool, values: int, row: int, whole: _Whole | None
+) -> _Tile:
+    """A tile of ``values`` values; in channels-last, of ``row`` neighbouring channels at most."""
+    widest = 16 // itemsize
+    if whole:
+        span, images = whole
+        block_c = min(max(_FULL // (span * images), 1), _power_of_two(C))
+        return _Tile(N, S, 1, block_c, span, math.gcd(S, widest), False, 0, images)
+    if last:
+        block_c = min(_power_of_two(C), row)
+        span = min(values // block_c, _power_of_two(N * S))
+        return _Tile(1, N * S, 1, block_c, span, math.gcd(C, widest), True, 0)
+    is_narrow = math.gcd(S, widest) * itemsize < _NARROW
+    group = _best_group(C, S, widest) if is_narrow else 0
+    if group:
+        block_c = _power_of_two(group * S)
+        span = min(max(values // block_c, 1), _power_of_two(N))
+        return _Tile(1, N, S, block_c, span, math.gcd(C * S, group * S, widest), True, group)
+    span = _best_block(S, values)
+    block_c = min(values // span, _power_of_two(C))
+    return _Tile(N, S, 1, block_c, span, math.gcd(S, widest), False, 0)
+
+
 def plan(
     N: int,
     C: int,
@@ -202,80 +245,60 @@ def plan(
     values = _TILE * 4 // max(itemsize, 4)
     tiles_each = N * C * S // values // multiprocessors
     is_many = reads == 1 and tiles_each >= {2: _MANY, 4: 5 * _MANY}.get(itemsize, math.inf)
-    if is_many:
-        values *= 2
-    widest = 16 // itemsize
-    P, group, images = 1, 0, 1
     whole = _whole(N, C, S, reads, multiprocessors) if itemsize <= 4 and not last else None
-    if not last and not whole and math.gcd(S, widest) * itemsize < _NARROW:
-        group = _best_group(C, S, widest)
-    if whole:
-        span, images = whole
-        block_c = min(max(_FULL // (span * images), 1), _power_of_two(C))
-        vec = math.gcd(S, widest)
-    elif group:
-        P, S, N, last = S, N, 1, True
-        block_c = _power_of_two(group * P)
-        span = min(max(values // block_c, 1), _power_of_two(S))
-        vec = math.gcd(C * P, group * P, widest)
-    elif last:
-        N, S = 1, N * S
-        block_c = min(_power_of_two(C), _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize)
-        span = min(values // block_c, _power_of_two(S))
-        vec = math.gcd(C, widest)
+    row = _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize
+    tile = _tile(N, C, S, itemsize, last, 2 * values if is_many else values, row, whole)
+    block_s = tile.images * tile.SPAN
+    num_blocks = -(-C // (tile.GROUP or tile.BLOCK_C))
+    num_tiles = -(-tile.N // tile.images) * -(-tile.S // tile.SPAN)
+    if tile.LAST:
+        farthest = block_s * C * tile.P
     else:
-        span = _best_block(S, values)
-        block_c = min(values // span, _power_of_two(C))
-        vec = math.gcd(S, widest)
-    block_s = images * span
-    num_blocks = -(-C // (group or block_c))
-    num_tiles = -(-N // images) * -(-S // span)
-    farthest = block_s * C * P if last else ((images - 1) * C + block_c - 1) * S + span
-    if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * P >= 1 << 31:
+        farthest = ((tile.images - 1) * C + tile.BLOCK_C - 1) * S + tile.SPAN
+    if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * tile.P >= 1 << 31:
         return None
-    total = num_tiles * num_blocks
-    is_deep = is_many and itemsize == 2 and last and vec == widest and not group
+    is_wide = is_many and itemsize == 2
+    is_deep = is_wide and tile.LAST and tile.VEC == 8 and not tile.GROUP
     if reads == 0:
+        total = num_tiles * num_blocks
         busy = -(-total // (multiprocessors * _BUSY))
         each = max(-(-total // _PASS_PROGRAMS), min(busy, _AHEAD))
     elif num_tiles <= _FEW:
         each = num_tiles
     else:
-        is_small = tiles_each <= _SMALL and not group
+        is_small = tiles_each <= _SMALL and not tile.GROUP
         programs = 1 if is_small or is_deep else _REDUCTION_PROGRAMS
         # Rounded down: one more than run at a time makes a second round of them.
         each = -(-num_tiles // max(1, multiprocessors * programs // num_blocks))
     num_splits = -(-num_tiles // each)
     if num_splits == num_tiles:
         stages = 1
-    elif is_deep:
-        stages = _DEEP_STAGES
     else:
-        stages = _STAGES + (is_many and itemsize == 2 and num_splits > 1)
+        stages = _DEEP_STAGES if is_deep else _STAGES + (is_wide and num_splits > 1)
     # Registers: single accesses take a mask and an address each, unless a tile is all of a channel.
-    needs_many = block_s > _WHOLE or reads > 1 if whole else vec == 1
+    needs_many = block_s > _WHOLE or reads > 1 if whole else tile.VEC == 1
     return Plan(
-        N=N,
         C=C,
-        S=S,
-        P=P,
-        BLOCK_C=block_c,
         BLOCK_S=block_s,
-        SPAN=span,
-        VEC=vec,
-        LAST=last,
-        GROUP=group,
         num_blocks=num_blocks,
         num_tiles=num_tiles,
         num_splits=num_splits,
-        num_warps=max(1, min(8 if needs_many else 4, block_c * block_s // 256)),
+        num_warps=max(1, min(8 if needs_many else 4, tile.BLOCK_C * block_s // 256)),
         STAGES=stages,
-        is_tight=itemsize == 8 or (vec == 1 and not whole) or group > 0,
+        is_tight=itemsize == 8 or (tile.VEC == 1 and not whole) or tile.GROUP > 0,
+        N=tile.N,
+        S=tile.S,
+        P=tile.P,
+        BLOCK_C=tile.BLOCK_C,
+        SPAN=tile.SPAN,
+        VEC=tile.VEC,
+        LAST=tile.LAST,
+        GROUP=tile.GROUP,
     )
 
 
-def _whole(N: int, C: int, S: int, reads: int, multiprocessors: int) -> tuple[int, int] | None:
-    """Positions and images of a tile of one channel; None where programs are to share channels."""
+def _whole(N: int, C: int, S: int, reads: int, multiprocessors: int) -> _Whole | None:
+    """None where programs are to share channels."""
     if reads == 0:
         return None
     padded = _power_of_two(N) * _power_of_two(S)
