@@ -17,7 +17,6 @@ from bnrewrite.kernels.triton.workspace import workspace
 _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 """Activations whose derivative is a choice."""
 
-
 _MOST_REGISTERS = 255
 """Of a thread, on every GPU that Triton compiles for with ptxas."""
 
@@ -26,10 +25,14 @@ _REGISTERS = 65536
 
 
 def _for_partials(plan: Plan, num_warps: int) -> int:
-    """Registers of a reduction: for partial sums, too, lest one is loaded after another."""
+    """Registers of a reduction: with few, partial sums are loaded one after another.
+
+    Two programs of a multiprocessor run at a time, as a plan expects, unless that makes ptxas spill.
+    """
     if plan.is_tight:
         return _MOST_REGISTERS
-    return min(_MOST_REGISTERS, _REGISTERS // (64 * num_warps)) if plan.num_splits > 1 else 0
+    each = _REGISTERS // (2 * 32 * num_warps)
+    return min(_MOST_REGISTERS, each) if plan.num_splits > 1 else 0
 
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:

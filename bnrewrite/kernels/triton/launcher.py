@@ -19,7 +19,9 @@ _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.flo
 def _starts_early(device: int) -> bool:
     """Whether kernels may start while the one before ends, for which they then wait themselves.
 
-    That hides a launch: CUDA calls it programmatic dependent launch.
+    That hides a launch: CUDA calls it programmatic dependent launch. They wait before they touch
+    memory, for all that the stream has done; and until all programs of the kernel before have
+    ended, or said that they need no more room, none of ours takes any.
     """
     return (
         device >= 0

@@ -141,7 +141,7 @@ def normalize_backward_reduce_kernel(
     pairs = tl.join(sum_of_g, sum_of_gx)
     third = pairs
     if other is not None:
-        total_o = tl.sum(sum_go, 1).to(tl.float64) * tl.sum(other_rstd, 1).to(tl.float64)
+        total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
         sum_of_go = of_channels(total_o, P, BLOCK_C, GROUP, WIDE)
         third = tl.join(sum_of_go, sum_of_go)
     first, end, c = sums_of(block, C, BLOCK_C, GROUP, WIDE)
