@@ -27,7 +27,7 @@ _REGISTERS = 65536
 def _for_partials(plan: Plan, num_warps: int) -> int:
     """Registers of a reduction: with few, partial sums are loaded one after another.
 
-    Two programs of a multiprocessor run at a time, as a plan expects, unless that makes ptxas spill.
+    Two programs of a multiprocessor run at a time, as a plan expects, unless ptxas would spill.
     """
     if plan.is_tight:
         return _MOST_REGISTERS
