@@ -53,7 +53,7 @@ SHAPES = [
 """Odd sizes: masks everywhere, accesses of one to eight values, one program and many, tiles of
 several images."""
 
-MANY = [(9, 4, 52, 48), (257, 8, 7, 7), (70, 20, 2, 5)]
+MANY = [(9, 4, 52, 48), (257, 8, 7, 7), (70, 20, 2, 5), (70, 24, 3, 3)]
 """With :data:`FEW` multiprocessors: programs with many tiles, small images in groups."""
 
 FEW = 2
