@@ -6,10 +6,10 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.tiles import (
     count_tiles,
+    gdc_wait,
     of_channels,
     over_splits,
     sizes,

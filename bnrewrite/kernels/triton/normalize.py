@@ -7,12 +7,12 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activate
 from bnrewrite.kernels.triton.tiles import (
     channels,
     count_tiles,
+    gdc_wait,
     mean_and_var,
     per_channel,
     rstd_of,

@@ -8,10 +8,16 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activation_backward
-from bnrewrite.kernels.triton.tiles import channels, count_tiles, per_channel, sizes, tile
+from bnrewrite.kernels.triton.tiles import (
+    channels,
+    count_tiles,
+    gdc_wait,
+    per_channel,
+    sizes,
+    tile,
+)
 
 
 @triton.jit

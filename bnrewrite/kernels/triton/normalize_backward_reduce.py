@@ -8,12 +8,12 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from bnrewrite.kernels.triton.activations import activation_backward
 from bnrewrite.kernels.triton.tiles import (
     channels,
     count_tiles,
+    gdc_wait,
     of_channels,
     over_splits,
     per_channel,

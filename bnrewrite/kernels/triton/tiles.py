@@ -7,6 +7,12 @@
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:
+    # A Triton that was built for AMD alone, where no kernel asks for it.
+    gdc_wait = None
+
 
 @triton.jit
 def sizes(
