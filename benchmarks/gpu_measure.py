@@ -115,12 +115,13 @@ def sets_beyond_cache(make: Callable[[int], Any], num_bytes: int) -> list[Any]:
     return [make(index) for index in range(max(2, min(16, -(-4 * cache // max(num_bytes, 1)))))]
 
 
-def is_close(ours: Sequence[Tensor], exact: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether our errors against float64 are at most twice theirs, or of rounding size."""
+def assert_close(ours: Sequence[Tensor], exact: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Our errors against float64 are at most twice theirs, or of rounding size.
+
+    Raises:
+        AssertionError: there is no use in timing a wrong result.
+    """
     for one, best, other in zip(ours, exact, theirs, strict=True):
         scale = best.abs().max().item() + 1e-30
         error, allowed = ((t.double() - best).abs().max().item() / scale for t in (one, other))
-        if not error <= 2 * allowed + 4 * torch.finfo(one.dtype).eps:
-            print(f"not exact: error {error:.2e}, theirs {allowed:.2e}")
-            return False
-    return True
+        assert error <= 2 * allowed + 4 * torch.finfo(one.dtype).eps, (error, allowed)

@@ -14,16 +14,15 @@ more, never slower than ``F.batch_norm`` above 1 MB.
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from gpu_measure import (
+    assert_close,
     copy_bandwidth,
     copy_milliseconds,
     gpu,
-    is_close,
     milliseconds,
     one_rank_group,
     require_gpu,
@@ -179,7 +178,7 @@ def assert_no_synchronisation(case: Case) -> None:
 def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]:
     """Times, predictions and shares of the copy bandwidth of one shape."""
     case = cases[0]
-    is_exact = is_close(case.ours(), case.exact(), case.plain())
+    assert_close(case.ours(), case.exact(), case.plain())
     assert_no_synchronisation(case)
     num_bytes = case.x.numel() * case.x.element_size()
     times = {
@@ -187,7 +186,6 @@ def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]
         for name in ("ours", "plain", "sync")
     }
     row: dict[str, Any] = {"megabytes": num_bytes / 2**20, "ms": times, "kernels": {}}
-    row["is_exact"] = is_exact
     # moments 1, normalize 3, the reduction 4, the gradient 3.
     row["predicted_ms"] = 11 * num_bytes / bandwidth
     each = [one.kernels() for one in cases]
@@ -234,9 +232,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "least_and_median_share_of_copy": least_and_median("share_of_copy"),
         "least_and_median_share_of_small_copy": least_and_median("share_of_small_copy"),
-        "inexact": [
-            (row["shape"], row["dtype"], row["layout"]) for row in rows if not row["is_exact"]
-        ],
         "most_of_plain": max(
             (row["ms"]["ours"] / row["ms"]["plain"] for row in rows if row["megabytes"] > 1),
             default=None,
@@ -275,8 +270,6 @@ def main() -> None:
         {"gpu": gpu(), "copy_bytes_per_ms": bandwidth, **result, "cases": rows},
         save=options.save,
     )
-    # Times of wrong results are of no use.
-    sys.exit(1 if result["inexact"] else 0)
 
 
 if __name__ == "__main__":

@@ -156,15 +156,17 @@ def test_graphs_that_run_beside_each_other_share_nothing() -> None:
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("shape", [(4, 8, 6, 6), (16, 64, 28, 28)], ids=str)
 def test_a_kernel_waits_for_what_it_reads(shape: tuple[int, ...], captured: bool) -> None:
-    """It may start before what writes its input ends: a copy, a kernel, another stream."""
-    inputs = [torch.randn(shape, device="cuda") * 2**k for k in range(8)]
+    """It may start before what writes its input ends: a copy, zeroing, a kernel, a stream."""
+    inputs = [torch.randn(shape, device="cuda") * (k % 4 > 0) * 2**k for k in range(8)]
     side = torch.cuda.Stream()
 
     def moments() -> list[Tensor]:
         x = torch.empty(shape, device="cuda")
         results = []
         for turn, values in enumerate(inputs):
-            if turn % 2:
+            if turn % 4 == 0:
+                x.zero_()
+            elif turn % 2:
                 x.copy_(values)
             else:
                 side.wait_stream(torch.cuda.current_stream())

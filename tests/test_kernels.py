@@ -106,9 +106,11 @@ def test_the_shapes_are_cut_in_every_way(itemsize: int, reads: int) -> None:
 def _on_a_small_device(check: Callable[..., None], *args: Any) -> None:
     """``check(*args)`` where programs are few, so that each has many tiles."""
     plans._plan_of.cache_clear()
-    with mock.patch.object(plans, "_multiprocessors", return_value=FEW):
-        check(*args)
-    plans._plan_of.cache_clear()
+    try:
+        with mock.patch.object(plans, "_multiprocessors", return_value=FEW):
+            check(*args)
+    finally:
+        plans._plan_of.cache_clear()
 
 
 class TestMoments:
@@ -122,13 +124,12 @@ class TestMoments:
     ) -> None:
         run(_check_moments, shape, layout, dtype, 1.0)
 
-    @pytest.mark.parametrize("shape", [(3, 4, 52, 48), *MANY], ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_a_mean_of_ten_thousand_deviations(
-        self, run: Interpreter, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+        self, run: Interpreter, layout: str, dtype: torch.dtype
     ) -> None:
-        run(_check_moments, shape, layout, dtype, 2e4)
+        run(_check_moments, (3, 4, 52, 48), layout, dtype, 2e4)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_first_tile_unlike_the_others(self, run: Interpreter, layout: str) -> None:
@@ -693,7 +694,7 @@ def _derivatives(y: Tensor, args: list[Tensor]) -> list[Tensor]:
     return [y, *plain, *first, *torch.autograd.grad(total, [*args, grad], materialize_grads=True)]
 
 
-def _check_addresses(cut: Plan, C: int, t: int, block: int) -> None:
+def _check_addresses(cut: Plan, C: int, t: int, block: int, least: int) -> None:
     from tests import tile_kernel
 
     kernel: Any = tile_kernel.addresses_kernel
@@ -713,7 +714,7 @@ def _check_addresses(cut: Plan, C: int, t: int, block: int) -> None:
     expected = s * num_columns + c if cut.LAST else (n * C + c) * cut.S + s
     is_outside = (s >= cut.S) | (n >= cut.N) | (column >= width) | (c >= num_columns)
     expected[is_outside] = -1
-    assert expected.max() >= 0
+    assert expected.max() > least
     assert torch.equal(result.cpu(), expected)
 
 
@@ -726,12 +727,11 @@ def _check_rstd(dtype: torch.dtype) -> None:
     with kernels_on_cpu_tensors():
         _, stats = gpu.normalize(x, totals, None, None, 0.0, None, None, None, 0.1)
     exact = var.rsqrt().to(stats.dtype)
-    assert torch.equal(stats[1].isinf(), exact.isinf())
-    finite = exact.isfinite()
-    error = (stats[1][finite].double() / exact[finite].double() - 1).nan_to_num().abs().max()
+    is_ordinary = exact.isfinite() & (exact != 0)
+    assert torch.equal(stats[1][~is_ordinary], exact[~is_ordinary])
+    error = (stats[1][is_ordinary].double() / exact[is_ordinary].double() - 1).abs().max()
     # The root is rounded, its argument before it, and the reference after it.
     assert error <= 1.5 * torch.finfo(stats.dtype).eps
-    assert (stats[1][exact == 0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
@@ -750,6 +750,8 @@ class TestManyTiles:
     ) -> None:
         options = {"affine": ("weight", "bias"), "residual": True, "activation": "relu"}
         run(_on_a_small_device, _check_moments, shape, layout, dtype, 100.0)
+        if dtype == torch.float32:
+            run(_on_a_small_device, _check_moments, shape, layout, dtype, 2e4)
         run(_on_a_small_device, _check_forward, shape, layout, dtype, options)
         run(_on_a_small_device, _check_backward, shape, layout, dtype, options)
 
@@ -767,8 +769,7 @@ class TestAddresses:
     ) -> None:
         cut = plan(N, C, S, 2, last)
         assert cut is not None
-        assert N * C * S > 1 << 31
-        run(_check_addresses, cut, C, t, block)
+        run(_check_addresses, cut, C, t, block, 1 << 31)
 
     @pytest.mark.parametrize(
         ("N", "C", "S"), [(5, 100, 196), (11, 3, 49), (3, 40, 5000), (20, 513, 4)], ids=str
@@ -781,7 +782,7 @@ class TestAddresses:
         cut = plan(N, C, S, 2, False, reads=1)
         assert cut is not None
         assert cut.BLOCK_S > cut.SPAN or S == 5000
-        run(_check_addresses, cut, C, t, block)
+        run(_check_addresses, cut, C, t, block, -1)
 
 
 class TestOps:
