@@ -1,8 +1,9 @@
 """The Triton kernels against the reference in float64, and in the ops, in the interpreter."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -656,6 +657,16 @@ def _register_kernels() -> None:
             KERNELS[id(getattr(torch.ops.bnrewrite, name).default)] = kernel, kernel
 
 
+@contextlib.contextmanager
+def _like_a_gpu() -> Iterator[None]:
+    """After :func:`_register_kernels`: ops work as they do on a GPU."""
+    with (
+        kernels_on_cpu_tensors(),
+        mock.patch.object(sites, "prefers_recomputing", return_value=True),
+    ):
+        yield
+
+
 def _check_ops(activation: str, with_residual: bool) -> None:
     """The whole op on these kernels, derivatives of both orders, against torch's own."""
     _register_kernels()
@@ -666,10 +677,7 @@ def _check_ops(activation: str, with_residual: bool) -> None:
     x, weight, bias, residual = args
     if not with_residual:
         args, residual = args[:3], None
-    with (
-        kernels_on_cpu_tensors(),
-        mock.patch.object(sites, "prefers_recomputing", return_value=True),
-    ):
+    with _like_a_gpu():
         y = batch_norm_act.BATCH_NORM_ACT(
             x, weight, bias, None, None, None, True, True, 0.1, EPS, "", residual, activation, SLOPE
         )
@@ -682,6 +690,23 @@ def _check_ops(activation: str, with_residual: bool) -> None:
     tolerance = torch.finfo(torch.float32).eps if is_rough else 1e-9
     for mine, its in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance)
+
+
+def _check_negative_view(name: str) -> None:
+    _register_kernels()
+    t = case((3, 4, 5), "contiguous", torch.float64, harness.device())
+    end = (*[None] * 3, True, True, 0.1, EPS, "")
+    results = []
+    for negate in (torch._neg_view, torch.neg):
+        args = {**t, name: negate(t[name])}
+        x, residual = args["x"].requires_grad_(), args["residual"].requires_grad_()
+        with _like_a_gpu():
+            y = batch_norm_act.BATCH_NORM_ACT(
+                x, args["weight"], args["bias"], *end, residual, "silu", SLOPE
+            )
+            results.append([y, *torch.autograd.grad(y, (x, residual), args["grad"])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def _derivatives(y: Tensor, args: list[Tensor]) -> list[Tensor]:
@@ -792,3 +817,8 @@ class TestOps:
     @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
     def test_derivatives(self, run: Interpreter, activation: str, residual: bool) -> None:
         run(_check_ops, activation, residual)
+
+    @pytest.mark.parametrize("name", ["x", "weight", "bias", "residual", "grad"])
+    def test_a_negative_view(self, run: Interpreter, name: str) -> None:
+        """One at a time: of two, the signs could make up for each other."""
+        run(_check_negative_view, name)

@@ -53,10 +53,13 @@ def plan_for(x: Tensor, *, reads: int = 0) -> Plan | None:
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
-    """``other`` in the layout of ``x``: a copy where it is not."""
-    if x.stride() == other.stride() or all(
-        size == 1 or mine == its
-        for size, mine, its in zip(x.shape, x.stride(), other.stride(), strict=True)
+    """``other`` in the layout of ``x``, its values in memory: a copy where they are not."""
+    if not other.is_neg() and (
+        x.stride() == other.stride()
+        or all(
+            size == 1 or mine == its
+            for size, mine, its in zip(x.shape, x.stride(), other.stride(), strict=True)
+        )
     ):
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
@@ -64,7 +67,9 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 
 def in_one_piece(vector: Tensor | None) -> Tensor | None:
     """A weight or bias (C,) with its values next to each other, as kernels read them."""
-    return vector if vector is None else vector.contiguous()
+    if vector is None:
+        return None
+    return vector.resolve_neg() if vector.is_neg() else vector.contiguous()
 
 
 def moments(x: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def prefers_recomputing(x: Tensor) -> bool:
 
 
 def dense(input: Tensor) -> Tensor:
-    """``input`` as the phases want it: contiguous or channels-last."""
+    """``input`` as the phases want it: contiguous or channels-last, its values in memory."""
+    if input.is_neg():
+        input = input.resolve_neg()
     return input.contiguous(memory_format=memory_format(input))
 
 
