@@ -163,6 +163,7 @@ def _trace(
         tensor_arguments=[] if form.lists else asked,
         list_arguments=asked if form.lists else [],
         compares_arguments=bool(tracer.compared),
+        elements=list(tracer.elements.values()),
         assumptions=tracer.assumptions,
     )
     return captured, run_required(_target(module, recipe, captured))

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.code import function_of
+from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Mode
@@ -38,6 +39,7 @@ class Captured:
         tensor_arguments: positions of the arguments that must be tensors.
         list_arguments: positions of those that must be lists.
         compares_arguments: whether the forward asked whether one is None, which none ever is.
+        elements: parts of arguments that must be tensors.
         assumptions: what else was baked in.
         sites: mode and group of the BatchNorm modules whose calls became ops, by path.
         function: the compiled graph; its first argument is the owner. None until the first call.
@@ -56,6 +58,7 @@ class Captured:
     sites: dict[str, tuple[Mode, str]] = dataclasses.field(default_factory=dict)
     list_arguments: list[int] = dataclasses.field(default_factory=list)
     compares_arguments: bool = False
+    elements: list[Element] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
     key: str = dataclasses.field(init=False, compare=False)
@@ -95,9 +98,12 @@ class Captured:
 
     def same_as(self, other: "Captured") -> bool:
         """Whether the other graph does the same under the same conditions."""
-        return self.assumptions == other.assumptions and [*map(_spelled, self.graph.nodes)] == [
-            *map(_spelled, other.graph.nodes)
-        ]
+        return (
+            self.assumptions == other.assumptions
+            and self.tensor_arguments == other.tensor_arguments
+            and self.elements == other.elements
+            and [*map(_spelled, self.graph.nodes)] == [*map(_spelled, other.graph.nodes)]
+        )
 
     @property
     def forms(self) -> "tuple[Captured, ...]":
@@ -153,6 +159,10 @@ class Captured:
         for position in self.list_arguments:
             if type(args[position]) is not list:
                 return None
+        if self.elements and not are_tensors(
+            self.elements, dict(zip(self.arguments, args, strict=True))
+        ):
+            return None
         return args
 
     def holds(self, owner: nn.Module) -> bool:

@@ -63,8 +63,13 @@ def _refuse_comparison(tracer: Any, value: Any, other: Any) -> None:
     if type(value) is not Attribute and value.node.op == "placeholder":
         # Calls with None for an argument run no graph.
         tracer.compared.add(value.node.name)
-    elif _may_be_none(tracer, value):
+    elif _may_be_none(tracer, value) and not _is_element(tracer, value):
         tracer.refuse("compares a value that it computes with None")
+
+
+def _is_element(tracer: Any, value: Any) -> bool:
+    """Whether a value is an element of an argument, which calls without it run no graph for."""
+    return type(value) is not Attribute and tracer.takes_for_tensor(value.node)
 
 
 def _may_be_none(tracer: Any, value: Any) -> bool:

@@ -200,13 +200,14 @@ def _is_sequence_of_calls(module: nn.Module) -> bool:
 def _takes(captured: Captured, args: tuple[fx.Node, ...]) -> bool:
     """Whether a trace with these arguments would give the same graph.
 
-    Not if the code asks for types, or whether an argument is None. Whether a function call is a
-    site depends on what is normalised, and its name on those before.
+    Not if the code asks for types, or whether an argument or a part of one is None. Whether a
+    function call is a site depends on what is normalised, and its name on those before.
     """
     return (
         len(args) == len(captured.arguments)
         and captured.names[: len(args)] == captured.arguments
         and not captured.tensor_arguments
         and not captured.compares_arguments
+        and not captured.elements
         and not captured.functional_sites()
     )

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.comparisons import refuse_caught
+from bnrewrite.capture.elements import Element, element_of
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
 from bnrewrite.capture.frames import user_frame, where, where_of
 from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
@@ -43,9 +44,10 @@ class OwnerTracer(fx.Tracer):
     """Traces the forward of one module; children are leaves, but for those to trace through.
 
     After :meth:`trace`, ``assumptions`` is what it took for granted, ``asked`` are the arguments
-    that were asked for their type, and ``compared`` those that were compared with None. Nodes have
-    the path of the module whose forward made them as ``meta["scope"]``, and as ``meta["call"]`` the
-    number of that run of the forward.
+    that were asked for their type, ``compared`` those that were compared with None, and
+    ``elements`` the parts of arguments that were asked either, by their nodes. Nodes have the path
+    of the module whose forward made them as ``meta["scope"]``, and as ``meta["call"]`` the number
+    of that run of the forward.
 
     Args:
         through: paths of children whose forwards become part of the graph.
@@ -64,6 +66,7 @@ class OwnerTracer(fx.Tracer):
         self.reads = Reads(self)
         self.asked: set[str] = set()
         self.compared: set[str] = set()
+        self.elements: dict[str, Element] = {}
         self.refusal: Refused | None = None
         self.recording = False
         self.thread = threading.get_ident()
@@ -279,9 +282,17 @@ class OwnerTracer(fx.Tracer):
         if proxy.node.op == "placeholder":
             self.asked.add(proxy.node.name)
             return issubclass(list if self._form.lists else Tensor, classes)
-        if not self.is_layer(proxy.node):
+        if not (self.is_layer(proxy.node) or self.takes_for_tensor(proxy.node)):
             self.refuse("branches on the type of a value that it computes")
         return issubclass(Tensor, classes)
+
+    def takes_for_tensor(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an element of an argument; notes that it is a tensor."""
+        element = element_of(node)
+        if element is None:
+            return False
+        self.elements[node.name] = element
+        return True
 
     def note_instance(self, module: nn.Module, classes: Any, answer: bool) -> None:
         """Notes what ``isinstance`` said of a module."""
