@@ -269,6 +269,26 @@ def test_the_runtime_takes_every_launch(variant: Variant) -> None:
             assert made.metadata.num_warps == one.num_warps
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="other tests launch there")
+def test_threads_agree_on_a_counter() -> None:
+    """All threads load it and one stores it, of two sites that may share it."""
+    variant = Variant((32, 64, 56, 56), False, torch.float32, "relu", True, momentum=None)
+    (one,) = [
+        one
+        for one in variant.launches()
+        if one.kernel.__name__ == "normalize_kernel"
+        and one.tensors[one.kernel.arg_names.index("other_totals")] is not None
+    ]
+    with mock.patch.object(driver, "_active", _Driver()):
+        made = one.kernel.warmup(*one.args, grid=one.grid, **one.constants, **one.options)
+    between = re.split(r"st\.global\.b64", made.asm["ptx"])
+    assert len(between) == 3
+    for before in between[:2]:
+        assert "bar.sync" in before.rpartition("st.global.b32")[2]
+    # The count of values.
+    assert between[1].partition("bar.sync")[0].count("ld.global.b64") == 1
+
+
 class TestPlan:
     """How tensors are cut into tiles and programs."""
 
@@ -323,6 +343,13 @@ class TestPlan:
         assert plan(1 << 12, 64, 1 << 16, 2, True) is not None
         assert plan(1, 1, 1 << 33, 2, False) is not None
         assert plan(64, 1 << 28, 1, 2, True) is None
+
+    @pytest.mark.parametrize("reads", range(4))
+    def test_numbers_of_tiles_stay_below_32_bits(self, reads: int) -> None:
+        """Those behind the last one, too, by as many steps as tiles are on their way."""
+        for N in ((1 << 30) - 1, (1 << 31) - 1):
+            cut = plan(N, 1, 2, 2, False, reads)
+            assert cut is None or cut.num_tiles + cut.STAGES * cut.num_splits < 1 << 31
 
     def test_layouts(self) -> None:
         x = torch.empty(2, 3, 4, 5)

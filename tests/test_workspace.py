@@ -105,3 +105,13 @@ def test_an_end_of_the_reserve(cuda: _Cuda) -> None:
     assert _counters(8).sum() == 0
     cuda.stream = 3
     assert module._arrivals(0, 8) is None
+
+
+def test_counters_are_kept_once_the_stream_waits_for_their_zeros(cuda: _Cuda) -> None:
+    with (
+        mock.patch.object(cuda, "wait_event", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        _counters(3)
+    _counters(3)
+    assert cuda.waited == 1

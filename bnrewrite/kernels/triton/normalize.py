@@ -60,6 +60,9 @@ def _keep_books(
     count = tl.load(totals)
     factor = momentum
     if CUMULATIVE:
+        # One thread stores the counter that all load: after the other site's store, if they share
+        # it, and before their own.
+        tl.debug_barrier()
         if num_batches_tracked is not None:
             factor = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
         else:
@@ -75,6 +78,8 @@ def _keep_books(
             _move(running_mean + c, mean, factor, moving)
             unbiased = var * (count / tl.maximum(count - 1.0, 1.0))
             _move(running_var + c, unbiased, factor, moving)
+    if CUMULATIVE:
+        tl.debug_barrier()
     # The first condition is one of the compiler's, the second one of the program's.
     if num_batches_tracked is not None:  # noqa: SIM102
         if first == 0:

@@ -255,7 +255,8 @@ def plan(
         farthest = block_s * C * tile.P
     else:
         farthest = ((tile.images - 1) * C + tile.BLOCK_C - 1) * S + tile.SPAN
-    if farthest >= 1 << 31 or num_tiles >= 1 << 31 or C * tile.P >= 1 << 31:
+    # What follows the last tile of a program, some steps ahead, has a number of 32 bits, too.
+    if farthest >= 1 << 31 or num_tiles >= 1 << 30 or C * tile.P >= 1 << 31:
         return None
     is_wide = is_many and itemsize == 2
     is_deep = is_wide and tile.LAST and tile.VEC == 8 and not tile.GROUP

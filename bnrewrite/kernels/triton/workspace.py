@@ -44,8 +44,9 @@ class _Reserve:
         if counters is None or counters.numel() < num_blocks:
             counters = self.take(max(num_blocks, _OF_A_STREAM))
             if counters is not None:
-                self._of_stream[stream] = counters
+                # First: an interrupt may come now, and another thread uses what it finds.
                 torch.cuda.current_stream(self._device).wait_event(self._ready)
+                self._of_stream[stream] = counters
         return counters
 
     def take(self, number: int) -> Tensor | None:
