@@ -97,6 +97,25 @@ class TestEveryInput:
         x = case(shape, layout, dtype, CPU, offset=offset)["x"]
         check_moments(native.moments(x), x)
 
+    def test_a_large_mean_costs_nothing_but_in_the_statistics(
+        self, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+    ) -> None:
+        # bfloat16 has not as many digits.
+        t = case(shape, layout, dtype, CPU, offset=100.0 if dtype == torch.bfloat16 else 2e4)
+        rstd = t["stats"][1].max().item()
+        affine = (t["weight"], t["bias"], EPS)
+        y, stats = native.normalize(t["x"], t["totals"], *affine, *[None] * 4)
+        exact, _ = reference.normalize(t["x"].double(), t["totals"], *affine)
+        check_close(y, exact, "y", terms=rstd * 4 + 1)
+        dx = native.normalize_backward(
+            t["grad"], t["x"], stats, t["totals"], t["weight"], t["sums"]
+        )
+        exact_dx = reference.normalize_backward(
+            t["grad"].double(), t["x"].double(), stats.double(), t["totals"],
+            t["weight"].double(), t["sums"],
+        )  # fmt: skip
+        check_close(dx, exact_dx, "dx", terms=max(rstd, 1.0) * 4 + 1)
+
     @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
     @pytest.mark.parametrize("activation", FUSED)
     def test_normalize(

@@ -464,6 +464,22 @@ class TestNumbers:
             x, t["grad"], [t["weight"], t["bias"]], _running(shape[1], acc), group
         )
 
+    @pytest.mark.parametrize("shape", [(4, 3, 5), (8, 3, 129, 127)], ids=str)
+    def test_alone_no_mean_is_too_large_for_float64(self, shape: tuple[int, ...]) -> None:
+        """Packed sums would have no digit left of the variance."""
+        x = 1e8 + torch.randn(shape, dtype=torch.float64)
+        results = []
+        for evaluate in (BATCH_NORM, F.batch_norm):
+            a, mean, var = x.clone().requires_grad_(), x.new_zeros(3), x.new_ones(3)
+            if evaluate is BATCH_NORM:
+                y = BATCH_NORM(a, None, None, mean, var, None, True, True, 0.1, EPS, "")
+            else:
+                y = F.batch_norm(a, mean, var, training=True, momentum=0.1, eps=EPS)
+            y.square().mul(x.sin()).sum().backward()
+            results.append([y.detach(), a.grad, mean, var])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 3, 63, 63)], ids=str)
     def test_a_bad_value_spoils_its_channel_and_no_other(

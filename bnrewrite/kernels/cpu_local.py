@@ -1,7 +1,8 @@
 """CPU kernels of a whole BatchNorm, for sites that share statistics with nobody.
 
 ATen's own kernels, once each way, but where the phases of :mod:`bnrewrite.kernels.cpu` are faster:
-with long rows in float32 and float64, which ATen walks with scalar loops.
+with long rows in float32, which ATen walks with scalar loops. float64 is left to ATen, which does
+not pack its sums: a large mean costs no digits.
 
 Bytes per element of x, in units of its item size: forward reads x twice and writes y; backward
 reads g and x twice and writes dx.
@@ -66,13 +67,20 @@ def batch_norm_local(
 
 
 def _goes_by_phases(x: Tensor) -> bool:
-    """Whether a forward by phases is faster."""
-    return _goes_by_c(x) or (not native.takes(x) and aten.has_long_rows(x, least=LEAST))
+    """Whether a forward by phases is faster, and as exact."""
+    if native.takes(x):
+        return _goes_by_c(x)
+    return x.dtype != torch.float64 and aten.has_long_rows(x, least=LEAST)
 
 
 def _goes_by_c(x: Tensor) -> bool:
-    """Whether both directions by phases in C are faster."""
-    return aten.walks_rows(x) and x.numel() >= LEAST_IN_C and native.takes(x)
+    """Whether both directions by phases in C are faster, and as exact."""
+    return (
+        x.dtype != torch.float64
+        and aten.walks_rows(x)
+        and x.numel() >= LEAST_IN_C
+        and native.takes(x)
+    )
 
 
 def _count(momentum: float | None, num_batches_tracked: Tensor | None) -> float:

@@ -72,7 +72,8 @@ struct kernels {
                             int64_t, const void *, void *, double *);
     void (*normalize)(const void *, const void *, void *, struct shape, int64_t, int64_t,
                       const void *, struct activation);
-    void (*apply)(const void *, const void *, void *, struct shape, int64_t, int64_t, const void *);
+    void (*apply)(const void *, const void *, void *, struct shape, int64_t, int64_t, const void *,
+                  const void *);
     void (*statistics)(const double *, int64_t, double, void *, void *, struct running);
     void (*normalize_coefficients)(const double *, int64_t, const void *, const void *,
                                    const void *, void *);
@@ -132,6 +133,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 
 #define LOAD(p) (*(p))
 #define STORE(p, a) (*(p) = (a))
+#define CENTRE(a, m) ((a) - (m))
 
 #define T float
 #define A float
@@ -158,6 +160,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #undef LOAD
 #undef LOAD_V
 #undef STORE
+#undef CENTRE
 
 #define T uint16_t
 #define A float
@@ -166,6 +169,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define LOAD(p) load_bfloat16(p)
 #define LOAD_V(p) LOAD_BFLOAT16_V(p)
 #define STORE(p, a) store_bfloat16(p, a)
+#define CENTRE(a, m) ((void)(m), (a))
 #include "typed.h"
 
 static const struct kernels *const KERNELS[] = {&kernels_float, &kernels_double, &kernels_bfloat16};
@@ -321,7 +325,7 @@ EXPORT int bnrewrite_normalize(const struct normalize_args *a) {
     struct shape d = shape_of(&a->input);
     struct activation act = {(int)a->is_identity, 0, a->slope, a->top};
     int threads = (int)a->input.threads;
-    void *table = malloc(2 * d.C * k->statistic);
+    void *table = malloc(3 * d.C * k->statistic);
     if (!table) return 1;
     bnrewrite_statistics(&(struct statistics_args){a->input.dtype, d.C, a->totals, a->moving,
                                                    a->stats, NULL});
@@ -375,7 +379,8 @@ EXPORT int bnrewrite_backward(const struct backward_args *a) {
     int64_t rows = d.N * (d.last ? d.S : d.C);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++)
-        k->apply(a->g, a->input.x, a->dx, d, rows * t / threads, rows * (t + 1) / threads, table);
+        k->apply(a->g, a->input.x, a->dx, d, rows * t / threads, rows * (t + 1) / threads, a->stats,
+                 table);
     free(table);
     return 0;
 }

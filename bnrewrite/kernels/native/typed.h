@@ -6,6 +6,8 @@
      V             LANES values of A
      LOAD(p)       one value as A
      LOAD_V(p)     LANES values as V
+     CENTRE(a, m)  a - m; or a, where T has so few digits that A loses none of them to a mean,
+                   unless a channel is nearly constant, as in ATen
      STORE(p, a)   one value
 
    Lanes are summed apart, so the order of a sum is the same on every machine and for any number of
@@ -157,7 +159,7 @@ static ALWAYS_INLINE A NAME(activate)(A z, struct activation act) {
 CLONES static void NAME(normalize)(const void *x_all, const void *residual_all, void *y_all,
                                    struct shape d, int64_t first, int64_t end, const void *table,
                                    struct activation act) {
-    const A *restrict scale = table, *restrict offset = scale + d.C;
+    const A *restrict centre = table, *restrict scale = centre + d.C, *restrict offset = scale + d.C;
     int64_t size = d.last ? d.C : d.S;
     for (int64_t row = first; row < end; row++) {
         const T *restrict x = (const T *)x_all + row * size;
@@ -171,19 +173,20 @@ CLONES static void NAME(normalize)(const void *x_all, const void *residual_all, 
     else if (!residual) EACH(NAME(activate)(Z, act));                                   \
     else EACH(NAME(activate)((Z) + LOAD(residual + i), act))
         if (d.last) {
-            FINISH(LOAD(x + i) * scale[i] + offset[i]);
+            FINISH(CENTRE(LOAD(x + i), centre[i]) * scale[i] + offset[i]);
         } else {
-            A s = scale[row % d.C], o = offset[row % d.C];
-            FINISH(LOAD(x + i) * s + o);
+            A m = centre[row % d.C], s = scale[row % d.C], o = offset[row % d.C];
+            FINISH(CENTRE(LOAD(x + i), m) * s + o);
         }
 #undef FINISH
 #undef EACH
     }
 }
 
-/* dx = scale * g - slope * x + offset */
+/* dx = scale * g - slope * CENTRE(x, mean) + offset */
 CLONES static void NAME(apply)(const void *g_all, const void *x_all, void *dx_all, struct shape d,
-                               int64_t first, int64_t end, const void *table) {
+                               int64_t first, int64_t end, const void *means, const void *table) {
+    const A *restrict mean = means;
     const A *restrict scale = table, *restrict slope = scale + d.C, *restrict offset = slope + d.C;
     int64_t size = d.last ? d.C : d.S;
     for (int64_t row = first; row < end; row++) {
@@ -192,11 +195,13 @@ CLONES static void NAME(apply)(const void *g_all, const void *x_all, void *dx_al
         T *restrict dx = (T *)dx_all + row * size;
         if (d.last) {
             for (int64_t i = 0; i < size; i++)
-                STORE(dx + i, scale[i] * LOAD(g + i) - slope[i] * LOAD(x + i) + offset[i]);
+                STORE(dx + i,
+                      scale[i] * LOAD(g + i) - slope[i] * CENTRE(LOAD(x + i), mean[i]) + offset[i]);
         } else {
+            A m = mean[row % d.C];
             A s = scale[row % d.C], sl = slope[row % d.C], o = offset[row % d.C];
             for (int64_t i = 0; i < size; i++)
-                STORE(dx + i, s * LOAD(g + i) - sl * LOAD(x + i) + o);
+                STORE(dx + i, s * LOAD(g + i) - sl * CENTRE(LOAD(x + i), m) + o);
         }
     }
 }
@@ -226,24 +231,27 @@ static void NAME(statistics)(const double *totals, int64_t C, double eps, void *
     }
 }
 
-/* The coefficients of `normalize`: scale and offset, (2, C).
+/* The coefficients of `normalize`: centre, scale and offset, (3, C).
 
-   scale = weight * rstd      offset = bias - scale * mean, of the mean that is not rounded */
+   centre = mean, rounded      scale = weight * rstd
+   offset = bias - scale * CENTRE(mean, centre), of the mean that is not rounded */
 static void NAME(normalize_coefficients)(const double *totals, int64_t C, const void *stats,
                                          const void *weight, const void *bias, void *table) {
-    const A *rstd = (const A *)stats + C;
-    A *scale = table, *offset = scale + C;
+    const A *mean = stats, *rstd = mean + C;
+    A *centre = table, *scale = centre + C, *offset = scale + C;
     double divisor = totals[0] > 1 ? totals[0] : 1;
     for (int64_t c = 0; c < C; c++) {
+        double rest = CENTRE(totals[1 + c] / divisor, mean[c]);
+        centre[c] = mean[c];
         scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
-        offset[c] = (A)((bias ? ((const A *)bias)[c] : 0) - totals[1 + c] / divisor * scale[c]);
+        offset[c] = (A)((bias ? ((const A *)bias)[c] : 0) - rest * scale[c]);
     }
 }
 
 /* The coefficients of `apply`: scale, slope and offset, (3, C).
 
    scale = weight * rstd      slope = scale * rstd * sum_g_xhat / n
-   offset = slope * mean - scale * sum_g / n */
+   offset = slope * CENTRE(mean, mean) - scale * sum_g / n */
 static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
                                      const void *weight, const double *sums, void *table) {
     const A *mean = stats, *rstd = mean + C;
@@ -251,7 +259,7 @@ static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
     for (int64_t c = 0; c < C; c++) {
         scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
         slope[c] = (A)(sums[C + c] / count * rstd[c] * scale[c]);
-        offset[c] = (A)((double)slope[c] * mean[c] - scale[c] * sums[c] / count);
+        offset[c] = (A)((double)slope[c] * CENTRE(mean[c], mean[c]) - scale[c] * sums[c] / count);
     }
 }
 
