@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from bnrewrite.capture.owner import OwnerState, is_owner, owner_state
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
-from bnrewrite.ops.shared_batch_norm import EPILOGUE, FINISH_BATCH_NORM, START_BATCH_NORM
+from bnrewrite.ops.library import argument
+from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.passes.overlap_collectives import is_work
 from bnrewrite.passes.rounds import communication
@@ -90,9 +91,10 @@ def _fused(node: fx.Node, num_sites: int) -> tuple[str, ...]:
     """What the evaluation of each site of ``node`` does besides."""
     columns: Any = [(None,) * num_sites, (-1,) * num_sites, ("identity",) * num_sites]
     if node.target is BATCH_NORM_ACT:
-        columns = [(node.args[11],), (-1,), (node.args[12],)]
+        columns = [(argument(node, "residual"),), (-1,), (argument(node, "activation"),)]
     elif node.target is START_BATCH_NORM:
-        columns = _end(node).args[EPILOGUE]
+        names = ("residual", "residual_site", "activation")
+        columns = [argument(_end(node), name) for name in names]
     found = []
     for residual, other, activation in zip(*columns, strict=True):
         parts = ["sum"] if residual is not None or other >= 0 else []

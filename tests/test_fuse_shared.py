@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import bnrewrite
 from bnrewrite.activations import activate
 from bnrewrite.ops import epilogue, input_gradients, normalize_sites, sites
-from bnrewrite.ops.shared_batch_norm import EPILOGUE
+from bnrewrite.ops.library import argument
 from bnrewrite.passes import OPTIMISING
 from tests.models import perturb
 from tests.parity import assert_same_training
@@ -87,7 +87,9 @@ FORMS: dict[str, tuple[Tail, list[tuple[str, str]]]] = {
 
 def _epilogues(model: nn.Module) -> list[tuple[str, str]]:
     (node,) = bnrewrite.graphs(model)[""].graph.find_nodes(op="call_function", target=FINISH)
-    residuals, residual_sites, activations = node.args[EPILOGUE]
+    residuals, residual_sites, activations = (
+        argument(node, name) for name in ("residual", "residual_site", "activation")
+    )
     return [
         (str(site) if site >= 0 else "-" if residual is None else "tensor", activation)
         for residual, site, activation in zip(residuals, residual_sites, activations, strict=True)

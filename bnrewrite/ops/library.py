@@ -26,6 +26,21 @@ def define_composite(name: str, function: Callable[..., Any]) -> None:
         _COMPOSITES[id(op)] = function
 
 
+def argument(call: torch.fx.Node, name: str) -> Any:
+    """What a call of one of our ops in a graph gives for an argument of the op's schema."""
+    op: Any = call.target
+    places = _PLACES.get(id(op))
+    if places is None:
+        places = {one.name: (at, one) for at, one in enumerate(op._schema.arguments)}
+        _PLACES[id(op)] = places
+    at, declared = places[name]
+    return call.args[at] if at < len(call.args) else declared.default_value
+
+
+_PLACES: dict[int, dict[str, tuple[int, Any]]] = {}
+"""Places of arguments, by the id of the op, whose own hash takes long."""
+
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context in which ops run without their autograd kernels, as inside ``autograd.Function``."""
 

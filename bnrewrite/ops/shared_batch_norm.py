@@ -167,7 +167,7 @@ def _finish_batch_norm(
         results.update(zip(taking_part, ys, strict=True))
     for i, site in enumerate(sites):
         if i not in results:
-            results[i] = BATCH_NORM(*site[:10], NO_GROUP, site.skip_nonfinite)
+            results[i] = BATCH_NORM(*site.arguments(NO_GROUP))
         if i not in fused:
             other = site.residual if site.residual_site is None else results[site.residual_site]
             results[i] = compose(results[i], other, *site.act, into[i])
@@ -221,6 +221,3 @@ define_composite("finish_batch_norm", _finish_batch_norm)
 
 START_BATCH_NORM = torch.ops.bnrewrite.start_batch_norm.default
 FINISH_BATCH_NORM = torch.ops.bnrewrite.finish_batch_norm.default
-
-EPILOGUE = slice(13, 16)
-"""Where ``finish_batch_norm`` has residuals, the sites whose results are added, and activations."""

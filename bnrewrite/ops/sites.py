@@ -1,7 +1,7 @@
 """What the BatchNorm ops share: their arguments, with the checks of these."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class Site(NamedTuple):
         """Whether anything follows the site."""
         followed = self.residual is not None or self.residual_site is not None
         return followed or self.act[0] != "identity"
+
+    def arguments(self, group: str) -> tuple[Any, ...]:
+        """Arguments of the op ``batch_norm``, which evaluates it without what follows."""
+        return (*self[: self._fields.index("skip_nonfinite")], group, self.skip_nonfinite)
 
     def alone(self) -> "Site":
         """The site without what follows it."""

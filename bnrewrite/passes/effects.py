@@ -16,6 +16,7 @@ from torch import fx, nn
 from bnrewrite.groups import active_group, place_in
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
+from bnrewrite.ops.library import argument
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import Attribute
@@ -253,15 +254,13 @@ def _moves(module: nn.Module) -> bool:
 
 def _running(node: fx.Node) -> Iterator[fx.Node | Attribute]:
     """The running statistics that one of our ops moves."""
-    if node.target in SITES:
-        candidates = node.args[3:6]
-    elif node.target is FINISH_BATCH_NORM:
-        candidates = [value for values in node.args[4:7] for value in values]  # pyright: ignore
-    else:
+    if node.target not in SITES and node.target is not FINISH_BATCH_NORM:
         return
-    for value in candidates:
-        if isinstance(value, (fx.Node, Attribute)):
-            yield value
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        given = argument(node, name)
+        for value in given if node.target is FINISH_BATCH_NORM else (given,):
+            if isinstance(value, (fx.Node, Attribute)):
+                yield value
 
 
 def _site_of(owner: nn.Module, running: fx.Node | Attribute) -> Hashable:

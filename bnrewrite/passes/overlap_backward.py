@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import is_compiling
 from bnrewrite.ops.convolution import Geometry, convolution
-from bnrewrite.ops.library import is_traced_by_jit, knows_only_torch
+from bnrewrite.ops.library import argument, is_traced_by_jit, knows_only_torch
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.slot import hides_collectives
 from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, where
@@ -101,12 +101,13 @@ def _group(graph: fx.Graph) -> tuple[Any, ...] | None:
     """
     for node in graph.nodes:
         if communication(node).backward > 0:
-            groups = node.args[5] if node.target is START_BATCH_NORM else [node.args[10]]
+            groups = argument(node, "group")
+            group = groups[0] if node.target is START_BATCH_NORM else groups
             args = [
                 Attribute(str(arg.target))
                 if isinstance(arg, fx.Node) and arg.op == "get_attr"
                 else arg
-                for arg in groups[0].args
+                for arg in group.args
             ]
             if not any(isinstance(arg, fx.Node) for arg in args):
                 return tuple(args)

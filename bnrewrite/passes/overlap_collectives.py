@@ -19,6 +19,7 @@ from torch import fx
 
 from bnrewrite.groups import active_group, place_in
 from bnrewrite.ops.batch_norm import BATCH_NORM
+from bnrewrite.ops.library import argument
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport
 from bnrewrite.passes.effects import Order
@@ -115,8 +116,9 @@ def _pairs(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, bool]]:
 
 def _undo(graph: fx.Graph, start: fx.Node, finish: fx.Node) -> fx.Node:
     """Makes one ``batch_norm`` of a pair with a single site; returns it."""
-    num_arguments = len(BATCH_NORM._schema.arguments)
-    columns: Any = finish.args[1 : 1 + num_arguments]
+    names = [one.name for one in BATCH_NORM._schema.arguments]
+    # Inputs of several sites are "inputs".
+    columns = [argument(finish, {"input": "inputs"}.get(name, name)) for name in names]
     with graph.inserting_before(finish):
         node = call_function(graph, BATCH_NORM, tuple(column[0] for column in columns))
     (result,) = finish.users

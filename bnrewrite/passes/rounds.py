@@ -9,6 +9,7 @@ from torch import fx, nn
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
+from bnrewrite.ops.library import argument
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.effects import Order
@@ -20,7 +21,7 @@ def group_of(node: fx.Node) -> str | None:
     """Name of the process group that a node of ``batch_norm`` communicates with, if it does."""
     if node.target is not BATCH_NORM:
         return None
-    group = node.args[10]
+    group = argument(node, "group")
     if isinstance(group, fx.Node) and group.target is active_group:
         return str(group.args[0])
     return None
@@ -49,9 +50,9 @@ def communication(node: fx.Node) -> Communication:
     """What one node of a training graph communicates by itself; a call of a module nothing."""
     if node.target is START_BATCH_NORM or group_of(node) is not None:
         return Communication(1, 1)
-    if node.target is BATCH_NORM_ACT and isinstance(node.args[10], fx.Node):
+    if node.target is BATCH_NORM_ACT and isinstance(argument(node, "group"), fx.Node):
         return Communication(1, 1)
-    if node.target is SHUFFLE_BATCH_NORM and isinstance(node.args[10], fx.Node):
+    if node.target is SHUFFLE_BATCH_NORM and isinstance(argument(node, "group"), fx.Node):
         return Communication(1, int(node.meta["site"].mode.communicates_backward))
     return Communication()
 

@@ -25,6 +25,7 @@ from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP, find_group, name_in
 from bnrewrite.guards import graph_in_the_making
 from bnrewrite.naming import sites_of
+from bnrewrite.ops.library import argument
 from bnrewrite.watch import peer_error
 
 _ROUND_OPS = ("batch_norm", "batch_norm_act", "start_batch_norm", "shuffle_batch_norm")
@@ -66,8 +67,7 @@ def _rounds(graph: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Round]:
         target: Any = node.target
         if getattr(target, "namespace", "") != "bnrewrite" or target._opname not in _ROUND_OPS:
             continue
-        names = [argument.name for argument in target._schema.arguments]
-        groups = dict(zip(names, node.args, strict=False)).get("group", NO_GROUP)
+        groups = argument(node, "group")
         groups = [groups] if isinstance(groups, str) else groups
         group = next((name for name in groups if name != NO_GROUP), None)
         if group is not None:
