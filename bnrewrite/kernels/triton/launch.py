@@ -145,6 +145,10 @@ def normalize_backward_reduce(
     is_light = activation in _LIGHT and other is None
     # Several accumulators and operands and what an activation needs: half as many per thread.
     num_warps = plan.num_warps if is_light else min(2 * plan.num_warps, 8)
+    bound = _for_partials(plan, num_warps)
+    if other is not None and plan.VEC == 2:
+        # Pairs of two branches would spill on capability 10.
+        bound = _MOST_REGISTERS
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, plan.num_splits, 1),
@@ -153,7 +157,7 @@ def normalize_backward_reduce(
         plan,
         ("ACTIVATION", activation, *plan.of_sums),
         num_warps,
-        _for_partials(plan, num_warps) or (0 if is_light else _MOST_REGISTERS),
+        bound or (0 if is_light else _MOST_REGISTERS),
     )  # fmt: skip
 
 
