@@ -5,14 +5,21 @@ from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
-    """What ``value`` holds now, in its dictionary and in slots."""
+def slots_of(value: Any) -> dict[str, Any]:
+    """What ``value`` holds now in slots."""
     found: dict[str, Any] = {}
     for base in type(value).__mro__:
-        for name, slot in vars(base).items():
+        # Classes in C have members of the same type, which nobody may write to.
+        for name, slot in vars(base).items() if "__slots__" in vars(base) else ():
             if isinstance(slot, MemberDescriptorType):
                 with contextlib.suppress(AttributeError):
                     found[name] = slot.__get__(value)
+    return found
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What ``value`` holds now, in its dictionary and in slots."""
+    found = slots_of(value)
     with contextlib.suppress(AttributeError):
         found.update(object.__getattribute__(value, "__dict__"))
     return found

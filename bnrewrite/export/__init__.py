@@ -2,7 +2,8 @@
 
     arguments   what the user gave, checked before any work starts
     paths       where the file goes, likewise
-    evaluate    what the user's model computes in eval mode, leaving the model untouched
+    untouched   what the model holds, put back after its forward ran or was traced
+    evaluate    what the user's model computes in eval mode
     plain       a reverted copy that shares the parameters
     trace       the copy -> an ``ExportedProgram`` whose BatchNorm calls are checked
     translate   the program -> ONNX of the opset that was asked for

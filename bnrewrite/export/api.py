@@ -37,10 +37,13 @@ def export_onnx(
     """Writes what ``model`` computes in eval mode as an ONNX file of standard operators.
 
     The model may be converted, reverted or plain, in any mode, wrapped in DistributedDataParallel
-    or ``torch.compile``; it is left untouched. Evaluated BatchNorm layers are BatchNormalization
-    nodes with running statistics, and parameters and buffers keep their ``state_dict`` names and
-    values. The file appears only when ``onnx.checker`` accepts it and onnxruntime, if installed,
-    gives the outputs of the model.
+    or ``torch.compile``; it is left untouched: what its forward changes in modules, containers,
+    objects, closures, arrays and tensors is put back. That does not cover parameters whose values
+    it changes in place, gradients, classes and globals, and what lies in generators, files and
+    objects of libraries. Evaluated BatchNorm layers are BatchNormalization nodes with running
+    statistics, and parameters and buffers keep their ``state_dict`` names and values. The file
+    appears only when ``onnx.checker`` accepts it and onnxruntime, if installed, gives the outputs
+    of the model.
 
     Args:
         model: any module.

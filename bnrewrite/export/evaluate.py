@@ -1,9 +1,6 @@
-"""What the user's model computes in eval mode, without leaving a trace in the model."""
+"""What the user's model computes in eval mode."""
 
-import contextlib
 import dataclasses
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,50 +9,7 @@ from torch.utils import _pytree as pytree
 
 from bnrewrite.errors import ExportError, UnsupportedBatchNorm
 from bnrewrite.export.arguments import Example
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts attributes, buffers and flags of all modules, and the random state, back at the end."""
-    modules = list(model.modules())
-    saved = [(module, _snapshot(module.__dict__)) for module in modules]
-    buffers = [
-        # Tensors made in inference mode count no versions.
-        (buffer, None if buffer.is_inference() else buffer._version, buffer.detach().clone())
-        for buffer in model.buffers()
-        if not buffer.is_meta
-    ]
-    devices = {tensor.device for tensor, _, _ in buffers if tensor.is_cuda}
-    with torch.random.fork_rng(sorted(device.index for device in devices)):
-        try:
-            yield
-        finally:
-            for module, attributes in saved:
-                _restore(module.__dict__, attributes)
-            for buffer, version, before in buffers:
-                if version is None or buffer._version != version:
-                    with torch.inference_mode(version is None), torch.no_grad():
-                        buffer.copy_(before)
-
-
-_CONTAINERS = (list, dict, OrderedDict, defaultdict, set)
-
-
-def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {
-        name: (value, value.copy() if type(value) in _CONTAINERS else None)
-        for name, value in attributes.items()
-    }
-
-
-def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in attributes if name not in saved]:
-        del attributes[name]
-    for name, (value, contents) in saved.items():
-        attributes[name] = value
-        if contents is not None:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(contents)
+from bnrewrite.export.untouched import untouched
 
 
 @dataclasses.dataclass(frozen=True)

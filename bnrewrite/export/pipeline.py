@@ -21,6 +21,7 @@ from bnrewrite.export.plain import plain_copy
 from bnrewrite.export.report import ExportReport, TensorReport
 from bnrewrite.export.second import Other, axis_limits, other_examples
 from bnrewrite.export.trace import Traced, trace
+from bnrewrite.export.untouched import untouched
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def run(job: Job, target: Path | None) -> ExportReport:
         ExportError: a step failed.
     """
     log.info("tracing")
-    traced = trace(plain_copy(job.model), job.example, job.axes)
+    with untouched(job.model):
+        # The copy shares tensors and objects of libraries with the model.
+        traced = trace(plain_copy(job.model), job.example, job.axes)
     log.info("converting to ONNX")
     model = translate.to_onnx(traced.program, job.opset)
     named = names.restore_names(model)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from bnrewrite.capture.restore import slots_of
 from bnrewrite.capture.seen import is_library
 from bnrewrite.sites.classes import original_class, restored_class
 
@@ -108,7 +109,7 @@ class _Copier:
             arguments = map(self.value, value.args)
             keywords = {name: self.value(one) for name, one in value.keywords.items()}
             return functools.partial(self.value(value.func), *arguments, **keywords)
-        if kind is SimpleNamespace or _is_of_user(value):
+        if kind is SimpleNamespace or is_of_user(value):
             return self._object(value)
         return value
 
@@ -134,7 +135,9 @@ class _Copier:
             base.extend(copied, map(self.value, base.__iter__(contents)))
         elif base is dict:
             base.update(copied, {key: self.value(one) for key, one in base.items(contents)})
-        for name, value in vars(original).items():
+        for name, value in slots_of(original).items():
+            object.__setattr__(copied, name, self.value(value))
+        for name, value in getattr(original, "__dict__", {}).items():
             copied.__dict__[name] = self.value(value)
         return copied
 
@@ -176,12 +179,11 @@ def _empty(cls: type[nn.Module]) -> nn.Module:
         return cls.__new__(cls)
 
 
-def _is_of_user(value: Any) -> bool:
+def is_of_user(value: Any) -> bool:
     """Whether ``value`` is an object of a class of the user's, which may refer to modules."""
-    cls = type(value)
     return (
-        isinstance(getattr(value, "__dict__", None), dict)
+        not is_library(type(value).__module__)
         and not isinstance(value, (type, ModuleType, FunctionType, enum.Enum, BaseException))
         and not isinstance(value, (torch.Tensor, OrderedDict))
-        and not is_library(cls.__module__)
+        and (isinstance(getattr(value, "__dict__", None), dict) or bool(slots_of(value)))
     )
