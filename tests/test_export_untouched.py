@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import gc
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -203,3 +204,102 @@ def test_what_is_reached_by_a_weak_reference_is_put_back() -> None:
 
     bnrewrite.export_onnx(Changes(weakref.ref(record), change), (X,))
     assert record.lines == []
+
+
+class Registered(type):
+    """A metaclass that keeps a list."""
+
+    classes: list[type] = []  # noqa: RUF012
+
+    def __init__(cls, *args: Any) -> None:
+        super().__init__(*args)
+        Registered.classes.append(cls)
+
+
+class Closes(metaclass=Registered):
+    """An object that closes a file when it goes."""
+
+    subclasses: list[type] = []  # noqa: RUF012
+
+    def __init__(self, file: Any, bn: nn.Module | None = None) -> None:
+        self.file = file
+        self.bn = bn
+
+    def __init_subclass__(cls) -> None:
+        Closes.subclasses.append(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name in ("file", "bn"), "the user's method ran"
+        super().__setattr__(name, value)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class ClosesInSlot:
+    """Likewise, without a dictionary."""
+
+    __slots__ = ("bn", "file")
+
+    def __init__(self, file: Any, bn: nn.Module) -> None:
+        self.file = file
+        self.bn = bn
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class ClosingList(list):
+    """Likewise, a list."""
+
+    file: Any
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class ClosingModule(nn.Module):
+    """Likewise, a module, which may hold another object that does."""
+
+    def __init__(self, kind: str, file: Any) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.file = file
+        self.held: Any = None
+        if kind == "object":
+            self.held = Closes(file)
+        elif kind == "object with a layer":
+            self.held = Closes(file, self.bn)
+        elif kind == "slots":
+            self.held = ClosesInSlot(file, self.bn)
+        elif kind == "list":
+            self.held = ClosingList([self.bn])
+            self.held.file = file
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("kind", ["module", "object", "object with a layer", "slots", "list"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_closes_a_file_when_it_goes_does_so_once(
+    kind: str, fails: bool, tmp_path: Any
+) -> None:
+    file = (tmp_path / "log.txt").open("w")
+    model = ClosingModule(kind, file)
+    classes = list(Registered.classes)
+    if fails:
+        model.bn.register_forward_hook(lambda _module, _args, y: y if y.sum() > 0 else -y)
+        with pytest.raises(bnrewrite.ExportError, match="cannot trace"):
+            bnrewrite.export_onnx(model, (X,))
+    else:
+        bnrewrite.export_onnx(model, (X,))
+    gc.collect()
+    assert not file.closed
+    assert (Registered.classes, Closes.subclasses) == (classes, [])
+    del model
+    gc.collect()
+    assert file.closed

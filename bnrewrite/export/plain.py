@@ -45,8 +45,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Modules are copied, with the containers, objects, functions and bound methods that refer to
     them or keep what they compute; what several of them share, their copies share. Parameters,
     buffers and objects of libraries are shared with the original. Nothing of the user's runs: not
-    ``train``, which subclasses override with side effects, and not ``__deepcopy__``, which fails on
-    process groups and on tensors that are not leaves.
+    ``train``, which subclasses override with side effects, not ``__deepcopy__``, which fails on
+    process groups and on tensors that are not leaves, and not ``__del__``, which closes what the
+    original goes on using.
     """
     return _Copier().module(model)
 
@@ -58,11 +59,20 @@ class _Copier:
         # By identity; the originals are kept alive, so that numbers stay those of one object.
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []
+        self._classes: dict[type, type] = {}
 
     def _remember(self, original: Any, copied: Any) -> Any:
         self._copies[id(original)] = copied
         self._originals.append(original)
         return copied
+
+    def _class(self, cls: type) -> Any:
+        """The class of a copy: one without ``__del__`` where ``cls`` has that."""
+        if getattr(cls, "__del__", None) is None:
+            return cls
+        if cls not in self._classes:
+            self._classes[cls] = _without_del(cls)
+        return self._classes[cls]
 
     def module(self, original: nn.Module) -> nn.Module:
         if isinstance(original, torch.jit.ScriptModule):
@@ -70,7 +80,7 @@ class _Copier:
         original = unwrap(original)
         if id(original) in self._copies:
             return self._copies[id(original)]
-        copied = self._remember(original, _empty(restored_class(original)))
+        copied = self._remember(original, _empty(self._class(restored_class(original))))
         for name, value in original.__dict__.items():
             if not name.startswith(_MARK):
                 copied.__dict__[name] = self.value(value)
@@ -127,7 +137,7 @@ class _Copier:
         contents: Any = original
         base: Any = next((one for one in _BASES if isinstance(original, one)), object)
         try:
-            copied = base.__new__(type(original))
+            copied = base.__new__(self._class(type(original)))
         except TypeError:
             return original
         self._remember(original, copied)
@@ -177,6 +187,24 @@ def _empty(cls: type[nn.Module]) -> nn.Module:
         return object.__new__(cls)
     except TypeError:
         return cls.__new__(cls)
+
+
+class _WithoutDel:
+    """First base of a class whose objects do nothing when they go."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        """Not that of the user's class, which may keep a list of its subclasses."""
+
+    def __del__(self) -> None:
+        """Not that of the user's class."""
+
+
+def _without_del(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__slots__": ()}
+    # A metaclass of the user's, which may keep a list of its classes, does not run.
+    return type.__new__(type(cls), cls.__name__, (_WithoutDel, cls), names)
 
 
 def is_of_user(value: Any) -> bool:
