@@ -2,6 +2,7 @@
 
 import collections
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,56 @@ def test_modules_in_objects_are_exported_in_eval_mode(kind: str, training: bool)
     report = _assert_exported(model, _image())
     assert {f"bn.{name}" for name in NAMES} == {i.name for i in report.model.graph.initializer}
     assert int(model.get_buffer("bn.num_batches_tracked")) == 0
+
+
+class Parent(nn.Module):
+    """A model whose child calls another child, by way of it."""
+
+    def __init__(self, refer: Any) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.child = Child()
+        vars(self.child)["parent"] = refer(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x)
+
+
+class Child(nn.Module):
+    """Refers to its parent weakly, as modules do to avoid cycles."""
+
+    parent: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent: Any = self.parent() if type(self.parent) is weakref.ref else self.parent
+        return parent.bn(x) * 2
+
+
+@pytest.mark.parametrize("refer", [weakref.ref, weakref.proxy])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_weak_reference_is_one_to_the_copy(refer: Any, converted: bool) -> None:
+    model = Parent(refer)
+    if converted:
+        bnrewrite.convert(model)
+    report = _assert_exported(model, _image())
+    assert {f"bn.{name}" for name in NAMES} <= {i.name for i in report.model.graph.initializer}
+
+
+@pytest.mark.parametrize("refer", [weakref.ref, weakref.proxy])
+def test_weak_references_to_what_is_gone_or_not_of_the_model(refer: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    keeper = Holder(model[0])
+    if refer is weakref.ref:
+        # torch.export itself asks a proxy what it is.
+        vars(model)["gone"] = refer(Holder(model[0]))
+    vars(model[0])["keeper"] = refer(keeper)
+
+    def double(bn: Any, args: Any, y: Tensor) -> Tensor:
+        keeper = bn.keeper() if refer is weakref.ref else bn.keeper
+        return y * 2 if keeper.bn is bn else y
+
+    model[0].register_forward_hook(double)
+    _assert_exported(model, _image())
 
 
 def test_an_object_that_keeps_activations_keeps_its_own() -> None:

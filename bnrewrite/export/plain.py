@@ -4,6 +4,7 @@ import contextlib
 import enum
 import functools
 import inspect
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from bnrewrite.sites.classes import original_class, restored_class
 
 _MARK = "_bnrewrite_"
 _COMPILED = "_compiled_call_impl"
+_COPIER = f"{_MARK}copier"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -49,7 +51,11 @@ def plain_copy(model: nn.Module) -> nn.Module:
     process groups and on tensors that are not leaves, and not ``__del__``, which closes what the
     original goes on using.
     """
-    return _Copier().module(model)
+    copier = _Copier()
+    plain = copier.module(model)
+    # Weak references keep nothing alive.
+    plain.__dict__[_COPIER] = copier
+    return plain
 
 
 class _Copier:
@@ -89,6 +95,8 @@ class _Copier:
         return copied
 
     def value(self, value: Any) -> Any:
+        if type(value) in WEAK:
+            return self._weak(value)
         if isinstance(value, nn.Module):
             return self.module(value)
         if id(value) in self._copies:
@@ -122,6 +130,13 @@ class _Copier:
         if kind is SimpleNamespace or is_of_user(value):
             return self._object(value)
         return value
+
+    def _weak(self, original: Any) -> Any:
+        referred = referent(original)
+        copied = self.value(referred)
+        if copied is referred:
+            return original
+        return weakref.ref(copied) if type(original) is weakref.ref else weakref.proxy(copied)
 
     def method(self, original: MethodType) -> MethodType:
         """A method of a copy, which has the forward of its class where the original has that."""
@@ -187,6 +202,20 @@ def _empty(cls: type[nn.Module]) -> nn.Module:
         return object.__new__(cls)
     except TypeError:
         return cls.__new__(cls)
+
+
+WEAK = frozenset((weakref.ref, *weakref.ProxyTypes))
+
+
+def referent(value: Any) -> Any:
+    """What a weak reference or proxy refers to; None if that is gone."""
+    if type(value) is weakref.ref:
+        return value()
+    try:
+        # A proxy takes every attribute from what it refers to, also this method.
+        return value.__reduce_ex__.__self__
+    except ReferenceError:
+        return None
 
 
 class _WithoutDel:

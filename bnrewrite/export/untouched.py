@@ -4,7 +4,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from bnrewrite.capture.restore import slots_of
 from bnrewrite.capture.seen import CONSTANTS, MISSING, holds_data, is_library
-from bnrewrite.export.plain import is_of_user
+from bnrewrite.export.plain import WEAK, is_of_user, referent
 
 
 @contextlib.contextmanager
@@ -59,6 +58,8 @@ class _State:
 
     def _keep(self, value: Any) -> Iterable[Any]:
         """Notes what ``value`` holds, and returns it."""
+        if type(value) in WEAK:
+            return (referent(value),)
         if isinstance(value, Tensor):
             if _has_memory(value):
                 self._tensors.append(value)
@@ -77,8 +78,6 @@ class _State:
             return (value.__self__,)
         if isinstance(value, functools.partial):
             return value.func, value.args, value.keywords
-        if isinstance(value, weakref.ref):
-            return (value(),)
         if isinstance(value, FunctionType):
             cells = () if is_library(value.__module__) else value.__closure__ or ()
             return *cells, value.__defaults__, value.__kwdefaults__, value.__dict__
