@@ -247,8 +247,8 @@ OPTIONS = {
     "verify": ({"verify": "yes"}, TypeError, "verify must be True or False"),
     "external_data": ({"external_data": "m"}, TypeError, "external_data must be"),
     "rtol type": ({"rtol": "1"}, TypeError, "rtol must be a number"),
-    "rtol negative": ({"rtol": -1.0}, ValueError, "rtol must not be negative"),
-    "atol NaN": ({"atol": float("nan")}, ValueError, "atol must not be negative"),
+    "rtol negative": ({"rtol": -1.0}, ExportError, "rtol must not be negative"),
+    "atol NaN": ({"atol": float("nan")}, ExportError, "atol must not be negative"),
 }  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def export_onnx(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ExportError: the model cannot be exported, or the result failed a check.
+        ExportError: an argument has a value that cannot be met, the model cannot be exported, or
+            the result failed a check.
         ImportError: onnx or onnxscript is not installed.
 
     A failed call leaves an existing file as it was. A successful one replaces it, with the file of

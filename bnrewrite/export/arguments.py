@@ -234,12 +234,12 @@ def check_tolerance(name: str, value: object) -> float | None:
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it is negative or not a number in the sense of IEEE 754.
+        ExportError: it is negative or not a number in the sense of IEEE 754.
     """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or None, but it is {type(value).__name__}.")
     if not value >= 0:
-        raise ValueError(f"{name} must not be negative, but it is {value}.")
+        raise ExportError(f"{name} must not be negative, but it is {value}.")
     return float(value)
