@@ -1,9 +1,11 @@
 """Bad inputs: each is refused with a message that names the place and the way out."""
 
+import concurrent.futures
 import errno
 import importlib.util
 import logging
 import os
+import queue
 import re
 import sys
 import tempfile
@@ -178,6 +180,32 @@ def test_other_threads_go_on_printing_while_a_trace_is_quiet(capsys):
         other.start()
         other.join()
     assert (kept.getvalue(), capsys.readouterr().err) == ("graph\n", "other\n")
+
+
+def test_exports_of_two_threads_wait_for_each_other():
+    """Also after one that failed, and where a forward exports another model."""
+    before = sys.stderr, logging.getLogger("torch.onnx").level
+    # Not a list, which would be put back with all that the model refers to.
+    inner: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def export_inside(_module: nn.Module, _args: Any) -> None:
+        if not torch.compiler.is_exporting():
+            inner.put(export_onnx(Block(), (X,)))
+
+    def work(_number: int) -> list[Any]:
+        barrier.wait()
+        with pytest.raises(ExportError, match="cannot trace"):
+            export_onnx(Branches(), (X,))
+        model = Block()
+        model.register_forward_pre_hook(export_inside)
+        return [export_onnx(model, (X,)), export_onnx(Block(), (X,))]
+
+    barrier = threading.Barrier(2)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        reports = [one for found in threads.map(work, range(2)) for one in found]
+    reports += [inner.get_nowait() for _ in range(2)]
+    assert [one.num_batch_norm for one in reports] == [2] * 6
+    assert (sys.stderr, logging.getLogger("torch.onnx").level) == before
 
 
 ARGUMENTS = {

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from bnrewrite.export.plain import unwrap
 from bnrewrite.export.report import ExportReport
 
 log = logging.getLogger(__name__)
+
+_LOCK = threading.RLock()
+"""Of exports, which change what all threads share: loggers, ``sys.stderr``, settings of torch."""
 
 
 def export_onnx(
@@ -74,6 +78,8 @@ def export_onnx(
             the result failed a check.
         ImportError: onnx or onnxscript is not installed.
 
+    Exports run one at a time: what another thread asks for waits.
+
     A failed call leaves an existing file as it was. A successful one replaces it, with the file of
     weights beside it that it names.
     """
@@ -90,26 +96,27 @@ def export_onnx(
     check_tensors(model, dict(zip(example.names, example.tensors, strict=True)), opset)
     axes = read_dynamic_shapes(model, example, dynamic_shapes)
     given_inputs = arguments.check_names("input_names", input_names, len(example.names))
-    log.info("running the model in eval mode")
-    expected = evaluate(model, example, example.tensors)
-    given_outputs = arguments.check_names("output_names", output_names, len(expected.names))
-    inputs, outputs = arguments.graph_names(
-        model, (given_inputs, example.names), (given_outputs, expected.names)
-    )
-    # They take a second to import, and errors above need neither.
-    from bnrewrite.export.pipeline import Job, run
+    with _LOCK:
+        log.info("running the model in eval mode")
+        expected = evaluate(model, example, example.tensors)
+        given_outputs = arguments.check_names("output_names", output_names, len(expected.names))
+        inputs, outputs = arguments.graph_names(
+            model, (given_inputs, example.names), (given_outputs, expected.names)
+        )
+        # They take a second to import, and errors above need neither.
+        from bnrewrite.export.pipeline import Job, run
 
-    job = Job(
-        model=model,
-        example=example,
-        axes=axes,
-        expected=expected,
-        inputs=inputs,
-        outputs=outputs,
-        opset=opset,
-        fold=fold,
-        verify=verify,
-        tolerances=tolerances,
-        external_data=external_data,
-    )
-    return run(job, target)
+        job = Job(
+            model=model,
+            example=example,
+            axes=axes,
+            expected=expected,
+            inputs=inputs,
+            outputs=outputs,
+            opset=opset,
+            fold=fold,
+            verify=verify,
+            tolerances=tolerances,
+            external_data=external_data,
+        )
+        return run(job, target)

@@ -1,4 +1,7 @@
-"""Keeps back what torch and onnxscript log while an export checks their results itself."""
+"""Keeps back what torch and onnxscript log while an export checks their results itself.
+
+What is changed belongs to all threads, so one export at a time may do this.
+"""
 
 import contextlib
 import io
@@ -17,10 +20,10 @@ def quiet(*names: str, level: int) -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in names]
     levels = [one.level for one in loggers]
-    for one in loggers:
-        if one.level in (logging.NOTSET, *range(logging.WARNING, level)):
-            one.setLevel(level)
     try:
+        for one in loggers:
+            if one.level in (logging.NOTSET, *range(logging.WARNING, level)):
+                one.setLevel(level)
         yield
     finally:
         for one, before in zip(loggers, levels, strict=True):
