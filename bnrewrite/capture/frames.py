@@ -7,6 +7,8 @@ from types import FrameType
 
 import torch
 
+from bnrewrite.capture.seen import is_library
+
 
 def is_ours(filename: str) -> bool:
     """Whether a file belongs to torch or to this package."""
@@ -24,8 +26,25 @@ def is_of_package(frame: FrameType) -> bool:
     return filename.startswith(_HERE) and not filename.startswith(_DEMO)
 
 
+def is_for_traced_code(frame: FrameType | None) -> bool:
+    """Whether traced code has the code of ``frame`` run, and not an import or what cleans up."""
+    while frame is not None and frame.f_code.co_name != TRACES:
+        code = frame.f_code
+        if (
+            code.co_filename.startswith("<frozen importlib")
+            or code.co_name == "__del__"
+            or frame.f_globals.get("__name__") in _ASIDE
+        ):
+            return False
+        frame = frame.f_back
+    return True
+
+
 TRACES = "_record_graph"
 """Name of the function that calls the traced code."""
+
+_ASIDE = frozenset(("weakref", "linecache", "tokenize"))
+"""Modules that clean up, or read code for messages."""
 
 _TORCH = torch.__path__[0] + os.sep
 _HERE = __file__.rsplit("capture", 1)[0]
@@ -44,8 +63,15 @@ def user_frame() -> FrameType | None:
 
 
 def where() -> str:
-    """File and line of the traced code, in parentheses."""
-    frame = user_frame()
+    """File and line of the traced code, in parentheses, past what it calls of Python's library."""
+    frame = outer = user_frame()
+    while outer is not None and outer.f_code.co_name != TRACES:
+        if not is_library(outer.f_globals.get("__name__")) and not is_ours(
+            outer.f_code.co_filename
+        ):
+            frame = outer
+            break
+        outer = outer.f_back
     return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
 
 

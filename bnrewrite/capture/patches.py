@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnrewrite.capture.acts import refusing_acts, stand_in
 from bnrewrite.capture.bytecode import is_used_as_value
 from bnrewrite.capture.comparisons import giving_code_back
 from bnrewrite.capture.frames import asks_for_torch
@@ -96,6 +97,7 @@ def _patched_once() -> Iterator[None]:
         ):
             stack.callback(setattr, holder, name, vars(holder)[name])
             setattr(holder, name, new)
+        stack.enter_context(refusing_acts())
         stack.enter_context(giving_code_back())
         stack.callback(setattr, Patches, "patcher", None)
         stack.callback(Patches.keep_type.clear)
@@ -125,6 +127,14 @@ def record_questions(function: FunctionType, names: frozenset[str], tracer: Any)
     for name in names & QUESTIONS.keys():
         if name not in home and not (name == "type" and id(home) in Patches.keep_type):
             Patches.patcher.patch(home, name, QUESTIONS[name])
+
+
+def record_act(home: dict[str, Any], name: str) -> bool:
+    """Whether ``name`` in globals is a function that no trace may call; replaces it there."""
+    new = stand_in(home[name])
+    if new is not None:
+        Patches.patcher.patch(home, name, new, deduplicate=False)
+    return new is not None
 
 
 def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -56,6 +56,11 @@ class _Watched:
     def __array_function__(self, function: Callable[..., Any], *_: Any) -> NoReturn:
         raise TypeError(f"calls {function.__name__} of numpy with a value that it computes")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # That of the proxy would be set, and the tensor never know.
+        self._refuse(f"sets {name!r} of a value that it computes")
+        object.__setattr__(self, name, value)
+
     @property
     def __class__(self) -> type:
         frame = sys._getframe(1)
@@ -72,12 +77,18 @@ class Proxy(_Watched, fx.Proxy):
     fx records ``a = a + b``, after which other names of the same tensor would keep the old values.
     """
 
+    def __init__(self, node: fx.Node, tracer: Any) -> None:
+        self.__dict__.update(node=node, tracer=tracer)
+
     def __getattr__(self, name: str) -> "Attribute":
         return Attribute(self, name)  # pyright: ignore[reportCallIssue]
 
 
 class Attribute(_Watched, fx.proxy.Attribute):
     """An attribute of a value, or a method that is about to be called."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, _node=None)
 
     def __getattr__(self, name: str) -> "Attribute":
         return Attribute(self, name)  # pyright: ignore[reportCallIssue]

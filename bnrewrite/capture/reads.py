@@ -5,29 +5,25 @@ list. What functions name is found in their code, before they run; attributes of
 when they are read.
 """
 
-import array
 import builtins
 import collections
 import contextlib
-import contextvars
-import ctypes
 import dataclasses
 import operator
-import random
+import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
+from bnrewrite.capture.acts import is_stand_in, stand_in
 from bnrewrite.capture.bytecode import decisions, loads_global
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
-from bnrewrite.capture.patches import record_questions
+from bnrewrite.capture.patches import record_act, record_questions
 from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
 from bnrewrite.capture.restore import attributes_of, give_back, identical, refill
 from bnrewrite.capture.seen import (
@@ -41,23 +37,20 @@ from bnrewrite.capture.seen import (
     routines,
     same_keys,
 )
+from bnrewrite.capture.unreadable import unreadable
 
 _AMBIENT = frozenset(("time", "_contextvars", "contextvars"))
 """Modules whose answers differ from call to call."""
 
-_SHARED = (
-    contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array, weakref.ref,
-    bytearray, array.array,
-)  # fmt: skip
-"""Values that depend on the thread, on the context, on other processes, or that are mere memory."""
+_STREAMS = frozenset(("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"))
 
 _TYPES = frozenset(("type", "__class__", "_get_name", "typename"))
 """What code names that looks at types of modules without asking ``isinstance``."""
 
+_SETTERS = ("__setattr__", "__delattr__")
+
 _BY_NAME = frozenset(("globals", "eval", "exec"))
 """Builtins that find what code does not name."""
-
-_RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 _MOST = 1000
 """Elements of a container that are still compared at every call."""
@@ -110,7 +103,7 @@ class Reads:
         if isinstance(value, (CONSTANTS, Tensor, nn.Module)) or id(value) in self._known:
             return
         self._known[id(value)] = value
-        if asks_unseen(value):
+        if asks_unseen(value) or stand_in(value) is not None:
             self._tracer.refuse(f"calls {value.__name__} by another name")
         for function in routines(value):
             self.see_code(function)
@@ -121,12 +114,9 @@ class Reads:
             self._copies[id(value)] = keys, elements
             for one in elements:
                 self.see(one)
-        if isinstance(value, _RANDOM):
-            self._tracer.refuse("draws random numbers in Python")
-        if isinstance(value, _SHARED):
-            self._tracer.refuse(f"reads a {type(value).__name__}, which others may change")
-        if isinstance(value, collections.abc.Iterator):
-            self._tracer.refuse(f"reads an iterator, a {type(value).__name__}")
+        reason = unreadable(value)
+        if reason:
+            self._tracer.refuse(reason)
         if not is_library(type(value).__module__) or holds_data(type(value)):
             self._objects[id(value)] = attributes_of(value)
             self._watch(type(value))
@@ -222,6 +212,8 @@ class Reads:
         watch_comparisons(function)
         if not names.isdisjoint(_BY_NAME) and loads_global(function.__code__, _BY_NAME):
             self._tracer.refuse("looks up what its code does not name")
+        if not names.isdisjoint(_SETTERS):
+            self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
         if self.asks_types or "super" in names:
             for cls in (*self._traced, *self._patched):
@@ -249,15 +241,19 @@ class Reads:
         """Notes one value that code names, and what it may read of that by ``names``."""
         value = read_of(holder, name)
         looked = id(holder), name, names
-        if looked in self._looked or value is MISSING or is_question(value):
+        if looked in self._looked or value is MISSING or is_question(value) or is_stand_in(value):
             return
         self._looked.add(looked)
+        if isinstance(holder, dict) and record_act(holder, name):
+            return
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
         if home in _AMBIENT or value is builtins:
             self._tracer.refuse(f"asks for what {home} tells")
         if value is operator and not names.isdisjoint(IDENTITY):
             self._tracer.refuse("compares values by functions of operator")
         if isinstance(value, ModuleType) and is_library(value.__name__):
+            for one in names & _STREAMS if value is sys else ():
+                self.see(vars(sys)[one])
             return
         self._outside.holders[id(holder)] = holder
         self._named.setdefault((id(holder), name), value)
@@ -278,6 +274,8 @@ class Reads:
     def see_forward(self, cls: type) -> None:
         """Notes that the forward of a class is traced from now on."""
         self._traced.append(cls)
+        if any(getattr(cls, name) is not getattr(nn.Module, name) for name in _SETTERS):
+            self._tracer.keep_attributes()
         self.see_in_class(cls, "forward")
 
     def see_in_class(self, cls: type, name: str) -> None:

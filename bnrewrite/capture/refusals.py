@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import logging
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +15,22 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
-from bnrewrite.capture.frames import is_of_package, is_ours
+from bnrewrite.capture.frames import is_for_traced_code, is_of_package, is_ours
 from bnrewrite.capture.proxy import PROXIES
 from bnrewrite.sites.tracing import tracer_here
 
 
+@functools.lru_cache(1024)
 def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     """``function``, which traced code must not call."""
 
     @functools.wraps(function)
     def refusing(*args: Any, **kwargs: Any) -> Any:
         tracer = tracer_here()
-        if tracer is not None and tracer.recording and not is_of_package(sys._getframe(1)):
-            tracer.refuse(reason)
+        if tracer is not None and tracer.recording:
+            frame = sys._getframe(1)
+            if not is_of_package(frame) and is_for_traced_code(frame):
+                tracer.refuse(reason)
         return function(*args, **kwargs)
 
     return refusing
@@ -80,5 +86,12 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
     # After it has found who logs.
     (logging.Logger, "handle", "logs a message"),
     (contextlib.suppress, "__enter__", "catches exceptions"),
+    # Queues, semaphores, events, barriers and futures of Python do it before they change.
+    (threading.Condition, "__enter__", "changes what other threads wait for"),
+    (threading.Thread, "start", "starts a thread"),
+    (subprocess.Popen, "__init__", "starts a process"),
+    (socket.socket, "__init__", "opens a socket"),
+    (torch.backends.ContextProp, "__set__", "changes a setting of torch"),
+    (torch.cuda.StreamContext, "__enter__", "enters a stream"),
 )  # fmt: skip
 """What a graph would lose or do once, whatever has it done: a class, a method and the reason."""

@@ -1,6 +1,7 @@
 """What objects and containers hold, to give it back to them after traced code changed it."""
 
 import contextlib
+from collections.abc import Iterator
 from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
@@ -49,3 +50,19 @@ def refill(value: Any, keys: tuple[Any, ...], elements: tuple[Any, ...]) -> None
         value.update(*keys)
     else:
         value.extend(elements)
+
+
+@contextlib.contextmanager
+def keeping_attributes(tracer: Any) -> Iterator[None]:
+    """Gives modules the attributes back that traced code set; ``tracer`` refuses that.
+
+    ``object.__setattr__`` tells nobody, so ``tracer.kept`` has dictionaries of modules with copies.
+    """
+    try:
+        yield
+    finally:
+        for now, before in tracer.kept:
+            if not identical(now, before):
+                now.clear()
+                now.update(before)
+                tracer.note_refusal("sets an attribute without its module's knowledge")

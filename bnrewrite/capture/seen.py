@@ -220,7 +220,7 @@ def is_library(module: Any) -> bool:
     """Whether code of the module of this name is not looked into."""
     name = str(module)
     top = name.partition(".")[0]
-    if top in _LIBRARIES:
+    if top in LIBRARIES:
         return True
     return top in sys.stdlib_module_names and name != "__main__" and _is_of_python(name)
 
@@ -234,7 +234,7 @@ def _is_of_python(name: str) -> bool:
     return file is None or (file.startswith(_PYTHON) and not file.startswith(_INSTALLED))
 
 
-_LIBRARIES = {"torch", "numpy", "bnrewrite"}
+LIBRARIES = {"torch", "numpy", "bnrewrite"}
 
 _PYTHON, _INSTALLED = (
     tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)

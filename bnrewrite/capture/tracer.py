@@ -4,7 +4,7 @@
 bakes in, so that a captured graph is used only while that still holds, and refuses a forward whose
 graph would do something else than the forward: one that enters ``no_grad`` or ``autocast``, calls
 an ``autograd.Function`` or a checkpoint, draws random numbers in Python, sets attributes, computes
-on tensors of its own, or branches on data.
+on tensors of its own, branches on data, or does what others notice, such as to warn or to write.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from bnrewrite.capture.patches import (
 )
 from bnrewrite.capture.proxy import Proxy
 from bnrewrite.capture.reads import Reads
+from bnrewrite.capture.restore import keeping_attributes
 from bnrewrite.capture.returns import never_returns_none
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.tracing import Tracing
@@ -71,10 +72,16 @@ class OwnerTracer(fx.Tracer):
         self.recording = False
         self.thread = threading.get_ident()
         self.parameter_proxies: dict[str, fx.Proxy] = {}
+        self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def note_refusal(self, reason: str) -> None:
         """Has the trace refused at its end, unless it is already."""
         self.refusal = self.refusal or Refused(reason)
+
+    def keep_attributes(self) -> None:
+        """Has the modules keep the attributes that they have now."""
+        if not self.kept:
+            self.kept = [(vars(one), vars(one).copy()) for one in self.paths]
 
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
@@ -98,6 +105,7 @@ class OwnerTracer(fx.Tracer):
         try:
             with (
                 patched(),
+                keeping_attributes(self),
                 self.reads.noting(),
                 noting_reads(paths, self),
                 keeping_random_state(self),
