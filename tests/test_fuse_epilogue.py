@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -368,3 +369,58 @@ def test_ranks_agree_with_and_without_the_pass(ranks: RankPool) -> None:
     for plain, fused in zip(*results, strict=True):
         for one, other in zip(plain, fused, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Gives(nn.Module):
+    """A shortcut that gives what it was made with."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Any:
+        return x * 2 if isinstance(self.value, str) else self.value
+
+
+class Shortcut(nn.Module):
+    """A residual block whose shortcut is a module of any class."""
+
+    def __init__(self, value: Any, twice: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.shortcut = Gives(value)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x) * 2 if self.twice else self.shortcut(x)
+        y, z = self.bn(self.conv(x)), self.bn2(self.conv2(x))
+        return F.relu(y + shortcut) * (z + shortcut)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("value", ["tensor", 0, 0.1, True, np.float32(0.1)], ids=repr)
+@pytest.mark.parametrize("passes", [None, ("fuse_epilogue",)], ids=["all", "alone"])
+def test_a_shortcut_may_give_a_number(
+    value: Any, twice: bool, passes: tuple[str, ...] | None
+) -> None:
+    plain = perturb(Shortcut(value, twice))
+    model = bnrewrite.convert(copy.deepcopy(plain), mode="local", passes=passes)
+    apart = bnrewrite.convert(copy.deepcopy(plain), mode="local", passes=())
+    x = torch.randn(4, 3, 5, 7)
+    expected = plain(x)
+    torch.testing.assert_close(model(x), expected)
+    if type(value) in (str, float) and passes is None:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+    assert any(name in _ops(model) for name in ("batch_norm_act", "finish_batch_norm"))
+    # Kernels round in other places than torch's, but numbers change no dtype.
+    x = x.bfloat16()
+    torch.testing.assert_close(model.bfloat16()(x), apart.bfloat16()(x), rtol=0.02, atol=0.02)
+
+
+def test_a_shortcut_that_gives_nothing_cannot_be_added() -> None:
+    model = _convert(Shortcut(None, False))
+    with pytest.raises(TypeError, match="'NoneType'"):
+        model(torch.randn(4, 3, 5, 7))

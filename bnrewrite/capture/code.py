@@ -7,8 +7,12 @@ from typing import Any
 from torch import fx
 
 from bnrewrite.groups import active_group
+from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
+from bnrewrite.ops.epilogue import addend
 from bnrewrite.ops.library import is_composite, run_composite
+from bnrewrite.ops.shared_batch_norm import EPILOGUE, FINISH_BATCH_NORM
 from bnrewrite.passes.base import Attribute
+from bnrewrite.passes.epilogues import may_be_number
 from bnrewrite.passes.overlap_backward import convolve
 
 
@@ -58,7 +62,9 @@ class _Copy:
         called = None
         if node.op == "call_module" and any(map(keyword.iskeyword, str(node.target).split("."))):
             called = self._read(str(node.target))
-        copy = self.graph.node_copy(node, copies.__getitem__)
+        addends = self._addends(node, copies)
+        known = copies | addends if addends else copies
+        copy = self.graph.node_copy(node, known.__getitem__)
         if reads:
             copy.args = _with_reads(copy.args, reads)
             copy.kwargs = _with_reads(copy.kwargs, reads)
@@ -67,6 +73,16 @@ class _Copy:
         if is_composite(node.target):
             copy.target, copy.args = run_composite, (node.target, *copy.args)
         return copy
+
+    def _addends(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Nodes that make tensors of what ``node`` adds to a result, where it may be a number."""
+        place = _RESIDUAL.get(node.target)
+        residual: Any = None if place is None else node.args[place]
+        return {
+            one: self.graph.call_function(addend, (copies[one],))
+            for one in (residual if isinstance(residual, (list, tuple)) else [residual])
+            if isinstance(one, fx.Node) and may_be_number(one)
+        }
 
     def _read(self, path: str) -> fx.Node:
         """A node that reads the attribute at ``path``."""
@@ -79,6 +95,10 @@ class _Copy:
         # fx spells out getattr, also where that is no code.
         read = _attribute if keyword.iskeyword(name) else getattr
         return self.graph.create_node("call_function", read, (source, name), name=variable)
+
+
+_RESIDUAL: dict[Any, int] = {BATCH_NORM_ACT: 11, FINISH_BATCH_NORM: EPILOGUE.start}
+"""Where ops have what they add."""
 
 
 class _Owner:

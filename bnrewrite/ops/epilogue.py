@@ -1,5 +1,9 @@
 """What follows a site: whether the phases take it, and what it is where they do not."""
 
+from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from bnrewrite import activations
@@ -22,6 +26,25 @@ def joins_phases(x: Tensor, residual: Tensor | None, activation: str, group: str
             return False
     # Of other activations torch keeps the argument, which costs memory traffic.
     return activations.torch_keeps_result(activation) or sites.prefers_recomputing(x)
+
+
+def addend(value: Any) -> Tensor:
+    """What a child gave that is added to a result, as a tensor: it may be a number.
+
+    As a scalar in the widest dtype of its kind it changes results as a number does.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (int, float, complex, np.generic)):
+        wide = isinstance(value, float)
+        return torch.tensor(value, dtype=torch.float64 if wide else None)
+    raise TypeError(
+        f"unsupported operand type(s) for +: 'Tensor' and {type(value).__name__!r}. If the model "
+        "adds it without bnrewrite, leave out the pass fuse_epilogue."
+    )
 
 
 def compose(

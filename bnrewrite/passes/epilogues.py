@@ -14,6 +14,9 @@ from bnrewrite.sites.classes import below, original_class
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+ARITHMETIC = ("add", "iadd", "mul", "imul", "sub", "isub")
+"""Names of functions that make a tensor if they are given one, and a number of numbers."""
+
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
 
 
@@ -132,6 +135,18 @@ def is_addition(node: fx.Node) -> bool:
 def writes_into(node: fx.Node) -> fx.Node | None:
     """The value that an addition changes in place."""
     return node.args[0] if node.target in _IN_PLACE else None  # pyright: ignore[reportReturnType]
+
+
+def may_be_number(node: fx.Node) -> bool:
+    """Whether what a graph adds to the result of a site may be a number: a child gives anything."""
+    if node.op == "call_module":
+        return True
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.op == "call_function"
+        and name in ARITHMETIC
+        and all(map(may_be_number, node.all_input_nodes))
+    )
 
 
 def is_identity(owner: nn.Module, node: fx.Node) -> bool:

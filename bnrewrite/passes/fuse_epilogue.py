@@ -23,6 +23,7 @@ from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import Order
 from bnrewrite.passes.epilogues import (
+    ARITHMETIC,
     Activation,
     activation_of,
     is_addition,
@@ -259,7 +260,10 @@ def _kept(target: OwnerGraph, path: str) -> str:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether ``node`` makes a tensor; an argument is checked when it comes."""
+    """Whether ``node`` makes a tensor; an argument is checked when it comes.
+
+    Of a number that a child gives the code of the graph makes one.
+    """
     if node.op == "call_function":
         return isinstance(node.target, type(BATCH_NORM)) or _makes_tensor(node)
     return node.op in ("placeholder", "call_module") or (
@@ -272,9 +276,8 @@ def _makes_tensor(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and node.args[0].target is FINISH_BATCH_NORM
-    arithmetic = name in ("add", "iadd", "mul", "imul", "sub", "isub")
     home = getattr(node.target, "__module__", "")
-    if arithmetic:
+    if name in ARITHMETIC:
         return any(_is_tensor(source) for source in node.all_input_nodes)
     return home == "torch.nn.functional" or name in ("cat", "relu", "conv1d", "conv2d", "conv3d")
 
