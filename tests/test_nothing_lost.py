@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -379,6 +380,36 @@ def test_changing_the_dtype_afterwards(dtype: torch.dtype) -> None:
     tolerance = 16 * torch.finfo(dtype).eps
     torch.testing.assert_close(converted(x), plain(x), rtol=tolerance, atol=tolerance)
     assert converted.blocks[0].bn1.running_mean.dtype == dtype
+
+
+class Defaults(nn.Module):
+    """Optional arguments of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(
+        self, x: Tensor, scale: float = 1.5, p: float = 0.0, size: Any = (1, 2), kind: str = "some"
+    ) -> Tensor:
+        return self.bn(self.conv(x)) * scale + len(size) + len(kind) + math.copysign(1, p)
+
+
+def test_a_default_that_is_given_keeps_the_graph() -> None:
+    model: Any = bnrewrite.convert(Defaults())
+    plain = bnrewrite.revert(copy.deepcopy(model))
+    x = torch.randn(3, 3, 8, 8)
+    equal = {"scale": float("1.5"), "p": float("0"), "size": (1, 2), "kind": "".join("some")}
+    others = {"scale": 2.5, "p": -0.0, "size": (1, 2.0), "kind": "many"}
+    for name in equal:
+        for values, holds in ((equal, True), (others, False)):
+            given = {name: values[name]}
+            assert (model._bnrewrite_choose(True, (x,), given)[1] is not None) is holds
+            torch.testing.assert_close(model(x, **given), plain(x, **given))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, scale=1.5), plain(x))
+    torch.testing.assert_close(compiled(x, scale=2.5), plain(x, scale=2.5))
+    torch.testing.assert_close(compiled(x, p=0.0), plain(x))
 
 
 def test_optional_arguments_given_at_call_time() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
+from bnrewrite.capture.seen import same
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
@@ -145,8 +147,9 @@ class Captured:
                 if name not in self.names or name in values:
                     return None
                 values[name] = value
-            if any(values.pop(name, value) is not value for name, value in self.defaults.items()):
-                return None
+            for name, value in self.defaults.items():
+                if not _is_default(values.pop(name, value), value):
+                    return None
             if values.keys() != set(self.arguments):
                 return None
             args = tuple(values[name] for name in self.arguments)
@@ -217,6 +220,24 @@ def _outside_holds_while_compiling(key: str) -> bool:
     if captured is None or captured.assumptions.outside.answers.keys() & COMPILING:
         return False
     return guard_answer(f"outside {key}", captured.assumptions.outside.holds)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a call gives the default, or a constant of the same type that equals it."""
+    if value is default:
+        return True
+    kind = type(default)
+    if kind is tuple:
+        equal = type(value) is tuple and len(value) == len(default)
+        return equal and all(map(_is_default, value, default))
+    if kind is float and default == 0.0:
+        # Zeros have signs, which divisions tell.
+        return same(value, default) and math.copysign(1, value) == math.copysign(1, default)
+    return kind in _EQUAL and same(value, default)
+
+
+_EQUAL = (bool, int, float, str, bytes, torch.dtype, torch.device)
+"""Types of defaults that are what they equal."""
 
 
 def _spelled(node: fx.Node) -> tuple[Any, ...]:
