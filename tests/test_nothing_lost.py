@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import bnrewrite
 from bnrewrite.capture.owner import is_owner
+from bnrewrite.sites.schedule import schedule_of
 from tests.cases import OptionalMask
 from tests.parity import CountEvaluations, assert_same_training
 
@@ -591,3 +593,28 @@ class TestModulesMadeOfConvertedClasses:
         plain = nn.BatchNorm2d(3, momentum=0.5)
         torch.testing.assert_close(new(x), plain(x))
         torch.testing.assert_close(new.running_var, plain.running_var)
+
+
+class OwnForward(nn.BatchNorm2d):
+    """A forward that no graph can stand for."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            return super().forward(input)
+        except ZeroDivisionError:
+            return input
+
+
+def test_frozen_sites_with_a_forward_of_their_own_change_no_flag() -> None:
+    """Ranks agree anew after each change."""
+    model = bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 4, 1), OwnForward(4)), mode="frozen")
+    schedule = schedule_of(model[1])
+    x = torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model).eval()(x)
+    with mock.patch.object(schedule, "change") as change:
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected
+        )
+    assert model[1].training
+    assert not change.called

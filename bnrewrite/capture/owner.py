@@ -194,12 +194,17 @@ class OwnerForward(Converted):
             # What this rank computes in another order others might wait for.
             with waiting_convolutions(module, captured.graph):
                 return original(*args, **kwargs)
-        was_training, module.training = module.training, training
+        was_training = module.training
+        if was_training is training:
+            with Intercept(module):
+                return original(*args, **kwargs)
+        # Without the schedule's knowledge: the ranks need not agree about what is soon undone.
+        object.__setattr__(module, "training", training)
         try:
             with Intercept(module):
                 return original(*args, **kwargs)
         finally:
-            module.training = was_training
+            object.__setattr__(module, "training", was_training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # pyright: ignore
