@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import functools
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -20,7 +23,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import bnrewrite
-from bnrewrite.capture.owner import is_owner
+from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.sites.schedule import schedule_of
 from tests.cases import OptionalMask
 from tests.parity import CountEvaluations, assert_same_training
@@ -618,3 +621,61 @@ def test_frozen_sites_with_a_forward_of_their_own_change_no_flag() -> None:
         )
     assert model[1].training
     assert not change.called
+
+
+class Bound(nn.Module):
+    """Keeps methods of its own and of a child, one of them in a container."""
+
+    def __init__(self, outer: Any = None) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.scale = 2.0
+        self.post = self._post
+        self.partly = functools.partial(self._post, times=2)
+        self.steps = [self._post, self.conv.float]
+        if outer is not None:
+            self.outer = outer
+
+    def _post(self, x: Tensor, times: int = 1) -> Tensor:
+        return x * self.scale * times
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.steps[0](self.partly(self.post(self.bn(self.conv(x)))))
+        return self.outer(y) if hasattr(self, "outer") else y
+
+
+def test_copies_run_graphs_that_read_methods_and_let_the_original_go() -> None:
+    model: Any = bnrewrite.convert(Bound())
+    assert is_owner(model)
+    x = torch.randn(2, 3, 4, 4)
+    copied = copy.deepcopy(model)
+    expected, original = model(x), weakref.ref(model)
+    del model
+    gc.collect()
+    assert original() is None
+    for one in (copied, copy.deepcopy(copied)):
+        assert one._bnrewrite_choose(True, (x,), {})[1] is not None
+        torch.testing.assert_close(one(x), expected)
+        one.post = one.bn.forward
+        assert one._bnrewrite_choose(True, (x,), {})[1] is None
+        one.post = one._post
+        one.scale = 3.0
+        torch.testing.assert_close(one(x), expected * 27 / 8)
+
+
+def test_a_method_of_another_model_is_that_of_no_second_one() -> None:
+    others = [Bound(), Bound()]
+    others[1].scale = 5.0
+    model: Any = bnrewrite.convert(Bound(others[0]._post))
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    model.outer = others[1]._post
+    torch.testing.assert_close(model(x), expected * 2.5)
+
+
+def test_blocks_that_keep_methods_share_a_graph() -> None:
+    model: Any = bnrewrite.convert(nn.Sequential(Bound(), nn.Conv2d(4, 3, 1), Bound()))
+    first, second = owner_state(model[0]), owner_state(model[2])
+    assert first is not None
+    assert second is not None
+    assert first.train is second.train

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -78,7 +79,8 @@ class Assumptions:
             else:
                 self.reads_own_training = True
         elif name in module.__dict__:
-            constant = isinstance(value, CONSTANTS) or inspect.isroutine(value)
+            plain = inspect.isroutine(value) and not isinstance(value, MethodType)
+            constant = plain or isinstance(value, CONSTANTS)
             # What it looks like is known at the end of the trace.
             (self.constants if constant else self.objects)[path, name] = value
             reads.see(value)

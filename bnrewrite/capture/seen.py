@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import threading
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,6 +103,26 @@ class _SeenModule(Seen):
 
 
 @dataclasses.dataclass(frozen=True)
+class _SeenMethod(Seen):
+    """A method of a module or an object, which is not kept: ``value`` is its function.
+
+    Attributes:
+        of: what the method belongs to; None for a module that is not below the owner.
+        other: that module.
+    """
+
+    of: Seen | None
+    other: "weakref.ref[Any] | None"
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        if type(value) is not types.MethodType or value.__func__ is not self.value:
+            return False
+        if self.of is not None:
+            return self.of.matches(value.__self__, owner)
+        return self.other is not None and self.other() is value.__self__
+
+
+@dataclasses.dataclass(frozen=True)
 class SeenBelow(Seen):
     """What a module saw whose graph became part of an owner's: ``value`` is its path."""
 
@@ -135,6 +156,12 @@ class Looks:
             return _SeenTensor(described(value))
         if isinstance(value, nn.Module):
             return _SeenModule(self._paths.get(id(value), original_class(value)))
+        if isinstance(value, types.MethodType):
+            # Copies of a module have methods of their own.
+            of = value.__self__
+            if isinstance(of, nn.Module) and id(of) not in self._paths:
+                return _SeenMethod(value.__func__, None, weakref.ref(of))
+            return _SeenMethod(value.__func__, self.of(of), None)
         if isinstance(value, np.ndarray):
             return _SeenArray(_of_array(value))
         read = self._attributes.get(id(value), {})
