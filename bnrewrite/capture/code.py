@@ -9,8 +9,8 @@ from torch import fx
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
 from bnrewrite.ops.epilogue import addend
-from bnrewrite.ops.library import is_composite, run_composite
-from bnrewrite.ops.shared_batch_norm import EPILOGUE, FINISH_BATCH_NORM
+from bnrewrite.ops.library import argument, is_composite, run_composite
+from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM
 from bnrewrite.passes.base import Attribute
 from bnrewrite.passes.epilogues import may_be_number
 from bnrewrite.passes.overlap_backward import convolve
@@ -76,8 +76,9 @@ class _Copy:
 
     def _addends(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
         """Nodes that make tensors of what ``node`` adds to a result, where it may be a number."""
-        place = _RESIDUAL.get(node.target)
-        residual: Any = None if place is None else node.args[place]
+        residual: Any = None
+        if node.target in (BATCH_NORM_ACT, FINISH_BATCH_NORM):
+            residual = argument(node, "residual")
         return {
             one: self.graph.call_function(addend, (copies[one],))
             for one in (residual if isinstance(residual, (list, tuple)) else [residual])
@@ -95,10 +96,6 @@ class _Copy:
         # fx spells out getattr, also where that is no code.
         read = _attribute if keyword.iskeyword(name) else getattr
         return self.graph.create_node("call_function", read, (source, name), name=variable)
-
-
-_RESIDUAL: dict[Any, int] = {BATCH_NORM_ACT: 11, FINISH_BATCH_NORM: EPILOGUE.start}
-"""Where ops have what they add."""
 
 
 class _Owner:
