@@ -28,7 +28,8 @@ from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_no
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
-from bnrewrite.sites.schedule import Schedule, schedule_of
+from bnrewrite.sites.schedule import Schedule
+from bnrewrite.sites.undo import all_or_nothing
 
 _CONVERSION = "_bnrewrite_conversion"
 
@@ -125,7 +126,7 @@ def convert(
     modules = dict(model.named_modules())
     found = [(name, one) for name, one in modules.items() if isinstance(one, _BatchNorm)]
     _check_sites(found, wanted.modes)
-    with _all_or_nothing(modules.values()), patched(), _without_collecting():
+    with all_or_nothing(modules.values()), patched(), _without_collecting():
         _take_off(modules.values())
         conversion = _put_on(modules, found, wanted)
         # Other passes have names of other modules, too.
@@ -140,13 +141,13 @@ def convert(
                 f"{len(left)} place(s) cannot be rewritten:\n  {lines}\n"
                 "Convert with strict=False to leave them as they are."
             )
-    if not sites:
-        warnings.warn(
-            f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
-            "(subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for calls of "
-            "torch.nn.functional.batch_norm on activations.",
-            stacklevel=2,
-        )
+        if not sites:
+            warnings.warn(
+                f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
+                "(subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for calls of "
+                "torch.nn.functional.batch_norm on activations.",
+                stacklevel=2,
+            )
     return model
 
 
@@ -166,7 +167,7 @@ def revert(model: M) -> M:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
     modules = list(model.modules())
-    with _all_or_nothing(modules):
+    with all_or_nothing(modules):
         _take_off(modules)
     return model
 
@@ -310,20 +311,6 @@ def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversio
 
 
 @contextlib.contextmanager
-def _all_or_nothing(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Leaves all modules as they were if the body fails."""
-    before = [(module, module.__class__, dict(vars(module))) for module in modules]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes in before:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
-
-
-@contextlib.contextmanager
 def _without_collecting() -> Iterator[None]:
     """Leaves Python's search for cycles until later: graphs are many objects, and they stay."""
     collects = gc.isenabled()
@@ -337,9 +324,6 @@ def _without_collecting() -> Iterator[None]:
 
 def _take_off(modules: Collection[nn.Module]) -> None:
     for module in modules:
-        schedule = schedule_of(module)
-        if schedule is not None:
-            schedule.ddp_buffers.put_back()
         if is_owner(module):
             detach_owner(module)
         if is_site(module):

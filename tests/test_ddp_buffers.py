@@ -1,7 +1,12 @@
 """DDP broadcasts no buffers that all ranks update alike, and still those that they do not."""
 
+import contextlib
 import copy
+import itertools
 import pickle
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -11,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnrewrite
+from bnrewrite.errors import BnRewriteError
+from bnrewrite.sites.ddp_buffers import DDPBuffers
+from bnrewrite.sites.undo import all_or_nothing
 from tests.models import FunctionalNorm, ResidualNet, perturb
 from tests.ranks import CountCollectives, RankPool
 
@@ -190,3 +198,96 @@ def test_training_is_bit_equal_with_and_without_the_broadcast(ranks: RankPool) -
     results = [*ranks.run(_trained, 2, "1"), *ranks.run(_trained, 2, "0")]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _told(ddp: Any) -> tuple[Any, ...]:
+    """What a DDP instance was told about its model, and the classes of that."""
+    return (
+        set(ddp.parameters_to_ignore),
+        sorted(ddp.named_module_buffers),
+        len(ddp.modules_buffers),
+        list(ddp._forward_pre_hooks.items()),
+        [type(module) for module in ddp.module.modules()],
+    )
+
+
+def _trained_by_ddp() -> DistributedDataParallel:
+    ddp = DistributedDataParallel(bnrewrite.convert(_net()))
+    for _ in range(2):
+        ddp(torch.randn(2, 3, 8, 8)).sum().backward()
+    return ddp
+
+
+def _fails(rank: int, world_size: int, failing: tuple[int, ...]) -> list[Tensor]:
+    ddp = _trained_by_ddp()
+    before = _told(ddp)
+    assert before[0]
+    if rank in failing:
+        with pytest.raises(ValueError, match="nope"):
+            bnrewrite.convert(ddp.module, {"nope": "sync"})
+        bn: Any = ddp.module.bn
+        converted = type(bn)
+        # As fully_shard does it.
+        bn.__class__ = type("FSDPBatchNorm2d", (converted,), {})
+        with pytest.raises(BnRewriteError, match="changed after conversion"):
+            bnrewrite.revert(ddp.module)
+        bn.__class__ = converted
+    assert _told(ddp) == before
+    for _ in range(2):
+        ddp(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert _told(ddp) == before
+    return list(ddp.module.buffers())
+
+
+@pytest.mark.parametrize("failing", [(0,), (0, 1)], ids=["on one rank", "on all ranks"])
+def test_a_conversion_that_fails_leaves_the_broadcast_alone(
+    ranks: RankPool, failing: tuple[int, ...]
+) -> None:
+    one, two = ranks.run(_fails, 2, failing)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@contextlib.contextmanager
+def _interrupted(number: int, codes: tuple[CodeType, ...]) -> Iterator[None]:
+    """Ctrl-C before line ``number``, counted from 1, of all that run of ``codes``."""
+    numbers = itertools.count(1)
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code not in codes:
+            return None
+        if event == "line" and next(numbers) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _breaks_off(rank: int, world_size: int) -> int:
+    ddp = _trained_by_ddp()
+    before = _told(ddp)
+    codes = (DDPBuffers.put_back.__code__, all_or_nothing.__wrapped__.__code__)  # pyright: ignore
+    number, broken_off = 0, True
+    while broken_off:
+        number, broken_off = number + 1, False
+        try:
+            with _interrupted(number, codes):
+                bnrewrite.revert(ddp.module)
+        except KeyboardInterrupt:
+            broken_off = True
+            assert _told(ddp) == before
+    ignored, left, _, hooks, classes = _told(ddp)
+    assert not ignored
+    assert len(left) == 3 * ResidualNet.NUM_SITES
+    assert len(hooks) == len(before[3]) - 1
+    assert classes == [type(module) for module in _net().modules()]
+    return number
+
+
+def test_a_revert_that_is_broken_off_leaves_the_broadcast_alone(ranks: RankPool) -> None:
+    for num_lines in ranks.run(_breaks_off, 2):
+        assert num_lines > 10

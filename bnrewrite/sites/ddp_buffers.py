@@ -65,6 +65,23 @@ class DDPBuffers(Shared):
         self._left_out = set()
         self._before = []
 
+    def undo(self) -> Callable[[], None]:
+        """What makes all as it is now, after a :meth:`put_back`, be it broken off halfway."""
+        fields = dict(vars(self))
+        ddp = None if self._ddp is None else self._ddp()
+        hooks = {} if ddp is None else dict(ddp._forward_pre_hooks)
+        ignored = set() if ddp is None else ddp.parameters_to_ignore
+
+        def undo() -> None:
+            vars(self).update(fields)
+            if ddp is not None:
+                ddp.parameters_to_ignore = ignored
+                ddp._assign_modules_buffers()
+                ddp._forward_pre_hooks.clear()
+                ddp._forward_pre_hooks.update(hooks)
+
+        return undo
+
     def tensors(self, group: str) -> list[Tensor]:
         """Buffers that no broadcast over ``group`` makes equal, in the order of all ranks."""
         ddp = None if self._ddp is None else self._ddp()
