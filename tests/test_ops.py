@@ -531,6 +531,26 @@ def _layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), LONG[1]], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_training_goes_on_after_a_call_in_inference_mode(
+    dtype: torch.dtype, shape: tuple[int, ...], group: str
+) -> None:
+    """What that call has cached serves the others."""
+    aten.ones.cache_clear()
+    t = _tensors(shape, dtype)
+    arguments = (t["weight"], t["bias"], None, None, None, True, True, 0.1, EPS, group)
+    with torch.inference_mode():
+        expected = BATCH_NORM(t["x"], *arguments)
+    x = t["x"].clone().requires_grad_()
+    y = BATCH_NORM(x, *arguments)
+    y.backward(t["grad"])
+    assert torch.equal(y, expected)
+    assert x.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(BATCH_NORM(t["x"], *arguments), expected)
+
+
 LAYOUTS = list(_layouts(torch.zeros(2, 3, 4, 5)))
 
 

@@ -256,8 +256,10 @@ def _channels_vectorise(x: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def ones(size: int, dtype: torch.dtype) -> Tensor:
-    """Constant ones; they are only read."""
-    return torch.ones(size, dtype=dtype)
+    """Constant ones; they are only read, or in place of results of no size."""
+    # Those made in inference mode nobody may use outside of it.
+    with torch.inference_mode(False):
+        return torch.ones(size, dtype=dtype)
 
 
 def has_long_rows(x: Tensor, least: int = 1 << 16) -> bool:
