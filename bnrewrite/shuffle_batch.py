@@ -6,6 +6,8 @@ nothing about which keys belong to which queries. It works with any BatchNorm, c
 """
 
 import dataclasses
+import struct
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -29,11 +31,11 @@ def shuffle_batch(
         4 samples on 2 ranks    ab | cd    ->    da | bc    -> key encoder ->    restore: ab | cd
 
     Every sample moves once (all-to-all), and no rank gathers the whole batch. All ranks of the
-    group must call it. Both ways are differentiable to any order. It reads three numbers of every
+    group must call it. Both ways are differentiable to any order. It reads a few numbers of every
     rank on the host, and so waits for the device; under ``torch.compile`` it is a graph break.
 
     Args:
-        x: (N, *), any dtype, with the same shape on every rank.
+        x: (N, *), any dtype, with the same shape and dtype on every rank.
         group: the ranks to shuffle over: None for the default group, a process group or a
             one-dimensional ``DeviceMesh``. One rank, or no group at all, leaves ``x`` as it is.
         generator: where the permutation comes from; None for torch's default one of the CPU. Every
@@ -41,11 +43,12 @@ def shuffle_batch(
 
     Returns:
         The shuffled samples, as ``x`` and contiguous; and ``restore(features)``, which sends
-        features (N, *) of the shuffled samples back to where the samples came from.
+        features (N, *) of the shuffled samples, of one shape and dtype on all ranks, back to where
+        the samples came from.
 
     Raises:
         TypeError: ``x`` is not a tensor with a batch dimension.
-        ValueError: batches differ between ranks; raised on all of them.
+        ValueError: shapes or dtypes differ between ranks; raised on all of them.
     """
     if not isinstance(x, Tensor) or x.dim() == 0:
         what = "a scalar tensor" if isinstance(x, Tensor) else type(x).__name__
@@ -56,22 +59,38 @@ def shuffle_batch(
     if name == NO_GROUP:
         return x, _Restore(num_samples, None)
     rank, world_size = place_in(name)
-    numbers = [num_samples, x[:1].numel() if num_samples else 0, seed]
-    everyone = all_gather_numbers(numbers, name, x.device)
-    shapes = [tuple(numbers[:2]) for numbers in everyone]
-    if len(set(shapes)) > 1:
-        sizes = ", ".join(f"{size} x {values}" for size, values in shapes)
-        raise ValueError(
-            f"shuffle_batch: ranks hold batches of different size (samples x values each: {sizes}),"
-            f" and this rank, number {rank}, {tuple(x.shape)}. Give every rank the same number of "
-            "samples, e.g. with drop_last=True in the DataLoader, or use mode 'shuffle', which "
-            "takes uneven batches."
+    everyone = all_gather_numbers([seed, *_in_numbers(x)], name, x.device)
+    if any(numbers[1:] != everyone[0][1:] for numbers in everyone):
+        batches = [_in_words(numbers[1:]) for numbers in everyone]
+        held = "; ".join(
+            f"{one} on rank {', '.join(str(i) for i, other in enumerate(batches) if other == one)}"
+            for one in dict.fromkeys(batches)
         )
-    shuffled = torch.Generator().manual_seed(everyone[0][2])
+        raise ValueError(
+            f"shuffle_batch: ranks hold different batches ({held}), and this is rank {rank}. Give "
+            "every rank the same number of samples, e.g. with drop_last=True in the DataLoader, of "
+            "one shape and dtype; mode 'shuffle' takes batches of different size."
+        )
+    shuffled = torch.Generator().manual_seed(everyone[0][0])
     source = torch.randperm(world_size * num_samples, generator=shuffled)
     there = _Routes.of(source, rank, world_size, name)
     back = _Routes.of(torch.argsort(source), rank, world_size, name)
     return _Move.apply(x, there, back), _Restore(num_samples, (back, there))
+
+
+_WORDS = "<15q"
+"""So many numbers hold what is said of a batch, whatever its shape: all ranks send as many."""
+
+
+def _in_numbers(x: Tensor) -> list[int]:
+    """What ``x`` is, dtype and shape, and a checksum of them, since long ones are cut off."""
+    words = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.").encode()
+    size = struct.calcsize(_WORDS)
+    return [zlib.crc32(words), *struct.unpack(_WORDS, words[:size].ljust(size))]
+
+
+def _in_words(numbers: list[int]) -> str:
+    return struct.pack(_WORDS, *numbers[1:]).decode().rstrip()
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

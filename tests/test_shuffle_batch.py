@@ -1,5 +1,7 @@
 """``shuffle_batch``: samples travel, come back, and take their gradients along."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,19 +91,56 @@ def test_the_generator_of_the_first_rank_counts(ranks: RankPool) -> None:
         assert same != other
 
 
-def _uneven(rank: int, world_size: int) -> None:
-    message = r"different size \(samples x values each: 2 x 6, 2 x 6, 3 x 6\), and this rank"
-    with pytest.raises(ValueError, match=message):
-        bnrewrite.shuffle_batch(_numbered(rank, 3 if rank == 2 else 2))
+DIFFERENT = {
+    "samples": ((2, 2, 3), torch.float32, (3, 2, 3), torch.float32),
+    "shape of a sample": ((4, 2, 3), torch.float32, (4, 3, 2), torch.float32),
+    "number of dimensions": ((4, 6), torch.float32, (4, 2, 3), torch.float32),
+    "dtype of one size": ((2, 3), torch.float32, (2, 3), torch.int32),
+    "dtype of another size": ((2, 3), torch.float32, (2, 3), torch.float64),
+    "no samples on one": ((2, 3), torch.float32, (0, 3), torch.float32),
+    "no samples at all": ((0, 3), torch.float32, (0, 4), torch.float32),
+}
+
+
+def _different(rank: int, world_size: int, what: str) -> None:
+    *most, other_shape, other_dtype = DIFFERENT[what]
+    x = torch.ones(most[0], dtype=most[1])
+    other = torch.ones(other_shape, dtype=other_dtype)
+    words = [f"{one.dtype} {tuple(one.shape)}".removeprefix("torch.") for one in (x, other)]
+    message = f"({words[0]} on rank 0, 1; {words[1]} on rank 2), and this is rank {rank}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bnrewrite.shuffle_batch(other if rank == 2 else x)
     dist.barrier()
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_batches_that_differ_are_an_error_on_all_ranks(ranks: RankPool, what: str) -> None:
+    ranks.run(_different, 3, what)
+
+
+def _many_dimensions(rank: int, world_size: int) -> None:
+    shape = [2, *[1] * 48]
+    x = torch.arange(2.0).add(10 * rank).view(shape)
+    shuffled, restore = bnrewrite.shuffle_batch(x)
+    assert torch.equal(restore(shuffled), x)
+    shape[-1] += rank
+    with pytest.raises(ValueError, match=r"different batches \(float32 \(2, 1, 1, 1, 1, 1, 1, 1,"):
+        bnrewrite.shuffle_batch(torch.ones(shape))
+
+
+def test_batches_of_many_dimensions_are_compared_to_the_last(ranks: RankPool) -> None:
+    ranks.run(_many_dimensions, 2)
+
+
+def _wrong_features(rank: int, world_size: int) -> None:
     x = _numbered(rank, 2)
     _, restore = bnrewrite.shuffle_batch(x)
     with pytest.raises(ValueError, match=r"restore: features have shape \(3, 4\)"):
         restore(torch.rand(3, 4))
 
 
-def test_uneven_batches_are_an_error_on_all_ranks(ranks: RankPool) -> None:
-    ranks.run(_uneven, 3)
+def test_features_of_another_number_are_an_error(ranks: RankPool) -> None:
+    ranks.run(_wrong_features, 3)
 
 
 def _sub_groups(rank: int, world_size: int) -> list[float]:
