@@ -1,7 +1,10 @@
 """Classes of modules that others change, too: parametrizations, lazy layers, trainers."""
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import bnrewrite
 from bnrewrite.capture.owner import is_owner
 from bnrewrite.errors import BnRewriteError
-from bnrewrite.sites.classes import Converted
+from bnrewrite.sites.classes import Converted, converted_class
 from tests.models import ActivatedNorm, ResidualNet
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -213,3 +216,119 @@ def test_a_forward_that_was_kept_serves_the_module_after_it_is_reverted() -> Non
     inputs = (X, torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6))
     for forward, x in zip(kept, inputs, strict=True):
         assert torch.equal(forward(x), forward.__self__.forward(x))
+
+
+def _model_of_its_own_classes() -> Any:
+    """A model whose classes are made anew by each call, as in a notebook or a search."""
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), Norm(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.conv(x)) + x)
+
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, None, None, training=True)
+
+    class Lazy(nn.LazyBatchNorm2d):
+        cls_to_become = Norm  # pyright: ignore
+
+    class Unused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    class Model(nn.Sequential):
+        pass
+
+    return Model(Block(), Functional(), Lazy(), nn.Sequential(Unused(), Block()))
+
+
+def _train(model: Any) -> None:
+    model(X).sum().backward()
+
+
+def _train_compiled(model: Any) -> None:
+    # The whole has a lazy layer, at which torch keeps the class of any model.
+    torch.compile(model[0], backend="eager")(X).sum().backward()
+    torch._dynamo.reset()
+
+
+def _train_copy(model: Any) -> None:
+    _train(model)
+    _train(copy.deepcopy(model))
+
+
+def _revert(model: Any) -> None:
+    _train(model)
+    bnrewrite.revert(model)
+
+
+def _fail(model: Any) -> None:
+    with pytest.raises(ValueError, match="matches none"):
+        bnrewrite.convert(model, {"nope": "sync"})
+
+
+class TestLifetime:
+    """A class that conversion makes lives as long as something uses it."""
+
+    @pytest.mark.parametrize("use", [_train, _train_compiled, _train_copy, _revert, _fail])
+    def test_classes_of_a_model_that_is_gone_are_gone(self, use: Callable[[Any], None]) -> None:
+        model = _model_of_its_own_classes()
+        originals = [weakref.ref(type(module)) for module in model.modules()]
+        bnrewrite.convert(model)
+        converted = [weakref.ref(type(module)) for module in model.modules()]
+        assert len({*converted} - {*originals}) >= 3
+        use(model)
+        del model
+        # The classes of the user once those made from them are gone.
+        gc.collect()
+        gc.collect()
+        left = [one() for one in (*originals, *converted)]
+        assert {one for one in left if one is not None} <= {nn.Conv2d, nn.Sequential}
+
+    def test_it_is_one_class_while_it_lives(self) -> None:
+        model = bnrewrite.convert(_model())
+        classes = _classes(model)
+        gc.collect()
+        assert _classes(bnrewrite.convert(_model())) == classes
+        assert _classes(copy.deepcopy(model)) == classes
+        assert _classes(pickle.loads(pickle.dumps(model))) == classes
+
+    def test_threads_get_one_class(self) -> None:
+        class Original(nn.Module):
+            pass
+
+        start, made = threading.Barrier(8), []
+
+        def make() -> None:
+            start.wait()
+            made.append(converted_class(Original, (Converted, None)))
+
+        threads = [threading.Thread(target=make) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(made) == 8
+        assert len(set(made)) == 1
+
+    def test_compiled_code_goes_on_with_a_class_that_came_back(self) -> None:
+        """A class that is made again may lie where the old one lay."""
+        torch._dynamo.reset()
+        model = _model()
+        run = torch.compile(model, backend="eager")
+        for mode in ("sync", "frozen", "local"):
+            bnrewrite.convert(model, mode)
+            expected = bnrewrite.convert(copy.deepcopy(model), mode)(X)
+            torch.testing.assert_close(run(X), expected)
+            bnrewrite.revert(model)
+            torch.testing.assert_close(run(X), copy.deepcopy(model)(X))
+            gc.collect()
+        torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -112,7 +113,7 @@ def mentions_batch_norm(module: nn.Module) -> bool:
     )
 
 
-_MENTIONS: dict[type, bool] = {}
+_MENTIONS: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 _DEPTH = 3
 """How many calls from the module's own code helpers may be away."""
 

@@ -1,7 +1,8 @@
 """Changing the class of a module in place, reversibly, with copies and pickles that work."""
 
-import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -61,9 +62,21 @@ def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
     return function(converted_class(original, recipe), *args)
 
 
-@functools.cache
+_making = threading.RLock()
+_made: "weakref.WeakValueDictionary[tuple[type, tuple], type]" = weakref.WeakValueDictionary()
+"""Converted classes that something uses. One that nothing uses goes, and so may its original."""
+
+
 def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
-    """A class named like ``original`` with the bases of ``recipe``; None stands for it."""
+    """The class named like ``original`` with the bases of ``recipe``; None stands for it."""
+    with _making:
+        made = _made.get((original, recipe))
+        if made is None:
+            made = _made[original, recipe] = _make(original, recipe)
+        return made
+
+
+def _make(original: type, recipe: tuple[type | None, ...]) -> type:
     bases = tuple(original if base is None else base for base in recipe)
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
