@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import bnrewrite
 from bnrewrite.capture.owner import is_owner
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.naming import sites_of
 from bnrewrite.sites.classes import Converted, converted_class
 from tests.models import ActivatedNorm, ResidualNet
 
@@ -216,6 +217,17 @@ def test_a_forward_that_was_kept_serves_the_module_after_it_is_reverted() -> Non
     inputs = (X, torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6), torch.randn(4, 4, 6, 6))
     for forward, x in zip(kept, inputs, strict=True):
         assert torch.equal(forward(x), forward.__self__.forward(x))
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, _pickled])
+def test_errors_name_the_sites_of_copies(change: Callable[[Any], Any]) -> None:
+    changed = change(bnrewrite.convert(_model()))
+    for name in ("0.bn", "1", "2"):
+        assert sites_of((changed.get_submodule(name).weight,)) == name
 
 
 def _model_of_its_own_classes() -> Any:

@@ -120,6 +120,13 @@ class SiteForward(Converted):
         buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
         return [buffer for buffer in buffers if buffer is not None]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        module: Any = self
+        if is_site(module):
+            # A copy, or what was loaded.
+            remember(module, self._bnrewrite_site.name)
+
     def _check_input_dim(self, input: Tensor) -> None:
         # While a subclass that checks its input is traced, there are no dimensions to check.
         if not isinstance(input, fx.Proxy):
