@@ -122,29 +122,47 @@ def _keep_writes_in_place(nodes: Sequence[fx.Node], before: dict[fx.Node, set[fx
             write, since = node, []
 
 
-def inductor(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
-    """The backend ``bnrewrite``: Inductor with :class:`HideCollectives`."""
+def inductor(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """The backend ``bnrewrite``: Inductor with :class:`HideCollectives`.
+
+    ``mode`` and ``options`` are Inductor's own, and what it refuses is refused.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    present = config.post_grad_custom_post_pass
+    # dynamic, which no mode asks for, is not told to backends.
+    wanted = torch._TorchCompileInductorWrapper(mode, options, None).config
+    present = wanted.get(_POST_PASS, config.post_grad_custom_post_pass)
     if present is not None and not isinstance(present, HideCollectives):
         raise ValueError(
-            "torch._inductor.config.post_grad_custom_post_pass is taken already, by "
-            f"{present!r}. Let it call bnrewrite.compiler.HideCollectives(), and compile with "
-            "backend='inductor'."
+            f"torch._inductor.config.{_POST_PASS} is taken already, by {present!r}. Let it call "
+            "bnrewrite.compiler.HideCollectives(), and compile with backend='inductor'."
         )
-    patches = {
-        "post_grad_custom_post_pass": HideCollectives(),
-        # It would put waits where they free memory soonest.
-        "reorder_for_peak_memory": False,
-        **options.get("options", {}),
-    }
+    # It would put waits where they free memory soonest.
+    patches = {"reorder_for_peak_memory": False, **wanted, _POST_PASS: HideCollectives()}
     return compile_fx(graph, list(example_inputs), config_patches=patches)
 
 
-def aot_eager(graph: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
-    """The backend ``bnrewrite_aot_eager``: the scheduled graphs of AOTAutograd, run as they are."""
+_POST_PASS = "post_grad_custom_post_pass"
+
+
+def aot_eager(graph: fx.GraphModule, example_inputs: Sequence[Any], **wanted: Any) -> Any:
+    """The backend ``bnrewrite_aot_eager``: the scheduled graphs of AOTAutograd, run as they are.
+
+    Raises:
+        TypeError: a mode or options are given, which only Inductor has.
+    """
+    if wanted:
+        said = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+        raise TypeError(
+            f"backend 'bnrewrite_aot_eager' generates no code and takes no {said}. Leave it out, "
+            "or compile with backend='bnrewrite'."
+        )
     from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
     hide = HideCollectives()

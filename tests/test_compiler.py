@@ -110,6 +110,71 @@ def test_graphs_without_collectives_stay_as_they_are() -> None:
     assert graphs
 
 
+def _compile(backend: str, **wanted: Any) -> None:
+    torch._dynamo.reset()
+    model = bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    torch.compile(model, backend=backend, **wanted)(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+WANTED = (
+    {"mode": "max-autotune-no-cudagraphs"},
+    {"mode": "reduce-overhead"},
+    {"options": {"max-autotune": True, "reorder_for_peak_memory": True}},
+    {"options": {"trace.enabled": False}},
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_modes_and_options_mean_what_they_mean_to_inductor(
+    wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx as module
+
+    given: list[dict[str, Any]] = []
+    compile_fx = module.compile_fx
+
+    def note(graph: Any, inputs: Any, config_patches: Any = None, **kwargs: Any) -> Any:
+        given.append(config_patches)
+        # What else they change takes long.
+        return compile_fx(graph, inputs, **kwargs)
+
+    monkeypatch.setattr(module, "compile_fx", note)
+    _compile("inductor", **wanted)
+    _compile("bnrewrite", **wanted)
+    theirs, ours = given
+    assert theirs
+    assert isinstance(ours.pop("post_grad_custom_post_pass"), HideCollectives)
+    assert {"reorder_for_peak_memory": False, **theirs} == ours
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("backend", "wanted", "message"),
+    [
+        ("bnrewrite", {"mode": "nonsense"}, "Unrecognized mode=nonsense, should be one of"),
+        ("bnrewrite", {"options": {"nonsense": 1}}, "Unexpected optimization option nonsense"),
+        ("bnrewrite", {"options": {"max_autotune": "yes"}}, "Unexpected type of attr max_autotune"),
+        (
+            "bnrewrite",
+            {"options": {"post_grad_custom_post_pass": HideCollectives.uuid}},
+            "post_grad_custom_post_pass is taken already",
+        ),
+        ("bnrewrite_aot_eager", {"mode": "max-autotune"}, "takes no mode='max-autotune'"),
+        ("bnrewrite_aot_eager", {"options": {"max_autotune": True}}, "takes no options="),
+    ],
+)
+def test_what_means_nothing_is_an_error(backend: str, wanted: dict, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        _compile(backend, **wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_default_mode_is_taken_by_both(backend: str) -> None:
+    _compile(backend, mode="default")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_another_pass_in_the_way_is_an_error() -> None:
     from torch._inductor import config
