@@ -230,6 +230,20 @@ def test_errors_name_the_sites_of_copies(change: Callable[[Any], Any]) -> None:
         assert sites_of((changed.get_submodule(name).weight,)) == name
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("model", [
+    lambda: bnrewrite.convert(nn.BatchNorm2d(3)),
+    lambda: bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))),
+    lambda: nn.Sequential(nn.ReLU(), nn.Sequential(bnrewrite.convert(ResidualNet()))),
+], ids=["a site", "an owner", "a part of another model"])  # fmt: skip
+def test_torchscript_is_told_to_revert_first(model: Callable[[], nn.Module]) -> None:
+    converted = model()
+    with pytest.raises(BnRewriteError, match=r"Script bnrewrite.revert\(model\)"):
+        torch.jit.script(converted)
+    scripted: Any = torch.jit.script(bnrewrite.revert(converted).eval())
+    torch.testing.assert_close(scripted(X), converted(X))
+
+
 def _model_of_its_own_classes() -> Any:
     """A model whose classes are made anew by each call, as in a notebook or a search."""
 

@@ -46,6 +46,12 @@ class Converted:
         if schedule is not None:
             schedule.enter(module)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise BnRewriteError(
+            f"{type(self).__name__}: torch.jit.script reads the source of a module, in which the "
+            "conversion is not. Script bnrewrite.revert(model), or a reverted copy of it."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so copies and pickles name the original and the mixins.
         function, args, *rest = super().__reduce_ex__(protocol)
