@@ -187,7 +187,8 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
         model: a converted module.
 
     Returns:
-        Graphs by the qualified name of their owner; ``""`` is the model itself.
+        Graphs by the qualified name of their owner; ``""`` is the model itself. A model that is not
+        converted, or whose sites are all on their own, has none.
 
     Raises:
         TypeError: ``model`` is not a module.
