@@ -1,4 +1,9 @@
-"""The only file that sends tensors: what the ranks of a group send each other.
+"""What sites send each other in training: the only file that names collectives.
+
+:mod:`bnrewrite.watch` launches those that no compiler sees and waits for them. What is sent besides
+is no statistics: :mod:`bnrewrite.agreement` compares ranks, and hands over buffers after a load,
+through their store, and :mod:`bnrewrite.sites.ddp_join` runs the communication hook of a DDP
+instance for a rank that has no batches left.
 
 Collectives are torch's functional collectives, so that a compiled graph shows each of them, and
 they are created in program order, which is the same on every rank.
@@ -24,6 +29,8 @@ def all_reduce_sum(
     packed: Tensor, group: str, site: tuple[Any, ...] = (), *, is_last_use: bool = False
 ) -> Tensor:
     """Sum of ``packed`` over the ranks of ``group``: the same bits on every rank.
+
+    By an all-reduce, or an all-gather whose parts every rank adds: see the top of this file.
 
     Args:
         packed: (K,), float64, of the same size on every rank.
