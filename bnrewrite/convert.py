@@ -14,11 +14,20 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.cache import Cache, Capture, Recipe
-from bnrewrite.capture.candidates import mentions_batch_norm, more_candidates, owner_candidates
-from bnrewrite.capture.model import capture_and_attach, capture_from_below
+from bnrewrite.capture.cache import Cache, Recipe
+from bnrewrite.capture.candidates import more_candidates, owner_candidates
+from bnrewrite.capture.model import answer_questions, capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
 from bnrewrite.capture.patches import patched
+from bnrewrite.conversion import (
+    CONVERSION,
+    Conversion,
+    note,
+    note_reports,
+    note_unanswered,
+    settled,
+    warn_unanswered,
+)
 from bnrewrite.errors import BnRewriteError, CaptureError, UnsupportedBatchNorm
 from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.guards import is_compiling, runs_in_python
@@ -31,32 +40,9 @@ from bnrewrite.sites.floor import convert_site, is_site, revert_site
 from bnrewrite.sites.schedule import Schedule
 from bnrewrite.sites.undo import all_or_nothing
 
-_CONVERSION = "_bnrewrite_conversion"
-
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What ``convert`` was asked for and what it found, in plain values.
-
-    Attributes:
-        modes: which mode each site gets.
-        group: name of the process group of communicating sites.
-        keep: patterns of modules that stay callable units.
-        passes: names of the optimising passes that ran.
-        reports: what each pass did, over all owners, by pass name.
-        skipped: what was left as it was, with the reasons.
-    """
-
-    modes: ModeTable
-    group: str
-    keep: tuple[str, ...]
-    passes: tuple[str, ...]
-    reports: dict[str, PassReport] = dataclasses.field(default_factory=dict, compare=False)
-    skipped: list[Skip] = dataclasses.field(default_factory=list, compare=False)
 
 
 @runs_in_python
@@ -141,6 +127,7 @@ def convert(
                 f"{len(left)} place(s) cannot be rewritten:\n  {lines}\n"
                 "Convert with strict=False to leave them as they are."
             )
+        warn_unanswered(conversion)
         if not sites:
             warnings.warn(
                 f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
@@ -170,11 +157,6 @@ def revert(model: M) -> M:
     with all_or_nothing(modules):
         _take_off(modules)
     return model
-
-
-def conversion_of(model: nn.Module) -> Conversion | None:
-    """What ``model`` was converted with, or None."""
-    return model.__dict__.get(_CONVERSION)
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -229,7 +211,7 @@ def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
 def _put_on(
     modules: dict[str, nn.Module], found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
-    conversion = dataclasses.replace(wanted, reports={}, skipped=[])
+    conversion = dataclasses.replace(wanted, reports={}, skipped=[], unanswered=[])
     schedule = Schedule(conversion.passes)
     for name, module in found:
         mode = wanted.modes.find(name)
@@ -246,69 +228,39 @@ def _put_on(
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)
     captured = capture_from_below(modules, tried, recipe, cache, schedule)
     for name in tried:
-        _note(name, tried[name], captured.pop(name), conversion)
+        note(name, tried[name], captured[name], conversion)
     for name, one in captured.items():
-        _note_reports(one, conversion)
+        if name in tried:
+            continue
+        note_reports(one, conversion)
         if one.refused is not None:
             # Its children are distributed by themselves, and share nothing.
             inlining = conversion.reports.setdefault(inline_children.__name__, PassReport())
             skip = Skip(name or "the model itself", one.refused, owner=None)
             inlining.skipped.append(skip)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
-    for name, module in more_candidates(modules, tried, _settled(conversion)):
+    for name, module in more_candidates(modules, tried, settled(conversion)):
         if name not in captured:
             named = dataclasses.replace(recipe, name=name)
-            _note_reports(capture_and_attach(module, named, cache, schedule), conversion)
-    modules[""].__dict__[_CONVERSION] = conversion
+            captured[name] = capture_and_attach(module, named, cache, schedule)
+            note_reports(captured[name], conversion)
+    for one in answer_questions(modules, captured, schedule):
+        note_unanswered(one, conversion)
+    modules[""].__dict__[CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
         type(modules[""]).__name__,
         len(found),
-        len(_settled(conversion)),
+        len(settled(conversion)),
         len(conversion.skipped),
     )
     return conversion
-
-
-def _settled(conversion: Conversion) -> set[str]:
-    """Names of sites that are in a graph, or that were left with a reason."""
-    report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
-    return {one.name for one in (*report.rewritten, *report.skipped)}
 
 
 def _group_of(module: _BatchNorm, group: str) -> str:
     """The group asked for, else the one that a ``torch.nn.SyncBatchNorm`` was made with."""
     own = getattr(module, "process_group", None) if isinstance(module, nn.SyncBatchNorm) else None
     return own.group_name if own is not None and group == DEFAULT_GROUP else group
-
-
-def _note_reports(captured: Capture, conversion: Conversion) -> None:
-    for pass_name, report in captured.reports.items():
-        total = conversion.reports.setdefault(pass_name, PassReport())
-        total.rewritten.extend(report.rewritten)
-        total.skipped.extend(report.skipped)
-        # What an optimising pass leaves is distributed all the same.
-        if pass_name == replace_batch_norm.__name__:
-            conversion.skipped.extend(report.skipped)
-
-
-def _note(name: str, module: nn.Module, captured: Capture, conversion: Conversion) -> None:
-    """Notes what came of an owner.
-
-    That a module further up cannot be traced would be no news: it may not touch a site at all.
-    """
-    _note_reports(captured, conversion)
-    if captured.refused is None:
-        return
-    conversion.skipped.append(Skip(name or "the model itself", captured.refused))
-    if not is_site(module) and mentions_batch_norm(module):
-        warnings.warn(
-            f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
-            "its class mentions batch_norm: if its forward calls "
-            "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
-            "Use a BatchNorm module there, or make the forward traceable.",
-            stacklevel=4,
-        )
 
 
 @contextlib.contextmanager
@@ -330,4 +282,4 @@ def _take_off(modules: Collection[nn.Module]) -> None:
         if is_site(module):
             revert_site(module)
         # A part may have been converted by itself, before or after the whole.
-        module.__dict__.pop(_CONVERSION, None)
+        module.__dict__.pop(CONVERSION, None)

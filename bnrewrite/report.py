@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.capture.owner import is_owner, owner_state
-from bnrewrite.convert import Conversion, conversion_of
+from bnrewrite.conversion import Conversion, conversion_of
 from bnrewrite.groups import world_size
 from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
 from bnrewrite.passes.effects import is_known_leaf

@@ -19,6 +19,7 @@ LAYERS = (
     ("check", "compiler", "export", "report", "report_page", "shuffle_batch"),
     ("steps",),
     ("convert",),
+    ("conversion",),
     ("capture",),
     ("passes",),
     ("sites",),

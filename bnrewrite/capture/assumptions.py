@@ -39,6 +39,7 @@ class Assumptions:
         classes: modules whose forwards became part of the graph, by path, with their classes.
         layers: modules whose results were taken for tensors, or that were asked for their type, by
             path, with their classes.
+        asked: modules of these whose classes may be compared, by path, with file and line.
         methods: methods of modules whose code told what they give, by path and name.
         unhooked: paths of modules whose results were taken for what the layer makes.
         instances: answers of ``isinstance`` about modules, by path and class.
@@ -57,6 +58,7 @@ class Assumptions:
     reads_own_training: bool = False
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     layers: dict[str, type] = dataclasses.field(default_factory=dict)
+    asked: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
     methods: dict[Place, Any] = dataclasses.field(default_factory=dict)
     unhooked: set[str] = dataclasses.field(default_factory=set)
     instances: dict[tuple[str, Any], bool] = dataclasses.field(default_factory=dict)
@@ -120,7 +122,7 @@ class Assumptions:
             getattr(self, name).update(
                 (joined(path, at), what) for at, what in getattr(other, name)
             )
-        for name in ("children", "classes", "layers"):
+        for name in ("children", "classes", "layers", "asked"):
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({joined(path, at): value for at, value in theirs.items()})
         self.unhooked.update(joined(path, at) for at in other.unhooked)

@@ -59,6 +59,70 @@ def _read(code: CodeType) -> Decisions:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TypeQuestion:
+    """One ``type(x)`` or ``x.__class__``.
+
+    Attributes:
+        offset: of the instruction that gives the class.
+        line: of the code.
+        of_self: whether it asks ``self``.
+        for_attribute: whether only an attribute of the class is read, like its name.
+    """
+
+    offset: int
+    line: int
+    of_self: bool
+    for_attribute: bool
+
+
+_ASKED: dict[int, tuple[CodeType, tuple[TypeQuestion, ...]]] = {}
+
+
+def type_questions(code: CodeType) -> tuple[TypeQuestion, ...]:
+    """Where ``code`` asks for classes of values, without the code inside it."""
+    found = _ASKED.get(id(code))
+    if found is None:
+        asks = not _ASKS.isdisjoint(code.co_names)
+        found = _ASKED[id(code)] = (code, tuple(_type_questions(code)) if asks else ())
+    return found[1]
+
+
+_ASKS = frozenset(("type", "__class__"))
+_CALLS = frozenset(("PRECALL", "CALL", "CALL_FUNCTION"))
+
+
+def _type_questions(code: CodeType) -> Iterator[TypeQuestion]:
+    instructions = instructions_of(code)
+    lines = [(start, line) for start, _, line in code.co_lines() if line is not None]
+    for index, one in enumerate(instructions):
+        end = index
+        if one.opname == "LOAD_GLOBAL" and one.argval == "type":
+            end = _call_of_one(instructions, index) if _is_called(instructions, index) else None
+        elif one.opname != "LOAD_ATTR" or one.argval != "__class__":
+            continue
+        if end is not None:
+            offset = instructions[end].offset
+            line = max((start, line) for start, line in lines if start <= offset)[1]
+            asked, by = instructions[index - 1 : index + 1]
+            if end != index:
+                asked, by = instructions[index + 1 : index + 3]
+            of_self = asked.argval == "self" and (by is one or by.opname in _CALLS)
+            after = instructions[end + 1].opname
+            yield TypeQuestion(offset, line, of_self, after in ("LOAD_ATTR", "LOAD_METHOD"))
+
+
+def _call_of_one(instructions: list[dis.Instruction], loaded: int) -> int | None:
+    """Where the global loaded at ``loaded`` is called with one argument; None for several."""
+    num_arguments = 0
+    for index in range(loaded + 1, len(instructions)):
+        one = instructions[index]
+        if one.opname in _CALLS and one.arg == num_arguments:
+            return index + (one.opname == "PRECALL") if one.arg == 1 else None
+        num_arguments += dis.stack_effect(one.opcode, one.arg, jump=False)
+    return None
+
+
 JUMPS = frozenset((*dis.hasjabs, *dis.hasjrel))
 """Numbers of the instructions that may go on elsewhere."""
 

@@ -54,6 +54,10 @@ class Capture:
         assumptions: what the trace had read, if there is no graph.
         calls: paths of children that it calls with optional arguments, and the forms.
         plain: the training graph before the optimising passes, where there is one.
+        only_asks: whether all that the graphs are good for is to answer what the forward asks of
+            the classes of modules.
+        unanswered: why there are no graphs for that, where there would be none for anything else.
+        recipe: with which the module becomes an owner, if it has to answer.
     """
 
     train: Captured | None
@@ -63,6 +67,17 @@ class Capture:
     assumptions: Assumptions | None = None
     calls: tuple[tuple[str, Form], ...] = ()
     plain: Captured | None = None
+    only_asks: bool = False
+    unanswered: str | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Modules whose classes the forward may compare, by path, with file and line."""
+        graphs = [one for one in (self.eval, self.train) if one is not None]
+        read = [form.assumptions for one in graphs for form in one.forms]
+        read += [self.assumptions] if self.assumptions is not None else []
+        return {path: place for one in read for path, place in one.asked.items()}
 
     def serves(self, module: nn.Module) -> bool:
         """Whether capturing ``module``, of the same structure, would come out the same."""

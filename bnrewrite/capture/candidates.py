@@ -145,7 +145,7 @@ def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
     names = code_names(value.__code__)
     if any("batch_norm" in name and hasattr(torch, name) for name in names):
         return True
-    return any(_reaches(helper, depth - 1, seen) for helper in _helpers(value, names))
+    return any(_reaches(helper, depth - 1, seen) for helper in helpers(value, names))
 
 
 @functools.cache
@@ -158,8 +158,8 @@ def code_names(code: CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
-def _helpers(function: FunctionType, names: frozenset[str]) -> Iterator[Any]:
-    """What the code of ``function`` may call: what it closes over, and what its names stand for."""
+def helpers(function: FunctionType, names: frozenset[str]) -> Iterator[Any]:
+    """What the code of a function may call: what it closes over, and what its names stand for."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):
             yield cell.cell_contents

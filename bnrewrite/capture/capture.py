@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 from torch import fx, nn
 
+from bnrewrite.capture.asking import may_ask
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
@@ -62,19 +63,29 @@ def _capture_form(
         calls = tuple(_calls_with_options(module, train.graph))
         optimised, more = _optimise(module, recipe, flags, train, form, cache)
         reports |= more
-        if not owns_site and optimised is train:
-            read = optimised.assumptions
-            return Capture(None, None, reports, assumptions=read, calls=calls, plain=train)
+        gains = owns_site or optimised is not train
+        read = train.assumptions
+        none = Capture(None, None, reports, assumptions=read, calls=calls, plain=train)
+        if not gains and not may_ask(module) and not read.asked:
+            return none
         eval = train
-        if train.assumptions.reads_training:
-            eval, _ = _trace(module, recipe, flags, training=False, form=form)
+        if read.reads_training:
+            try:
+                eval, _ = _trace(module, recipe, flags, training=False, form=form)
+            except Refused as refused:
+                if gains:
+                    raise
+                read = refused.assumptions
+                return dataclasses.replace(none, assumptions=read, unanswered=str(refused))
             if eval.same_as(train):
                 eval = train
+        if not gains and not read.asked.keys() | eval.assumptions.asked.keys() - {""}:
+            return none
         for one in {id(one): one for one in (optimised, eval)}.values():
             one.finish(module)
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
-    return Capture(optimised, eval, reports, calls=calls, plain=train)
+    return Capture(optimised, eval, reports, calls=calls, plain=train, only_asks=not gains)
 
 
 def _calls_with_options(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, Form]]:

@@ -7,6 +7,7 @@ from types import FrameType
 
 import torch
 
+from bnrewrite.capture.bytecode import type_questions
 from bnrewrite.capture.seen import is_library
 
 
@@ -38,6 +39,13 @@ def is_for_traced_code(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return True
+
+
+def compares_class(frame: FrameType) -> bool:
+    """Whether a class that ``frame`` asks for may be compared: not if it is read an attribute."""
+    return not any(
+        one.for_attribute and one.offset == frame.f_lasti for one in type_questions(frame.f_code)
+    )
 
 
 TRACES = "_record_graph"

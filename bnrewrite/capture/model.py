@@ -4,6 +4,7 @@ import dataclasses
 
 from torch import nn
 
+from bnrewrite.capture.asking import asking_candidates, unanswered
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import sharing_candidates
 from bnrewrite.capture.capture import capture
@@ -11,6 +12,7 @@ from bnrewrite.capture.forms import Form
 from bnrewrite.capture.owner import attach_owner, owner_state_of
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
+from bnrewrite.sites.classes import below, is_converted, original_class
 from bnrewrite.sites.floor import has_own_forward, is_site
 from bnrewrite.sites.schedule import Schedule
 
@@ -37,9 +39,10 @@ def capture_from_below(
     found: dict[str, Capture] = {}
     shares = inline_children.__name__ in recipe.passes
     sharing = sharing_candidates(modules, owners) if shares else {}
+    asking = asking_candidates(modules, owners)
     untraced: set[str] = set()
     for name, module in reversed(modules.items()):
-        if name not in owners and name not in sharing:
+        if name not in owners and name not in sharing and name not in asking:
             continue
         named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
         one = found[name] = capture_and_attach(module, named, cache, schedule)
@@ -77,6 +80,58 @@ def capture_and_attach(
     """Captures one module and makes it an owner if it owns a site, or shares those below it."""
     captured = capture(module, recipe, cache)
     state = owner_state_of(recipe, captured)
+    if captured.only_asks:
+        return dataclasses.replace(captured, recipe=recipe)
     if state is not None or (is_site(module) and has_own_forward(module)):
         attach_owner(module, state, schedule)
     return captured
+
+
+@dataclasses.dataclass(frozen=True)
+class Unanswered:
+    """A forward that runs as it is, and asks for the class of a module, which is another one now.
+
+    Attributes:
+        name: qualified name of the module of the forward; "" is the model itself.
+        child: qualified name of the module that it asks about.
+        cls: the class that this had.
+        where: file and line of the question.
+        reason: why there is no graph.
+    """
+
+    name: str
+    child: str
+    cls: type
+    where: str
+    reason: str
+
+
+def answer_questions(
+    modules: dict[str, nn.Module], found: dict[str, Capture], schedule: Schedule
+) -> list[Unanswered]:
+    """Has graphs stand for forwards that only ask for classes which conversion has changed.
+
+    Args:
+        modules: those of a model by qualified name, converted.
+        found: what came of capturing them.
+        schedule: of the conversion; new owners enter it.
+
+    Returns:
+        Forwards that ask and have no graph.
+    """
+    left: list[Unanswered] = []
+    for name, module in reversed(modules.items()):
+        one = found.get(name)
+        if one is None:
+            continue
+        if one.recipe is not None:
+            if any(path and is_converted(below(module, path)) for path in one.asked):
+                attach_owner(module, owner_state_of(one.recipe, one), schedule)
+            continue
+        reason = one.refused or one.unanswered
+        question = None if reason is None else unanswered(module, one.asked)
+        if reason is not None and question is not None:
+            path, where = question
+            cls = original_class(below(module, path))
+            left.append(Unanswered(name, joined(name, path), cls, where, reason))
+    return left[::-1]

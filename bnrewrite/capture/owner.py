@@ -1,6 +1,7 @@
 """Owners: modules whose forward runs a captured graph while that does the same as the original."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from bnrewrite.sites.classes import (
     Converted,
     below,
     change_class,
+    is_converted,
     original_class,
     restore_class,
 )
@@ -49,6 +51,8 @@ class OwnerState:
         self.number = site_number(recipe.name)
         self.train = train
         self.eval = eval
+        read = [form.assumptions for one in (train, eval) for form in one.forms]
+        self.asked = {path: place for one in read for path, place in one.asked.items()}
 
     @property
     def differs(self) -> bool:
@@ -188,6 +192,8 @@ class OwnerForward(Converted):
     ) -> Any:
         module: Any = self
         original = super().forward  # pyright: ignore
+        if not is_compiling():
+            self._bnrewrite_warn_of_classes()
         if not is_site(module):
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
@@ -205,6 +211,24 @@ class OwnerForward(Converted):
                 return original(*args, **kwargs)
         finally:
             object.__setattr__(module, "training", was_training)
+
+    def _bnrewrite_warn_of_classes(self) -> None:
+        """Warns where the own forward asks for a class, for which graphs have the old answer."""
+        module: Any = self
+        state = self._bnrewrite_owner
+        for path, place in () if state is None else state.asked.items():
+            child = below(module, path)
+            if is_converted(child):
+                name = module._bnrewrite_owner.recipe.name
+                kind = original_class(child).__name__
+                warnings.warn(
+                    f"{name or 'the model itself'} ({original_class(module).__name__}) runs its "
+                    "own forward, since its graph does not stand for a call like this one, and "
+                    f"asks for the class of {joined(name, path) or 'itself'} ({place}). Conversion "
+                    f"has made that a subclass of {kind}, so that the forward may compute "
+                    f"something else now. Ask isinstance({kind}) or for the name of the class.",
+                    stacklevel=5,
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # pyright: ignore

@@ -25,10 +25,11 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrewrite.capture.acts import refusing_acts, stand_in
+from bnrewrite.capture.asking import asks_for_named
 from bnrewrite.capture.bytecode import is_used_as_value
 from bnrewrite.capture.comparisons import giving_code_back
 from bnrewrite.capture.frames import asks_for_torch
-from bnrewrite.capture.proxy import PROXIES
+from bnrewrite.capture.proxy import PROXIES, asks_for_class
 from bnrewrite.capture.questions import QUESTIONS
 from bnrewrite.capture.refusals import (
     EFFECTS,
@@ -124,6 +125,8 @@ def record_questions(function: FunctionType, names: frozenset[str], tracer: Any)
         if home.get("type") is QUESTIONS["type"]:
             tracer.refuse("uses type as a value, beside code that asks for types")
         Patches.keep_type.add(id(home))
+    if id(home) in Patches.keep_type and asks_for_named(function, tracer.root) is not None:
+        tracer.refuse("asks for classes of modules beside code that uses type as a value")
     for name in names & QUESTIONS.keys():
         if name not in home and not (name == "type" and id(home) in Patches.keep_type):
             Patches.patcher.patch(home, name, QUESTIONS[name])
@@ -223,6 +226,8 @@ def _noted(
         if not tracer.recording or tracer.thread != get_ident():
             return read(module, name)
         if name.startswith("__"):
+            if name == "__class__" and asks_for_class(sys._getframe(1)):
+                return tracer.class_of(module, sys._getframe(1))
             if name == "__dict__" and not asks_for_torch(sys._getframe(1)):
                 tracer.refuse("reads the __dict__ of a module")
             return read(module, name)

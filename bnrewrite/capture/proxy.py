@@ -3,6 +3,7 @@
 import operator
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 from torch import fx
@@ -10,6 +11,12 @@ from torch.fx.graph import inplace_methods
 
 from bnrewrite.capture.bytecode import decisions
 from bnrewrite.capture.frames import asks_for_torch
+
+
+def asks_for_class(frame: FrameType) -> bool:
+    """Whether traced code reads ``__class__`` in ``frame``; functions in C ask for it, too."""
+    found = decisions(frame.f_code)
+    return found is not None and frame.f_lasti in found.classes and not asks_for_torch(frame)
 
 
 class _Watched:
@@ -63,10 +70,7 @@ class _Watched:
 
     @property
     def __class__(self) -> type:
-        frame = sys._getframe(1)
-        # Functions in C ask for it, too.
-        found = decisions(frame.f_code) if self.tracer.recording else None
-        if found is not None and frame.f_lasti in found.classes and not asks_for_torch(frame):
+        if self.tracer.recording and asks_for_class(sys._getframe(1)):
             self.tracer.refuse("asks for the class of a value that it computes")
         return type(self)
 

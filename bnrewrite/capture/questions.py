@@ -8,6 +8,8 @@ import operator
 import sys
 from typing import Any
 
+from torch import nn
+
 from bnrewrite.capture.proxy import PROXIES
 from bnrewrite.sites.tracing import tracer_here
 
@@ -69,6 +71,9 @@ class _TypeOfTypes(type):
             tracer = _recorder(args[0])
             if tracer is not None:
                 tracer.refuse("asks for the type of a value that it computes")
+            tracer = tracer_here() if issubclass(type(args[0]), nn.Module) else None
+            if tracer is not None and tracer.recording:
+                return tracer.class_of(args[0], sys._getframe(1))
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:

@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -20,7 +21,7 @@ from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.comparisons import refuse_caught
 from bnrewrite.capture.elements import Element, element_of
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
-from bnrewrite.capture.frames import user_frame, where, where_of
+from bnrewrite.capture.frames import compares_class, user_frame, where, where_of
 from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
 from bnrewrite.capture.patches import (
     CONTEXT,
@@ -307,6 +308,17 @@ class OwnerTracer(fx.Tracer):
         path = self.paths.get(module)
         if path is not None:
             self.assumptions.instances[path, classes] = answer
+
+    def class_of(self, module: nn.Module, frame: FrameType) -> type[nn.Module]:
+        """The class of a module for code in ``frame`` that asks: that from before conversion."""
+        cls = original_class(module)
+        path = self.paths.get(module)
+        if path is not None:
+            self.assumptions.layers[path] = cls
+            if compares_class(frame):
+                place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                self.assumptions.asked.setdefault(path, place)
+        return cls
 
     def is_layer(self, node: fx.Node) -> bool:
         """Whether ``node`` calls a layer of torch's that makes a tensor; notes that it does."""

@@ -136,6 +136,11 @@ def change_class(module: nn.Module, recipe: tuple[type | None, ...]) -> None:
     _set_class(module, changed)
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether conversion has changed the class of ``module``."""
+    return issubclass(type(module), Converted)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before conversion, or has if it is not converted."""
     cls = type(module)

@@ -1,0 +1,103 @@
+"""What a conversion was asked for and what it found, as it is noted on the model."""
+
+import dataclasses
+import warnings
+
+from torch import nn
+
+from bnrewrite.capture.cache import Capture
+from bnrewrite.capture.candidates import mentions_batch_norm
+from bnrewrite.capture.model import Unanswered
+from bnrewrite.modes import ModeTable
+from bnrewrite.passes.base import PassReport, Skip
+from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.sites.floor import is_site
+
+CONVERSION = "_bnrewrite_conversion"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` was asked for and what it found, in plain values.
+
+    Attributes:
+        modes: which mode each site gets.
+        group: name of the process group of communicating sites.
+        keep: patterns of modules that stay callable units.
+        passes: names of the optimising passes that ran.
+        reports: what each pass did, over all owners, by pass name.
+        skipped: what was left as it was, with the reasons.
+        unanswered: forwards among these that ask for classes which conversion changed.
+    """
+
+    modes: ModeTable
+    group: str
+    keep: tuple[str, ...]
+    passes: tuple[str, ...]
+    reports: dict[str, PassReport] = dataclasses.field(default_factory=dict, compare=False)
+    skipped: list[Skip] = dataclasses.field(default_factory=list, compare=False)
+    unanswered: list[Unanswered] = dataclasses.field(default_factory=list, compare=False)
+
+
+def conversion_of(model: nn.Module) -> Conversion | None:
+    """What ``model`` was converted with, or None."""
+    return model.__dict__.get(CONVERSION)
+
+
+def settled(conversion: Conversion) -> set[str]:
+    """Names of sites that are in a graph, or that were left with a reason."""
+    report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
+    return {one.name for one in (*report.rewritten, *report.skipped)}
+
+
+def note_reports(captured: Capture, conversion: Conversion) -> None:
+    """Notes what the passes did with one graph."""
+    for pass_name, report in captured.reports.items():
+        total = conversion.reports.setdefault(pass_name, PassReport())
+        total.rewritten.extend(report.rewritten)
+        total.skipped.extend(report.skipped)
+        # What an optimising pass leaves is distributed all the same.
+        if pass_name == replace_batch_norm.__name__:
+            conversion.skipped.extend(report.skipped)
+
+
+def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion) -> None:
+    """Notes what came of an owner.
+
+    That a module further up cannot be traced would be no news: it may not touch a site at all.
+    """
+    note_reports(captured, conversion)
+    if captured.refused is None:
+        return
+    conversion.skipped.append(Skip(name or "the model itself", captured.refused))
+    if not is_site(module) and mentions_batch_norm(module):
+        warnings.warn(
+            f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
+            "its class mentions batch_norm: if its forward calls "
+            "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
+            "Use a BatchNorm module there, or make the forward traceable.",
+            stacklevel=4,
+        )
+
+
+def note_unanswered(question: Unanswered, conversion: Conversion) -> None:
+    """Notes that a forward asks for a class that conversion changed, and runs as it is."""
+    reason = (
+        f"asks for the class of {question.child}, a {question.cls.__name__}, which conversion "
+        f"changes, and has no graph to give the answer from before: it {question.reason}"
+    )
+    conversion.skipped.append(Skip(question.name or "the model itself", reason, question.where))
+    conversion.unanswered.append(question)
+
+
+def warn_unanswered(conversion: Conversion) -> None:
+    """Warns of forwards that may compute something else now, since they ask for classes."""
+    for question in conversion.unanswered:
+        kind = question.cls.__name__
+        warnings.warn(
+            f"{question.name or 'the model itself'} asks for the class of {question.child} "
+            f"({question.where}). Conversion has made that a subclass of {kind}, and no graph can "
+            f"give the answer from before, since the forward {question.reason}: it may compute "
+            f"something else now. Ask isinstance({kind}) there, or for the name of the class.",
+            stacklevel=4,
+        )
