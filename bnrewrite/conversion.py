@@ -11,7 +11,13 @@ from bnrewrite.capture.model import Unanswered
 from bnrewrite.modes import ModeTable
 from bnrewrite.passes.base import PassReport, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
-from bnrewrite.sites.floor import is_site
+from bnrewrite.sites.classes import original_class
+from bnrewrite.sites.floor import is_site, site_state
+
+OWN_STATISTICS = (
+    "evaluates itself and is not distributed: its forward computes its own statistics, without "
+    "torch's BatchNorm"
+)
 
 CONVERSION = "_bnrewrite_conversion"
 
@@ -67,6 +73,10 @@ def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion
     That a module further up cannot be traced would be no news: it may not touch a site at all.
     """
     note_reports(captured, conversion)
+    if is_site(module) and site_state(module).by_itself:
+        code = getattr(original_class(module).forward, "__code__", None)
+        where = None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+        conversion.skipped.append(Skip(name or "the model itself", OWN_STATISTICS, where))
     if captured.refused is None:
         return
     conversion.skipped.append(Skip(name or "the model itself", captured.refused))

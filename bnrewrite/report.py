@@ -17,6 +17,8 @@ from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
 from bnrewrite.steps import Round, rounds_of
 
+BY_ITSELF = "by itself"
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
@@ -24,7 +26,8 @@ class SiteReport:
 
     Attributes:
         name: qualified name.
-        mode: name of its mode.
+        mode: name of its mode; ``"by itself"`` where its forward computes statistics of its own,
+            which nothing distributes.
         group: name of its process group, ``"default"`` for the default one, "" if it has none.
         num_channels: number of channels, where known.
         owner: qualified name of the module whose graph contains it ("" is the model itself); None
@@ -313,8 +316,8 @@ def _module_site(module: nn.Module, rewrite: Rewrite | None) -> SiteReport:
     state = site_state(module)
     return SiteReport(
         name=state.name,
-        mode=state.mode.name,
-        group=state.group,
+        mode=BY_ITSELF if state.by_itself else state.mode.name,
+        group="" if state.by_itself else state.group,
         num_channels=module.num_features if isinstance(module, _BatchNorm) else None,
         owner=None if rewrite is None else rewrite.owner,
         where=None if rewrite is None else rewrite.where,

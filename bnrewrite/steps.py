@@ -50,6 +50,8 @@ def rounds_of(module: nn.Module) -> Iterator[Round]:
     if state is not None and state.train.has_its_sites(module):
         yield from _rounds_of_graph(module, state)
     elif is_site(module):
+        if site_state(module).by_itself:
+            return
         mode = site_state(module).mode
         backward = int(mode.communicates_backward)
         yield Round((site_state(module).name,), None, int(mode.communicates), backward)

@@ -126,3 +126,56 @@ def test_operators_below_are_refused_by_name() -> None:
     assert "hidden_batch_norm.py:" in str(skip.where)
     with pytest.raises(bnrewrite.CaptureError, match="native_batch_norm"):
         bnrewrite.convert(model, strict=True)
+
+
+class ByHand(nn.BatchNorm2d):
+    """Computes its own statistics; ``traceable`` says whether a graph can stand for it."""
+
+    traceable = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.traceable and input.sum() > 1e9:
+            return input
+        mean = input.mean((0, 2, 3), keepdim=True)
+        var = input.var((0, 2, 3), unbiased=False, keepdim=True)
+        return (input - mean) / (var + self.eps).sqrt() * self.weight[:, None, None]
+
+
+class ByHandUntraced(ByHand):
+    traceable = False
+
+
+class InTraining(nn.BatchNorm2d):
+    """Computes its own statistics in training only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input - input.mean() if self.training else super().forward(input)
+
+
+def _report_of(layer: nn.Module, mode: str) -> bnrewrite.Report:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.BatchNorm2d(3))
+    return bnrewrite.report(bnrewrite.convert(model, mode))
+
+
+@pytest.mark.parametrize("layer", [ByHand, ByHandUntraced, InTraining])
+def test_statistics_of_its_own_are_not_counted(layer: type[nn.BatchNorm2d]) -> None:
+    report = _report_of(layer(3), "sync")
+    assert report.collectives_forward == report.num_communicating == 1
+    assert [site.mode for site in report.sites] == ["by itself", "sync"]
+    skip = next(one for one in report.skipped if "not distributed" in one.reason)
+    assert skip.name == "1"
+    assert "test_hidden_batch_norm.py" in str(skip.where)
+    assert "left: 1: evaluates itself and is not distributed" in str(report)
+    with pytest.raises(bnrewrite.CaptureError, match="0: evaluates itself"):
+        bnrewrite.convert(nn.Sequential(layer(3)), strict=True)
+
+
+def test_statistics_of_its_own_are_local() -> None:
+    report = _report_of(ByHand(3), "local")
+    assert [site.mode for site in report.sites] == ["local", "local"]
+    assert not report.skipped
+
+
+def test_frozen_runs_what_is_for_evaluation() -> None:
+    assert not _report_of(InTraining(3), "frozen").skipped
+    assert "not distributed" in _report_of(ByHand(3), "frozen").skipped[0].reason

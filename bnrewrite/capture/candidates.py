@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnrewrite.capture.seen import routines
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_own_forward, is_site, site_state
 from bnrewrite.sites.intercept import FUNCTIONS
@@ -110,6 +111,14 @@ def mentions_batch_norm(module: nn.Module) -> bool:
         _reaches(value, _DEPTH, {})
         for value in module.__dict__.values()
         if isinstance(value, _CALLABLES)
+    )
+
+
+def computes_itself(module: nn.Module) -> bool:
+    """Whether no code of a BatchNorm's own class names torch's forward or ``F.batch_norm``."""
+    codes = [one.__code__ for value in _members(original_class(module)) for one in routines(value)]
+    return not mentions_batch_norm(module) and not any(
+        "forward" in code_names(one) for one in codes
     )
 
 

@@ -6,14 +6,15 @@ from torch import nn
 
 from bnrewrite.capture.asking import asking_candidates, unanswered
 from bnrewrite.capture.cache import Cache, Capture, Recipe
-from bnrewrite.capture.candidates import sharing_candidates
+from bnrewrite.capture.candidates import computes_itself, sharing_candidates
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.forms import Form
 from bnrewrite.capture.owner import attach_owner, owner_state_of
+from bnrewrite.modes import Frozen, Local
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.sites.classes import below, is_converted, original_class
-from bnrewrite.sites.floor import has_own_forward, is_site
+from bnrewrite.sites.floor import has_own_forward, is_site, note_own_statistics, site_state
 from bnrewrite.sites.schedule import Schedule
 
 
@@ -84,7 +85,23 @@ def capture_and_attach(
         return dataclasses.replace(captured, recipe=recipe)
     if state is not None or (is_site(module) and has_own_forward(module)):
         attach_owner(module, state, schedule)
+    if is_site(module) and has_own_forward(module) and _has_no_site(module, captured):
+        note_own_statistics(module)
     return captured
+
+
+def _has_no_site(module: nn.Module, captured: Capture) -> bool:
+    """Whether a BatchNorm with a forward of its own leaves nothing to distribute in its mode."""
+    mode = site_state(module).mode
+    if isinstance(mode, Local) or captured.train is not None:
+        # What it computes is the local result, whatever that is.
+        return False
+    if captured.plain is None:
+        return computes_itself(module)
+    if isinstance(mode, Frozen) and captured.plain.assumptions.reads_training:
+        # It runs as in evaluation, which has not been traced.
+        return computes_itself(module)
+    return not any(report.skipped for report in captured.reports.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ class SiteState:
         name: qualified name in the converted model.
         mode: the mode of the site.
         group: name of its process group, or "" if its mode does not communicate.
+        by_itself: whether the forward of its class computes statistics of its own, and leaves
+            nothing to distribute.
         sync_group: name of the group that a ``torch.nn.SyncBatchNorm`` held before conversion.
         number: of the site, from its name; random schedules of different sites differ by it.
     """
@@ -48,6 +50,7 @@ class SiteState:
     mode: Mode
     group: str
     sync_group: str | None = None
+    by_itself: bool = False
     number: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class SiteForward(Converted):
         module: Any = self
         state = self._bnrewrite_site
         name = state.name or "the model itself"
+        if state.by_itself:
+            return [(NO_GROUP, (name, "its own forward, which communicates nothing"))]
         if state.group == NO_GROUP:
             return [(NO_GROUP, (name, f"{state.mode}, which communicates nothing"))]
         if not module.training:
@@ -243,6 +248,11 @@ def convert_site(module: _BatchNorm, name: str, mode: Mode, group: str, schedule
     change_class(module, floor_recipe(module))
     schedule.enter(module)
     remember(module, name)
+
+
+def note_own_statistics(module: nn.Module) -> None:
+    """Notes that the forward of a site leaves nothing to distribute."""
+    module.__dict__[_STATE] = dataclasses.replace(site_state(module), by_itself=True)
 
 
 def is_uninitialised(module: nn.Module) -> bool:
