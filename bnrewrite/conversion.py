@@ -32,6 +32,7 @@ class Conversion:
         keep: patterns of modules that stay callable units.
         passes: names of the optimising passes that ran.
         reports: what each pass did, over all owners, by pass name.
+        sites: names of the BatchNorm modules that were converted.
         skipped: what was left as it was, with the reasons.
         unanswered: forwards among these that ask for classes which conversion changed.
     """
@@ -41,6 +42,7 @@ class Conversion:
     keep: tuple[str, ...]
     passes: tuple[str, ...]
     reports: dict[str, PassReport] = dataclasses.field(default_factory=dict, compare=False)
+    sites: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     skipped: list[Skip] = dataclasses.field(default_factory=list, compare=False)
     unanswered: list[Unanswered] = dataclasses.field(default_factory=list, compare=False)
 

@@ -211,7 +211,8 @@ def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:
 def _put_on(
     modules: dict[str, nn.Module], found: list[tuple[str, _BatchNorm]], wanted: Conversion
 ) -> Conversion:
-    conversion = dataclasses.replace(wanted, reports={}, skipped=[], unanswered=[])
+    sites = tuple(name for name, _ in found if wanted.modes.find(name) is not None)
+    conversion = dataclasses.replace(wanted, reports={}, sites=sites, skipped=[], unanswered=[])
     schedule = Schedule(conversion.passes)
     for name, module in found:
         mode = wanted.modes.find(name)

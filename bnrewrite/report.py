@@ -7,15 +7,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnrewrite.capture.owner import is_owner, owner_state
-from bnrewrite.conversion import Conversion, conversion_of
 from bnrewrite.groups import world_size
 from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.roots import Roots, roots_of
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
-from bnrewrite.steps import Round, rounds_of
+from bnrewrite.steps import Round, rounds_of, running_state
 
 BY_ITSELF = "by itself"
 
@@ -197,7 +196,8 @@ def report(model: nn.Module) -> Report:
     """What :func:`bnrewrite.convert` did to ``model``.
 
     Args:
-        model: a module that ``convert`` returned.
+        model: a module that ``convert`` returned, or one that holds it, like a wrapper. Names are
+            those from ``model`` on.
 
     Returns:
         A :class:`Report`; printing it gives the text form.
@@ -208,22 +208,26 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")
-    conversion = conversion_of(model)
-    if conversion is None:
+    roots = roots_of(model)
+    if not roots.conversions:
         raise ValueError(
             f"{type(model).__name__} is not converted. Call bnrewrite.convert(model) first, and "
-            "report on the model that it returned, not on a wrapper or a part of it."
+            "report on the model that it returned, not on a part of it."
         )
-    rounds = tuple(rounds_of(model))
-    sites = _sites(model, conversion, rounds)
+    rounds = tuple(rounds_of(model, roots))
+    sites = _sites(model, roots, rounds)
+    names = {site.name for site in sites}
     communicating = [one for one in rounds if one.collectives_forward]
     owners = {one.owner for one in rounds}
     return Report(
         model=type(model).__name__,
         sites=sites,
-        passes=tuple(_summary(name, done, owners) for name, done in conversion.reports.items()),
-        skipped=tuple(conversion.skipped),
-        owners=tuple(_owners(model)),
+        passes=tuple(_summary(name, done, owners, names) for name, done in roots.reports().items()),
+        skipped=(
+            *(skip for one in roots.conversions.values() for skip in one.skipped),
+            *roots.outside,
+        ),
+        owners=tuple(_owners(model, roots)),
         rounds=rounds,
         collectives_forward=len(communicating),
         collectives_backward=sum(one.collectives_backward for one in communicating),
@@ -234,27 +238,29 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _sites(
-    model: nn.Module, conversion: Conversion, rounds: tuple[Round, ...]
-) -> tuple[SiteReport, ...]:
+def _sites(model: nn.Module, roots: Roots, rounds: tuple[Round, ...]) -> tuple[SiteReport, ...]:
     """The sites, those of modules first, with what their first evaluation in a step is."""
     first: dict[str, Round] = {}
     for one in rounds:
         for name in one.sites:
             first.setdefault(name, one)
     rewritten: dict[str, Rewrite] = {}
-    for one in _found(conversion, replace_batch_norm.__name__).rewritten:
-        rewritten.setdefault(one.name, one)
+    groups: dict[str, str] = {}
+    for conversion in roots.conversions.values():
+        for one in conversion.reports.get(replace_batch_norm.__name__, PassReport()).rewritten:
+            rewritten.setdefault(one.name, one)
+            groups[one.name] = conversion.group
     sites = [
-        _module_site(module, rewritten.pop(site_state(module).name, None))
+        _module_site(module, name, rewritten.pop(name, None))
         for module in model.modules()
         if is_site(module)
+        for name in (roots.name_of(module),)
     ]
     sites += [
         SiteReport(
             name=one.name,
             mode=one.mode.name,
-            group=conversion.group if one.mode.communicates else "",
+            group=groups[one.name] if one.mode.communicates else "",
             num_channels=None,
             owner=one.owner,
             where=one.where,
@@ -275,11 +281,11 @@ def _sites(
     )
 
 
-def _owners(model: nn.Module) -> Iterator[OwnerReport]:
+def _owners(model: nn.Module, roots: Roots) -> Iterator[OwnerReport]:
     for module in model.modules():
-        state = owner_state(module) if is_owner(module) else None
+        state = running_state(module)
         if state is not None:
-            name = state.recipe.name
+            name = joined(roots.prefixes.get(module, ""), state.recipe.name)
             # Activations that are fused are calls no longer, either, but no modules that one keeps.
             inlined = sorted(
                 joined(name, path)
@@ -289,10 +295,14 @@ def _owners(model: nn.Module) -> Iterator[OwnerReport]:
             yield OwnerReport(name, state.differs, tuple(inlined))
 
 
-def _summary(name: str, done: PassReport, owners: set[str | None]) -> PassSummary:
+def _summary(name: str, done: PassReport, owners: set[str | None], sites: set[str]) -> PassSummary:
     """What a pass did in the graphs that a step runs; inlined modules have others in reserve."""
     everywhere = name == replace_batch_norm.__name__
-    rewritten = {one.name for one in done.rewritten if everywhere or one.owner in owners}
+    rewritten = {
+        one.name
+        for one in done.rewritten
+        if (one.name in sites if everywhere else one.owner in owners)
+    }
     left = {
         skip.name: skip
         for skip in done.skipped
@@ -308,14 +318,10 @@ def _others(names: tuple[str, ...], own: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(others))
 
 
-def _found(conversion: Conversion, name: str) -> PassReport:
-    return conversion.reports.get(name, PassReport())
-
-
-def _module_site(module: nn.Module, rewrite: Rewrite | None) -> SiteReport:
+def _module_site(module: nn.Module, name: str, rewrite: Rewrite | None) -> SiteReport:
     state = site_state(module)
     return SiteReport(
-        name=state.name,
+        name=name,
         mode=BY_ITSELF if state.by_itself else state.mode.name,
         group="" if state.by_itself else state.group,
         num_channels=module.num_features if isinstance(module, _BatchNorm) else None,

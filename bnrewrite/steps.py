@@ -13,6 +13,7 @@ from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.passes.overlap_collectives import is_work
 from bnrewrite.passes.rounds import communication
+from bnrewrite.roots import Roots
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
 
@@ -44,34 +45,44 @@ class Round:
         return self.fused[self.sites.index(site)]
 
 
-def rounds_of(module: nn.Module) -> Iterator[Round]:
+def rounds_of(module: nn.Module, roots: Roots) -> Iterator[Round]:
     """The rounds of a training step of ``module``, as far as graphs tell in their order."""
-    state = owner_state(module) if is_owner(module) else None
-    if state is not None and state.train.has_its_sites(module):
-        yield from _rounds_of_graph(module, state)
+    state = running_state(module)
+    if state is not None:
+        yield from _rounds_of_graph(module, state, roots)
     elif is_site(module):
         if site_state(module).by_itself:
             return
         mode = site_state(module).mode
         backward = int(mode.communicates_backward)
-        yield Round((site_state(module).name,), None, int(mode.communicates), backward)
+        yield Round((roots.name_of(module),), None, int(mode.communicates), backward)
     else:
         for child in module.children():
-            yield from rounds_of(child)
+            yield from rounds_of(child, roots)
 
 
-def _rounds_of_graph(owner: nn.Module, state: OwnerState) -> Iterator[Round]:
-    name = state.recipe.name
+def running_state(module: nn.Module) -> OwnerState | None:
+    """The graphs of an owner whose sites are what they were; None of any other module."""
+    state = owner_state(module) if is_owner(module) else None
+    try:
+        return state if state is not None and state.train.has_its_sites(module) else None
+    except AttributeError:
+        # A module that the graph calls is gone.
+        return None
+
+
+def _rounds_of_graph(owner: nn.Module, state: OwnerState, roots: Roots) -> Iterator[Round]:
+    name = joined(roots.prefixes.get(owner, ""), state.recipe.name)
     for node in state.train.graph.nodes:
         if node.op == "call_module":
-            yield from rounds_of(below(owner, str(node.target)))
+            yield from rounds_of(below(owner, str(node.target)), roots)
             continue
         sites = node.meta.get("sites") or ([node.meta["site"]] if "site" in node.meta else [])
         if not sites or node.target is FINISH_BATCH_NORM:
             continue
         found = communication(node)
         yield Round(
-            tuple(_name(owner, name, site) for site in sites),
+            tuple(_name(owner, name, site, roots) for site in sites),
             name,
             found.forward,
             found.backward,
@@ -80,11 +91,11 @@ def _rounds_of_graph(owner: nn.Module, state: OwnerState) -> Iterator[Round]:
         )
 
 
-def _name(owner: nn.Module, name: str, site: Rewrite) -> str:
+def _name(owner: nn.Module, name: str, site: Rewrite, roots: Roots) -> str:
     """Graphs are shared by modules of one structure, whose sites have names of their own."""
     home = owner if site.path is None else below(owner, site.path)
     if is_site(home):
-        return site_state(home).name
+        return roots.name_of(home)
     prefix = f"{site.owner}." if site.owner else ""
     return joined(name, site.name.removeprefix(prefix))
 

@@ -18,6 +18,7 @@ LAYERS = (
     ("environment",),
     ("check", "compiler", "export", "report", "report_page", "shuffle_batch"),
     ("steps",),
+    ("roots",),
     ("convert",),
     ("conversion",),
     ("capture",),
