@@ -5,6 +5,7 @@ and runs as it is may take the other one.
 """
 
 import inspect
+import weakref
 from collections.abc import Collection, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -79,15 +80,18 @@ def asks_for_named(function: FunctionType, module: nn.Module) -> tuple[str, str]
     return None
 
 
-_ASKING: dict[type, list[FunctionType]] = {}
+_ASKING: "weakref.WeakKeyDictionary[type, list[weakref.ref[FunctionType]]]"
+_ASKING = weakref.WeakKeyDictionary()
 
 
 def _asking(cls: type[nn.Module]) -> list[FunctionType]:
     """Functions that the forward of a class may call and that ask."""
     if cls not in _ASKING:
-        _ASKING[cls] = found = []
+        found: list[FunctionType] = []
         _search(cls.forward, cls, _DEPTH, {}, found)
-    return _ASKING[cls]
+        # A method may know its class.
+        _ASKING[cls] = [weakref.ref(function) for function in found]
+    return [function for one in _ASKING[cls] if (function := one()) is not None]
 
 
 def _search(

@@ -36,7 +36,7 @@ from bnrewrite.capture.patches import (
 from bnrewrite.capture.proxy import Proxy
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.restore import keeping_attributes
-from bnrewrite.capture.returns import never_returns_none
+from bnrewrite.capture.returns import LAYERS, never_returns_none
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.tracing import Tracing
 from bnrewrite.torch_versions import fx_tracing
@@ -332,7 +332,7 @@ class OwnerTracer(fx.Tracer):
             names = self.assumptions.children[path] = tuple(layer._modules)
             path, layer = f"{path}.{names[-1]}", below(layer, names[-1])
             cls = self._take_layer(path, layer)
-        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, _LAYERS)
+        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, LAYERS)
 
     def gives_a_value(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls never returns None; notes why."""
@@ -346,11 +346,3 @@ class OwnerTracer(fx.Tracer):
         self.assumptions.methods[path, "forward"] = cls.forward
         self.assumptions.unhooked.add(path)
         return cls
-
-
-_LAYERS = (
-    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh,
-    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample,
-)  # fmt: skip
-"""Layers that make a tensor of whatever they accept."""
