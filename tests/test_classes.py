@@ -301,6 +301,14 @@ def _fail(model: Any) -> None:
         bnrewrite.convert(model, {"nope": "sync"})
 
 
+def _alive(classes: list[weakref.ref[type]]) -> set[type]:
+    """Those that are not gone, but for torch's own."""
+    # The classes of the user once those made from them are gone.
+    gc.collect()
+    gc.collect()
+    return {one for ref in classes if (one := ref()) is not None} - {nn.Conv2d, nn.Sequential}
+
+
 class TestLifetime:
     """A class that conversion makes lives as long as something uses it."""
 
@@ -308,16 +316,19 @@ class TestLifetime:
     def test_classes_of_a_model_that_is_gone_are_gone(self, use: Callable[[Any], None]) -> None:
         model = _model_of_its_own_classes()
         originals = [weakref.ref(type(module)) for module in model.modules()]
+        if use is _train_compiled:
+            plain = _model_of_its_own_classes()
+            theirs = [weakref.ref(type(module)) for module in plain.modules()]
+            use(plain)
+            del plain
+            if _alive(theirs):
+                pytest.skip("torch keeps the classes of what it has compiled")
         bnrewrite.convert(model)
         converted = [weakref.ref(type(module)) for module in model.modules()]
         assert len({*converted} - {*originals}) >= 3
         use(model)
         del model
-        # The classes of the user once those made from them are gone.
-        gc.collect()
-        gc.collect()
-        left = [one() for one in (*originals, *converted)]
-        assert {one for one in left if one is not None} <= {nn.Conv2d, nn.Sequential}
+        assert not _alive([*originals, *converted])
 
     def test_it_is_one_class_while_it_lives(self) -> None:
         model = bnrewrite.convert(_model())
