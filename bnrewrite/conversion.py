@@ -110,6 +110,6 @@ def warn_unanswered(conversion: Conversion) -> None:
             f"{question.name or 'the model itself'} asks for the class of {question.child} "
             f"({question.where}). Conversion has made that a subclass of {kind}, and no graph can "
             f"give the answer from before, since the forward {question.reason}: it may compute "
-            f"something else now. Ask isinstance({kind}) there, or for the name of the class.",
-            stacklevel=4,
+            f"something else now. Ask isinstance(..., {kind}) there, or for the name of the class.",
+            stacklevel=3,
         )

@@ -185,8 +185,11 @@ def test_a_compiler_sees_the_class_from_before(cls: type[nn.Module]) -> None:
 @pytest.mark.parametrize("asks", ASKS)
 def test_a_forward_without_a_graph_is_named(asks: str, mode: str) -> None:
     """The trace ends after the question, so that it has seen any."""
-    with pytest.warns(UserWarning, match=r"asks for the class of blocks.0 .*test_asking.py:\d+"):
+    with pytest.warns(
+        UserWarning, match=r"asks for the class of blocks.0 .*test_asking.py:\d+"
+    ) as caught:
         model = bnrewrite.convert(_parent(asks, branches=True), mode)
+    assert [one.filename for one in caught] == [__file__]
     skip = bnrewrite.report(model).skipped[-1]
     assert skip.name == "the model itself"
     assert "asks for the class of blocks.0, a Block" in skip.reason

@@ -226,7 +226,7 @@ class OwnerForward(Converted):
                     "own forward, since its graph does not stand for a call like this one, and "
                     f"asks for the class of {joined(name, path) or 'itself'} ({place}). Conversion "
                     f"has made that a subclass of {kind}, so that the forward may compute "
-                    f"something else now. Ask isinstance({kind}) or for the name of the class.",
+                    f"something else now. Ask isinstance(..., {kind}), or for the class name.",
                     stacklevel=5,
                 )
 
