@@ -155,38 +155,43 @@ def test_what_may_have_changed_since_the_call_is_no_element(kind: str) -> None:
             torch.testing.assert_close(one, other)
 
 
-class AsksInEvaluation(nn.Module):
+class AsksInOneMode(nn.Module):
     """Asks for the type, or for None, in one mode alone, and computes the same where it is not."""
 
-    def __init__(self, asks: Callable[[Any], bool], training: bool) -> None:
+    def __init__(self, asks: Callable[..., bool], training: bool) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(3)
         self.asks = asks
         self.asks_in = training
 
     def forward(self, x: Any) -> Tensor:
-        if self.training is self.asks_in and self.asks(x):
-            return self.bn(x[0]) + 1
-        return self.bn(x[-1].expand(2, 3, 4, 4))
+        # Read in both modes, so that nothing else tells them apart.
+        asks, mode, first, last = self.asks, self.asks_in, x[0], x[-1]
+        if self.training is mode and asks(x, first, last):
+            return self.bn(first) + 1
+        return self.bn(last.expand(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "asks",
-    [lambda x: isinstance(x, list), lambda x: x[0] is None, lambda x: isinstance(x[-1], tuple)],
-    ids=["type", "None", "type of an element"],
+    [
+        lambda x, first, last: isinstance(x, list),
+        lambda x, first, last: not isinstance(x, list),
+        lambda x, first, last: first is None,
+        lambda x, first, last: isinstance(last, tuple),
+    ],
+    ids=["type", "other types", "None", "type of an element"],
 )
-def test_a_mode_that_asks_has_a_graph_of_its_own(
-    asks: Callable[[Any], bool], training: bool
-) -> None:
-    plain = AsksInEvaluation(asks, training)
-    ours = bnrewrite.convert(AsksInEvaluation(asks, training))
+def test_a_mode_that_asks_has_a_graph_of_its_own(asks: Callable[..., bool], training: bool) -> None:
+    plain = AsksInOneMode(asks, training)
+    ours = bnrewrite.convert(AsksInOneMode(asks, training))
     for model in (plain, ours):
         model.train(training)
-    for features in (X, [X, Y], [None, Y]):
+    for features in (X, [X, Y], (X, Y), [None, Y]):
         try:
             expected = plain(features)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             with pytest.raises(type(error)):
                 ours(features)
         else:

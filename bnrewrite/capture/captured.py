@@ -103,6 +103,7 @@ class Captured:
         return (
             self.assumptions == other.assumptions
             and self.tensor_arguments == other.tensor_arguments
+            and self.list_arguments == other.list_arguments
             and self.elements == other.elements
             and [*map(_spelled, self.graph.nodes)] == [*map(_spelled, other.graph.nodes)]
         )
