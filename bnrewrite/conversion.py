@@ -9,7 +9,7 @@ from bnrewrite.capture.cache import Capture
 from bnrewrite.capture.candidates import mentions_batch_norm
 from bnrewrite.capture.model import Unanswered
 from bnrewrite.modes import ModeTable
-from bnrewrite.passes.base import PassReport, Skip
+from bnrewrite.passes.base import ITSELF, PassReport, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import is_site, site_state
@@ -78,13 +78,13 @@ def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion
     if is_site(module) and site_state(module).by_itself:
         code = getattr(original_class(module).forward, "__code__", None)
         where = None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
-        conversion.skipped.append(Skip(name or "the model itself", OWN_STATISTICS, where))
+        conversion.skipped.append(Skip(name or ITSELF, OWN_STATISTICS, where))
     if captured.refused is None:
         return
-    conversion.skipped.append(Skip(name or "the model itself", captured.refused))
+    conversion.skipped.append(Skip(name or ITSELF, captured.refused))
     if not is_site(module) and mentions_batch_norm(module):
         warnings.warn(
-            f"{name or 'the model itself'} ({type(module).__name__}) {captured.refused}, and "
+            f"{name or ITSELF} ({type(module).__name__}) {captured.refused}, and "
             "its class mentions batch_norm: if its forward calls "
             "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
             "Use a BatchNorm module there, or make the forward traceable.",
@@ -98,7 +98,7 @@ def note_unanswered(question: Unanswered, conversion: Conversion) -> None:
         f"asks for the class of {question.child}, a {question.cls.__name__}, which conversion "
         f"changes, and has no graph to give the answer from before: it {question.reason}"
     )
-    conversion.skipped.append(Skip(question.name or "the model itself", reason, question.where))
+    conversion.skipped.append(Skip(question.name or ITSELF, reason, question.where))
     conversion.unanswered.append(question)
 
 
@@ -107,7 +107,7 @@ def warn_unanswered(conversion: Conversion) -> None:
     for question in conversion.unanswered:
         kind = question.cls.__name__
         warnings.warn(
-            f"{question.name or 'the model itself'} asks for the class of {question.child} "
+            f"{question.name or ITSELF} asks for the class of {question.child} "
             f"({question.where}). Conversion has made that a subclass of {kind}, and no graph can "
             f"give the answer from before, since the forward {question.reason}: it may compute "
             f"something else now. Ask isinstance(..., {kind}) there, or for the name of the class.",

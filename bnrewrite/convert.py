@@ -33,7 +33,7 @@ from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
+from bnrewrite.passes.base import ITSELF, UNMATCHED, PassReport, Skip, with_attribute_nodes
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
@@ -237,7 +237,7 @@ def _put_on(
         if one.refused is not None:
             # Its children are distributed by themselves, and share nothing.
             inlining = conversion.reports.setdefault(inline_children.__name__, PassReport())
-            skip = Skip(name or "the model itself", one.refused, owner=None)
+            skip = Skip(name or ITSELF, one.refused, owner=None)
             inlining.skipped.append(skip)
     # A site that its holder does not call may be called from further up: self.encoder.bn(x).
     for name, module in more_candidates(modules, tried, settled(conversion)):

@@ -7,10 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.conversion import Conversion, conversion_of
-from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
+from bnrewrite.passes.base import ITSELF, PassReport, Rewrite, Skip, joined
 from bnrewrite.sites.floor import is_site, site_state
-
-ITSELF = "the model itself"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from bnrewrite.capture.bytecode import is_used_as_value, type_questions
-from bnrewrite.capture.candidates import code_names, has_forward, helpers
+from bnrewrite.capture.candidates import code_names, has_forward, helpers, holders
 from bnrewrite.capture.seen import is_library, parts, routines
 from bnrewrite.sites.classes import below, is_converted, original_class
 
@@ -25,16 +25,13 @@ def asking_candidates(
     modules: dict[str, nn.Module], owners: Collection[str]
 ) -> dict[str, nn.Module]:
     """Those of a model's ``modules`` that hold sites or ``owners``, and may ask for classes."""
-    holders: set[str] = set()
-    for name in modules:
-        if name in owners or is_converted(modules[name]):
-            while name:
-                name = name.rpartition(".")[0]
-                holders.add(name)
+    above = holders(
+        name for name, module in modules.items() if name in owners or is_converted(module)
+    )
     return {
         name: module
         for name, module in modules.items()
-        if name in holders and has_forward(module) and may_ask(module)
+        if name in above and has_forward(module) and may_ask(module)
     }
 
 

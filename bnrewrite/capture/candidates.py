@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -66,12 +66,11 @@ def sharing_candidates(
 
     Only these can have such children run side by side. Sequences run theirs one after the other.
     """
-    communicating: set[str] = set()
-    for name, module in modules.items():
-        if is_site(module) and site_state(module).mode.communicates:
-            while name:
-                name = name.rpartition(".")[0]
-                communicating.add(name)
+    communicating = holders(
+        name
+        for name, module in modules.items()
+        if is_site(module) and site_state(module).mode.communicates
+    )
     return {
         name: module
         for name, module in modules.items()
@@ -81,6 +80,16 @@ def sharing_candidates(
         and has_forward(module)
         and original_class(module).forward is not nn.Sequential.forward
     }
+
+
+def holders(names: Iterable[str]) -> set[str]:
+    """Names of the modules that hold modules of these names, however far up."""
+    found: set[str] = set()
+    for name in names:
+        while name:
+            name = name.rpartition(".")[0]
+            found.add(name)
+    return found
 
 
 def has_forward(module: nn.Module) -> bool:

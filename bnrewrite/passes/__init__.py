@@ -7,7 +7,7 @@ results are the same with any subset of them.
 import logging
 import time
 
-from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
+from bnrewrite.passes.base import ITSELF, OwnerGraph, Pass, PassReport
 from bnrewrite.passes.fuse_epilogue import fuse_epilogue
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.overlap_backward import overlap_backward
@@ -77,7 +77,7 @@ def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, 
         log.debug(
             "%s in %s (%s): %d rewritten, %d left, %.1f ms",
             name,
-            target.name or "the model itself",
+            target.name or ITSELF,
             "train" if target.training else "eval",
             len(report.rewritten),
             len(report.skipped),

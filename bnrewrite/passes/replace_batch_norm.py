@@ -21,6 +21,7 @@ from bnrewrite.modes import Frozen, Mode, Shuffle, skips_nonfinite
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import (
+    ITSELF,
     UNMATCHED,
     Attribute,
     OwnerGraph,
@@ -125,7 +126,7 @@ def _other_functions(target: OwnerGraph) -> Iterator[Skip]:
             and node in activations
         ):
             reason = f"calls {name}, which keeps local statistics: use F.batch_norm"
-            place = target.qualified(node.meta.get("scope", "")) or "the model itself"
+            place = target.qualified(node.meta.get("scope", "")) or ITSELF
             yield target.skip(place, reason, node, None)
 
 
