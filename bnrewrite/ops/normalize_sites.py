@@ -226,7 +226,7 @@ def _backward(ctx, grads, columns, between):
                 grads[from_site] = one.grad if is_read else None
         # Gradients of weight and bias stay local: DistributedDataParallel averages them.
         if is_read and (needs[first + 1] or needs[first + 2]):
-            grad_bias, grad_weight = gradients_of(sums[i], one.stats.dtype).chunk(2)
+            grad_bias, grad_weight = gradients_of(sums[i], one.stats.dtype).view(2, -1).unbind()
             if needs[first + 1]:
                 results[first + 1] = _as(one.weight.dtype, grad_weight)
             if needs[first + 2]:

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from bnrewrite import reference
 from bnrewrite.kernels.native.load import library
-from bnrewrite.kernels.statistics import Running, recomputes
+from bnrewrite.kernels.statistics import Running, leave_gradients, recomputes
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 """Numbers of the dtypes in native.c."""
@@ -196,15 +196,18 @@ def _reduce(
     c, sizes = library(), _sizes(x)
     if c is None or sizes is None or not (_is_like(x, grad) and _are_statistics(stats, x)):
         return None
-    sums = torch.empty(2 * x.size(1), dtype=torch.float64)
+    num = stats.numel()
+    sums = torch.empty(num, dtype=torch.float64)
+    gradients = torch.empty(num, dtype=stats.dtype)
     negative, top = _BOUNDS[activation]
     _check(
         c.backward_reduce(
             *sizes, x.data_ptr(), _threads(x), grad.data_ptr(), stats.data_ptr(),
             _address(result), _address(inner), activation == "leaky_relu",
-            slope if negative is None else negative, top, sums.data_ptr(),
+            slope if negative is None else negative, top, sums.data_ptr(), gradients.data_ptr(),
         )
     )  # fmt: skip
+    leave_gradients(sums, gradients)
     return sums
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bnrewrite.settings import kernels_setting
 
-_ABI = 2
+_ABI = 3
 """What ``bnrewrite_abi`` of the library returns that these arguments belong to."""
 
 _INPUT = "qqqqqPq"
@@ -24,7 +24,7 @@ _MEMBERS = {
     "moments": f"{_INPUT}P",
     "statistics": f"qqP{_MOVING}PP",
     "normalize": f"{_INPUT}P{_MOVING}PPPPqddP",
-    "backward_reduce": f"{_INPUT}PPPPqddP",
+    "backward_reduce": f"{_INPUT}PPPPqddPP",
     "backward": f"{_INPUT}PPPPPP",
 }
 """Members of the arguments of the functions in native.c, as ``struct`` calls them."""

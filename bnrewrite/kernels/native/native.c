@@ -24,14 +24,22 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-/* One copy of each kernel for every width of vectors; the loader takes what the machine has. */
+/* One copy of each kernel with AVX2 and one without; the loader takes what the machine has. Vectors
+   of AVX-512 are no faster, and slower where they cross the lines of the cache. */
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONES
 #endif
 
-enum { LANES = 8, CHUNK = 4096 };
+/* Bytes of a vector. Wider ones than the machine has go through memory. */
+#if defined(__x86_64__)
+#define REGISTER 32
+#else
+#define REGISTER 16
+#endif
+
+enum { CHUNK = 4096 };
 
 struct shape {
     int64_t N, C, S;
@@ -78,7 +86,7 @@ struct kernels {
     void (*normalize_coefficients)(const double *, int64_t, const void *, const void *,
                                    const void *, void *);
     void (*apply_coefficients)(const void *, double, int64_t, const void *, const double *, void *);
-    void (*scale_products)(const void *, int64_t, double *);
+    void (*finish_gradients)(const void *, int64_t, double *, void *);
 };
 
 static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,16 +96,15 @@ static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b
    and of the squares of those: the variance around the mean first, then what the mean adds. */
 static ALWAYS_INLINE void add_moments(int64_t size, double centre, double rest, double m2,
                                       double *sum, double *square) {
-    double mean = centre + rest / size, total = size * mean;
+    double share = 1. / size, mean = centre + rest * share, total = size * mean;
     *sum += total;
-    *square += m2 - rest * rest / size + total * mean;
+    *square += m2 - rest * rest * share + total * mean;
 }
 
-#define VECTOR(type) type __attribute__((vector_size(LANES * sizeof(type))))
-typedef VECTOR(float) float_V;
-typedef VECTOR(double) double_V;
-typedef VECTOR(uint16_t) half_V;
-typedef VECTOR(uint32_t) bits_V;
+typedef float float_V __attribute__((vector_size(REGISTER)));
+typedef double double_V __attribute__((vector_size(REGISTER)));
+typedef uint16_t half_V __attribute__((vector_size(REGISTER / 2)));
+typedef uint32_t bits_V __attribute__((vector_size(REGISTER)));
 
 /* Macros, since a function that gets or returns a vector has another ABI on each target. */
 #define LOAD_VECTOR(type, p)         \
@@ -106,11 +113,16 @@ typedef VECTOR(uint32_t) bits_V;
         memcpy(&loaded, p, sizeof loaded); \
         loaded;                      \
     })
-#define SUM_OF(v)                                                         \
-    ({                                                                    \
-        __typeof__(v) all = v;                                            \
-        ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7])); \
-    })
+#define SUM_2(v, i) (v[i] + v[i + 1])
+#define SUM_4(v, i) (SUM_2(v, i) + SUM_2(v, i + 2))
+#define SUM_8(v, i) (SUM_4(v, i) + SUM_4(v, i + 4))
+#if REGISTER == 32
+#define SUM_FLOATS(v) SUM_8(v, 0)
+#define SUM_DOUBLES(v) SUM_4(v, 0)
+#else
+#define SUM_FLOATS(v) SUM_4(v, 0)
+#define SUM_DOUBLES(v) SUM_2(v, 0)
+#endif
 
 /* bfloat16 is the upper half of a float. */
 static ALWAYS_INLINE float load_bfloat16(const uint16_t *p) {
@@ -138,24 +150,28 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define T float
 #define A float
 #define V float_V
+#define SUM(v) SUM_FLOATS(v)
 #define NAME(f) f##_float
 #define LOAD_V(p) LOAD_VECTOR(float_V, p)
 #include "typed.h"
 #undef T
 #undef A
 #undef V
+#undef SUM
 #undef NAME
 #undef LOAD_V
 
 #define T double
 #define A double
 #define V double_V
+#define SUM(v) SUM_DOUBLES(v)
 #define NAME(f) f##_double
 #define LOAD_V(p) LOAD_VECTOR(double_V, p)
 #include "typed.h"
 #undef T
 #undef A
 #undef V
+#undef SUM
 #undef NAME
 #undef LOAD
 #undef LOAD_V
@@ -165,6 +181,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define T uint16_t
 #define A float
 #define V float_V
+#define SUM(v) SUM_FLOATS(v)
 #define NAME(f) f##_bfloat16
 #define LOAD(p) load_bfloat16(p)
 #define LOAD_V(p) LOAD_BFLOAT16_V(p)
@@ -234,7 +251,7 @@ static int reduce(const struct kernels *k, const void *g, const void *x, struct 
 }
 
 /* Changes whenever arguments of a function do. */
-EXPORT int bnrewrite_abi(void) { return 2; }
+EXPORT int bnrewrite_abi(void) { return 3; }
 
 /* Every function has one argument, whose members are listed in load.py, too. */
 
@@ -345,17 +362,18 @@ struct backward_reduce_args {
     void *inner;
     int64_t is_leaky;
     double slope, top, *sums;
+    void *gradients;
 };
 
 /* sums (2C) of g and of g * xhat; behind an activation with `result`, whose gradient goes into
-   `inner`, of that. */
+   `inner`, of that. And the same as gradients (2C) of bias and weight. */
 EXPORT int bnrewrite_backward_reduce(const struct backward_reduce_args *a) {
     const struct kernels *k = KERNELS[a->input.dtype];
     struct behind b = {a->result, a->inner, {0, (int)a->is_leaky, a->slope, a->top}};
     if (reduce(k, a->g, a->input.x, b, shape_of(&a->input), a->stats, a->sums,
                (int)a->input.threads))
         return 1;
-    k->scale_products(a->stats, a->input.C, a->sums);
+    k->finish_gradients(a->stats, a->input.C, a->sums, a->gradients);
     return 0;
 }
 

@@ -3,15 +3,24 @@
      NAME(f)       f with the suffix of the type
      T             type of a value in memory
      A             type of arithmetic and of statistics: float, or double for double
-     V             LANES values of A
+     V             as many values of A as a vector holds, LANES
+     SUM(v)        of the lanes of a V
      LOAD(p)       one value as A
      LOAD_V(p)     LANES values as V
      CENTRE(a, m)  a - m; or a, where T has so few digits that A loses none of them to a mean,
                    unless a channel is nearly constant, as in ATen
      STORE(p, a)   one value
 
-   Lanes are summed apart, so the order of a sum is the same on every machine and for any number of
-   threads. What a chunk sums in A is added up in double. */
+   Lanes are summed apart, so the order of a sum is the same for any number of threads. What a chunk
+   sums in A is added up in double. */
+
+#define LANES (int64_t)(sizeof(V) / sizeof(A))
+
+#define SUM_OF(vector)  \
+    ({                  \
+        V all = vector; \
+        SUM(all);       \
+    })
 
 /* Contiguous tensors: rows of S values of one channel. Sums along a row need lanes of their own; the
    other loops the compiler turns into vectors by itself. */
@@ -125,8 +134,9 @@ CLONES static void NAME(chunk_moments)(const void *x_RC, struct block b, int64_t
             rest[c] += distance, m2[c] += distance * distance;
         }
     }
+    double *restrict sum = sums, *restrict square = sums + b.C;
     for (int64_t c = 0; c < width; c++)
-        add_moments(size, centre[c], rest[c], m2[c], sums + c, sums + b.C + c);
+        add_moments(size, centre[c], rest[c], m2[c], sum + c, square + c);
 }
 
 CLONES static void NAME(chunk_gradients)(const void *g_RC, const void *x_RC, struct behind act,
@@ -263,14 +273,22 @@ static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
     }
 }
 
-/* Sums of g * (x - mean) to sums of g * xhat. */
-static void NAME(scale_products)(const void *stats, int64_t C, double *sums) {
+/* Sums of g * (x - mean) to sums of g * xhat; rounded, they are the gradients. */
+static void NAME(finish_gradients)(const void *stats, int64_t C, double *sums, void *gradients) {
     const A *rstd = (const A *)stats + C;
-    for (int64_t c = 0; c < C; c++) sums[C + c] *= rstd[c];
+    A *grad_bias = gradients, *grad_weight = grad_bias + C;
+    for (int64_t c = 0; c < C; c++) {
+        sums[C + c] *= rstd[c];
+        grad_bias[c] = (A)sums[c];
+        grad_weight[c] = (A)sums[C + c];
+    }
 }
 
 static const struct kernels NAME(kernels) = {
     sizeof(A), NAME(rows_moments), NAME(chunk_moments), NAME(rows_gradients),
     NAME(chunk_gradients), NAME(normalize), NAME(apply), NAME(statistics),
-    NAME(normalize_coefficients), NAME(apply_coefficients), NAME(scale_products),
+    NAME(normalize_coefficients), NAME(apply_coefficients), NAME(finish_gradients),
 };
+
+#undef LANES
+#undef SUM_OF
