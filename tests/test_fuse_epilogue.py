@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import bnrewrite
 from tests.models import ResidualNet, perturb
@@ -17,6 +17,12 @@ from tests.parity import assert_same_training
 from tests.ranks import RankPool
 
 Tail = Callable[["Net", Tensor, Tensor], Any]
+
+
+@fx.wrap
+def mean(x: Tensor) -> int:
+    """No mean."""
+    return x.dim()
 
 
 class Net(nn.Module):
@@ -116,6 +122,9 @@ FUSED: dict[str, tuple[Tail, nn.Module | None]] = {
     ".add_": _sum(lambda y, x: y.add_(x)),
     "a sum alone": ((lambda self, y, x: x + y), None),
     "broadcast": _sum(lambda y, x: y + x.mul(2).relu().add(x)[:, :, :1, :1].relu()),
+    "a quotient": _sum(lambda y, x: y + x / 2),
+    "a mean": _sum(lambda y, x: y + x.mean((2, 3), keepdim=True)),
+    "a product of matrices": _sum(lambda y, x: y + torch.matmul(x, x.transpose(2, 3) @ x)),
     "a sum that the backward needs": ((lambda self, y, x: F.silu(y + x)), None),
     "nothing between": ((lambda self, y, x: self.act(self.nothing(y) + x)), nn.ReLU(inplace=True)),
 }
@@ -134,6 +143,16 @@ LEFT: dict[str, tuple[Tail, nn.Module | None, str]] = {
     ),
     "an unknown value": (
         lambda self, y, x: y + x.size(0),
+        None,
+        "something else than a tensor",
+    ),
+    "a number by division": (
+        lambda self, y, x: y + x.size(0) / 2,
+        None,
+        "something else than a tensor",
+    ),
+    "a function that only has the name of one of torch's": (
+        lambda self, y, x: y + mean(x),
         None,
         "something else than a tensor",
     ),

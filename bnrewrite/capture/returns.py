@@ -12,13 +12,6 @@ from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.bytecode import JUMPS, instructions_of, start_of
 from bnrewrite.sites.classes import original_class
 
-LAYERS = (
-    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh,
-    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample,
-)  # fmt: skip
-"""Layers that make a tensor of whatever they accept."""
-
 _DEPTH = 6
 """How many calls inside calls are followed."""
 

@@ -36,7 +36,8 @@ from bnrewrite.capture.patches import (
 from bnrewrite.capture.proxy import Proxy
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.restore import keeping_attributes
-from bnrewrite.capture.returns import LAYERS, never_returns_none
+from bnrewrite.capture.returns import never_returns_none
+from bnrewrite.passes.torch_calls import Does, layer_does
 from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.tracing import Tracing
 from bnrewrite.torch_versions import fx_tracing
@@ -332,7 +333,7 @@ class OwnerTracer(fx.Tracer):
             names = self.assumptions.children[path] = tuple(layer._modules)
             path, layer = f"{path}.{names[-1]}", below(layer, names[-1])
             cls = self._take_layer(path, layer)
-        return cls.__module__.startswith("torch.nn.modules.") and issubclass(cls, LAYERS)
+        return Does.TENSOR in layer_does(cls)
 
     def gives_a_value(self, node: fx.Node) -> bool:
         """Whether the module that ``node`` calls never returns None; notes why."""

@@ -20,7 +20,8 @@ from bnrewrite.ops.library import argument
 from bnrewrite.ops.shared_batch_norm import FINISH_BATCH_NORM, START_BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import Attribute
-from bnrewrite.passes.writes import is_random, name_of, written_arguments
+from bnrewrite.passes.torch_calls import Does, function_does, layer_does
+from bnrewrite.passes.writes import written_arguments
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import checked_input, has_hooks, is_site
 
@@ -32,28 +33,6 @@ _OURS = (checked_input, active_group, place_in, *SITES, START_BATCH_NORM, FINISH
 _RANDOM = ("random numbers",)
 OUTSIDE = ("whatever a call may do besides",)
 STATE = ("tensors of the module",)
-
-_RANDOM_MODULES = (
-    nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
-    nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
-    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase,
-)  # fmt: skip
-
-_FRESH_MODULES = (
-    nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.batchnorm._NormBase, nn.LayerNorm,
-    nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid,
-    nn.Sigmoid, nn.Tanh, nn.Softmax, nn.PReLU, nn.Mish, nn.ELU,
-)  # fmt: skip
-
-_FRESH_FUNCTIONS = frozenset((
-    "add", "sub", "mul", "truediv", "div", "neg", "matmul", "mm", "bmm", "cat", "concat", "stack",
-    "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu",
-    "softmax", "mean", "sum", "conv1d", "conv2d", "conv3d", "linear", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d",
-))  # fmt: skip
-"""Functions and methods whose results never share memory with their arguments."""
 
 
 class Order:
@@ -135,7 +114,7 @@ class Order:
         if not is_known_leaf(module):
             writes.update((_RANDOM, OUTSIDE, STATE))
             writes.update(map(self.memory.of, inputs))
-        elif isinstance(module, _RANDOM_MODULES):
+        elif Does.RANDOM in layer_does(type(module)):
             writes.add(_RANDOM)
         if "inplace" in module.__dict__:
             self.flags[str(node.target), "inplace"] = module.inplace
@@ -152,7 +131,7 @@ class Order:
                 writes.add(self.memory.of(value))
                 if value in self._states:
                     writes.add(STATE)
-        if is_random(node):
+        if Does.RANDOM in function_does(node):
             writes.add(_RANDOM)
 
     def _is_state(self, node: fx.Node) -> bool:
@@ -208,7 +187,7 @@ class _Memory:
             module = below(owner, str(node.target))
             fresh = (
                 is_known_leaf(module)
-                and isinstance(module, _FRESH_MODULES)
+                and Does.FRESH in layer_does(type(module))
                 and not getattr(module, "inplace", False)
             )
         elif node.op not in ("call_function", "call_method"):
@@ -216,7 +195,7 @@ class _Memory:
         elif node.target in (*SITES, START_BATCH_NORM, FINISH_BATCH_NORM):
             fresh = True
         else:
-            fresh = name_of(node) in _FRESH_FUNCTIONS and self.written(node) == []
+            fresh = Does.FRESH in function_does(node) and self.written(node) == []
             if node.target in (operator.add, operator.mul):
                 # Of lists they make a list of the same tensors; of a tensor, a new one.
                 fresh = fresh and not self._tensors.isdisjoint(node.all_input_nodes)

@@ -10,13 +10,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from bnrewrite.passes.torch_calls import Does, function_does
 from bnrewrite.sites.classes import below, original_class
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-ARITHMETIC = ("add", "iadd", "mul", "imul", "sub", "isub")
-"""Names of functions that make a tensor if they are given one, and a number of numbers."""
-
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
 
 
@@ -141,10 +139,9 @@ def may_be_number(node: fx.Node) -> bool:
     """Whether what a graph adds to the result of a site may be a number: a child gives anything."""
     if node.op == "call_module":
         return True
-    name = getattr(node.target, "__name__", "")
     return (
         node.op == "call_function"
-        and name in ARITHMETIC
+        and Does.ARITHMETIC in function_does(node)
         and all(map(may_be_number, node.all_input_nodes))
     )
 

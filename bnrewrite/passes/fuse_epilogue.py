@@ -23,7 +23,6 @@ from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import OwnerGraph, PassReport, Rewrite
 from bnrewrite.passes.effects import Order
 from bnrewrite.passes.epilogues import (
-    ARITHMETIC,
     Activation,
     activation_of,
     is_addition,
@@ -31,6 +30,7 @@ from bnrewrite.passes.epilogues import (
     writes_into,
 )
 from bnrewrite.passes.nodes import call_function
+from bnrewrite.passes.torch_calls import Does, function_does
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_hooks
 
@@ -264,22 +264,20 @@ def _is_tensor(node: fx.Node) -> bool:
 
     Of a number that a child gives the code of the graph makes one.
     """
-    if node.op == "call_function":
-        return isinstance(node.target, type(BATCH_NORM)) or _makes_tensor(node)
-    return node.op in ("placeholder", "call_module") or (
-        node.op == "call_method" and node.target in ("relu", "relu_", "add", "add_", "mul")
-    )
-
-
-def _makes_tensor(node: fx.Node) -> bool:
-    """Whether a function of tensors makes a tensor, or picks the result of a site."""
-    name = getattr(node.target, "__name__", "")
-    if name == "getitem":
+    if node.op in ("placeholder", "call_module") or isinstance(node.target, type(BATCH_NORM)):
+        return True
+    if node.op == "get_attr":
+        return False
+    if node.target is operator.getitem:
         return isinstance(node.args[0], fx.Node) and node.args[0].target is FINISH_BATCH_NORM
-    home = getattr(node.target, "__module__", "")
-    if name in ARITHMETIC:
+    does = function_does(node)
+    if node.op == "call_method":
+        # What has such a method is a tensor.
+        return Does.TENSOR in does or Does.ARITHMETIC in does
+    if Does.ARITHMETIC in does:
         return any(_is_tensor(source) for source in node.all_input_nodes)
-    return home == "torch.nn.functional" or name in ("cat", "relu", "conv1d", "conv2d", "conv3d")
+    home = str(getattr(node.target, "__module__", ""))
+    return home == "torch.nn.functional" or (Does.TENSOR in does and home.startswith("torch"))
 
 
 def _drop_identities(chain: _Chain) -> None:

@@ -29,16 +29,13 @@ from bnrewrite.passes.base import Attribute, OwnerGraph, PassReport, Rewrite, wh
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.nodes import call_function
 from bnrewrite.passes.rounds import communication
+from bnrewrite.passes.torch_calls import Does, function_does, layer_does
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import has_hooks
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-
-_WORK = (nn.modules.conv._ConvNd, nn.Linear)
-_WORKING = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm")
-"""Layers and functions whose own backward is work enough to hide a collective."""
 
 
 def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
@@ -87,9 +84,9 @@ def _comes_from_site(target: OwnerGraph, conv: fx.Node) -> bool:
             if not is_known_leaf(module):
                 # Whatever it is, it has work of its own or sites.
                 return True
-            if isinstance(module, _WORK):
+            if Does.HEAVY in layer_does(type(module)):
                 continue
-        if node.target is not convolve and getattr(node.target, "__name__", "") not in _WORKING:
+        if node.target is not convolve and Does.HEAVY not in function_does(node):
             todo.extend(node.all_input_nodes)
     return False
 

@@ -1,4 +1,4 @@
-"""What calls in a graph do besides making a value: write in place, draw random numbers."""
+"""What calls in a graph write in place."""
 
 import functools
 import inspect
@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_RANDOM_FUNCTIONS = frozenset((
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-    "feature_dropout", "rrelu", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d",
-    "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
-    "scaled_dot_product_attention", "multi_head_attention_forward",
-))  # fmt: skip
+from bnrewrite.passes.torch_calls import name_of
 
 _IN_PLACE_OPERATORS = frozenset((
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
@@ -31,11 +26,6 @@ _KNOWN_HOMES = (
 )  # fmt: skip
 
 _EFFECTS = frozenset(("print", "setattr", "delattr", "next", "exec", "eval"))
-
-
-def name_of(node: fx.Node) -> str:
-    """The name of the function or method that ``node`` calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def written_arguments(node: fx.Node) -> list[Any] | None:
@@ -93,19 +83,3 @@ def _written_by_schema(function: torch._ops.OpOverload, node: fx.Node) -> list[A
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             written.extend(value if isinstance(value, (list, tuple)) else [value])
     return written
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a function or method draws random numbers."""
-    return _draws(name_of(node))
-
-
-@functools.lru_cache(maxsize=256)
-def _draws(name: str) -> bool:
-    if name in _RANDOM_FUNCTIONS:
-        return True
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    return packet is not None and any(
-        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
-        for overload in packet.overloads()
-    )
