@@ -85,8 +85,6 @@ def _run(target: OwnerGraph, passes: tuple[Pass, ...], index: int) -> dict[str, 
         )
         _dump(target, index, name)
         index += 1
-    if any(report.rewritten for report in reports.values()):
-        target.graph.lint()
     return reports
 
 
