@@ -8,6 +8,7 @@
 from bnrewrite.check import check
 from bnrewrite.convert import convert, graphs, revert
 from bnrewrite.errors import (
+    BackwardError,
     BnRewriteError,
     CaptureError,
     ExportError,
@@ -25,6 +26,7 @@ from bnrewrite.shuffle_batch import shuffle_batch
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackwardError",
     "BnRewriteError",
     "CaptureError",
     "ExportError",

@@ -38,5 +38,9 @@ class PeerError(BnRewriteError, RuntimeError):
     """Another rank of the group died, stalled or left, so a collective cannot be completed."""
 
 
+class BackwardError(BnRewriteError, RuntimeError):
+    """A backward comes to sites that share a collective, and an earlier one has freed them."""
+
+
 class ExportError(BnRewriteError, ValueError):
     """The model cannot be exported to ONNX, or the exported graph failed a check."""

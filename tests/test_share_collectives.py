@@ -500,3 +500,60 @@ def test_a_site_that_is_not_in_the_loss_gets_no_gradient(leaf: bool, ranks: Rank
     for apart, shared in ranks.run(_not_in_the_loss, 2, leaf):
         assert apart == [False, False, True, True]
         assert shared == apart
+
+
+class _Towers(nn.Module):
+    """Two towers that have nothing in common, as those of users and items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        self.items = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        return self.users(users), self.items(items)
+
+
+def _one_loss_after_the_other(rank: int, world_size: int, how: str) -> list[list[Tensor]]:
+    """Gradients with one collective per layer, and shared."""
+    found = []
+    for passes in ((), None):
+        torch.manual_seed(0)
+        model = bnrewrite.convert(_Towers(), passes=passes)
+        assert bnrewrite.report(model).collectives_backward == (2 if passes == () else 1)
+        users, items = model(torch.randn(3 + rank, 3), torch.randn(3 + rank, 5))
+        first, second = users.square().sum(), items.square().sum()
+        if how == "together":
+            (first + second).backward()
+        else:
+            first.backward(retain_graph=how == "keeping the graph")
+            second.backward()
+        found.append([p.grad for p in model.parameters()])
+    return found
+
+
+@pytest.mark.parametrize("how", ["together", "keeping the graph"])
+def test_losses_of_sites_that_share(how: str, ranks: RankPool) -> None:
+    for apart, shared in ranks.run(_one_loss_after_the_other, 2, how):
+        torch.testing.assert_close(shared, apart)
+
+
+def _freed(rank: int, world_size: int) -> str:
+    with pytest.raises(bnrewrite.BackwardError) as error:
+        _one_loss_after_the_other(rank, world_size, "one after the other")
+    return str(error.value)
+
+
+def test_a_backward_that_another_one_has_freed_names_the_sites(ranks: RankPool) -> None:
+    """Without sharing, the towers have graphs of their own, as in torch."""
+    for message in ranks.run(_freed, 2):
+        assert message.startswith("users.1, items.1: these BatchNorm layers share a collective")
+        assert "retain_graph=True" in message
+
+
+def test_a_second_backward_of_one_loss_is_refused_by_torch() -> None:
+    loss = bnrewrite.convert(_Towers())(torch.randn(3, 3), torch.randn(3, 5))[0].sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="a second time") as error:
+        loss.backward()
+    assert not isinstance(error.value, bnrewrite.BackwardError)

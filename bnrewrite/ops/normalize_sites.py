@@ -13,9 +13,11 @@ from torch import Tensor
 
 from bnrewrite import activations, reference
 from bnrewrite.collectives import all_reduce_sum, start_all_reduce_sum
+from bnrewrite.errors import BackwardError
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling, is_ordered_by_compiler, runs_in_python
 from bnrewrite.kernels.statistics import gradients_of
+from bnrewrite.naming import sites_of
 from bnrewrite.ops import sites as site_arguments
 from bnrewrite.ops.end_collective import is_awaited, put_behind_end_node
 from bnrewrite.ops.hand_over import HandOver
@@ -145,7 +147,7 @@ class _BatchNorm(torch.autograd.Function):
     @runs_in_python
     def backward(ctx, *grads):
         num = len(ctx.scalars)
-        totals, *saved = ctx.saved_tensors
+        totals, *saved = _saved(ctx)
         xs, weights, biases, stats, kept = (saved[i * num : (i + 1) * num] for i in range(5))
         if not torch.is_grad_enabled():
             with below_autograd():
@@ -159,6 +161,26 @@ class _BatchNorm(torch.autograd.Function):
             for total, (eps, _, _), stat in zip(parts, ctx.scalars, stats, strict=True)
         ]
         return _backward(ctx, grads, (xs, stats, parts, weights, biases, kept), None)
+
+
+def _saved(ctx) -> tuple[Tensor, ...]:
+    """What the forward has saved for the backward.
+
+    Raises:
+        BackwardError: a backward from another of the sites has come here before, and freed it.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if len(ctx.scalars) == 1 or "a second time" not in str(error):
+            raise
+        raise BackwardError(
+            f"{sites_of(ctx.call.named)}: these BatchNorm layers share a collective, so that a "
+            "backward from one of them goes through all, and an earlier one has freed what they "
+            "saved. Let their losses go backward together, (a + b).backward(), or let all but the "
+            "last keep the graph, backward(retain_graph=True). Without the pass share_collectives "
+            f"each layer has a backward of its own. What torch says: {error}"
+        ) from error
 
 
 def _totals_of(totals: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
