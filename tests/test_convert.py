@@ -597,6 +597,20 @@ class TestErrors:
             assert bnrewrite.report(model).skipped == ()
 
 
+class _Scaled(nn.Module):
+    """A call of ``F.batch_norm`` behind an optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return F.batch_norm(scale * x, self.mean, self.var, training=self.training)
+
+
 class TestWarnings:
     """Finding nothing is a warning that says what was looked for."""
 
@@ -631,6 +645,40 @@ class TestWarnings:
         model = nn.Sequential(nn.BatchNorm1d(3), Hidden())
         with pytest.warns(UserWarning, match=r"1 \(Hidden\).*local statistics.*Use a BatchNorm"):
             bnrewrite.convert(model)
+
+    @pytest.mark.parametrize("mode", ["frozen", "sync", "local"])
+    def test_functional_calls_where_the_graph_does_not_stand_for_the_call(self, mode: str) -> None:
+        """Then torch evaluates them; with one rank only ``frozen`` is something else than that."""
+        model = bnrewrite.convert(_Scaled(), mode)
+        x = torch.randn(4, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+            model.eval()(x, 2.0)
+        model.train()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            model(x, 2.0)
+        messages = [str(one.message) for one in warned]
+        assert len(messages) == (mode == "frozen")
+        assert all("runs its own forward" in one and "test_convert.py:" in one for one in messages)
+        assert [one.filename for one in warned] == [__file__] * len(messages)
+
+    def test_a_child_with_a_graph_of_its_own_loses_no_functional_call(self) -> None:
+        class Parent(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bn = nn.BatchNorm1d(3)
+                self.a, self.b = _Scaled(), _Scaled()
+
+            def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+                x = self.bn(x) * scale
+                return self.a(x) + self.b(x)
+
+        model = bnrewrite.convert(Parent(), {"*batch_norm": "frozen", "*": "sync"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.randn(4, 3), 2.0)
 
     def test_lazy_layers_are_reported(self) -> None:
         with warnings.catch_warnings():

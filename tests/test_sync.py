@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import bnrewrite
@@ -631,3 +632,35 @@ def test_a_gradient_penalty_across_ranks_equals_one_process(
     }
     results = ranks.run(_penalty_rank, len(sizes), sizes)
     _close(results, [expected] * len(sizes))
+
+
+class _WithBias(nn.Module):
+    """A call of ``F.batch_norm`` with weights that a call may bring along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
+        (bias,) = (self.bias,) if weights is None else weights
+        return F.batch_norm(x, None, None, None, bias, training=True)
+
+
+def _calls_of_another_form(rank: int, world_size: int, compiled: bool) -> list[str]:
+    torch._dynamo.reset()
+    model: Any = bnrewrite.convert(_WithBias())
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x = torch.randn(4, 3)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run(x)
+        assert not [one for one in warned if "batch_norm" in str(one.message)]
+        run(x, (model.bias.exp(),))
+    return [str(one.message) for one in warned if "batch_norm" in str(one.message)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_calls_that_stay_local_warn(compiled: bool, ranks: RankPool) -> None:
+    for messages in ranks.run(_calls_of_another_form, 2, compiled):
+        (message,) = messages
+        assert "with local statistics in training" in message

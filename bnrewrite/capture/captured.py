@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -15,8 +16,9 @@ from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
 from bnrewrite.capture.seen import same
+from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
-from bnrewrite.modes import Mode
+from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite
 from bnrewrite.sites.classes import below
@@ -221,6 +223,39 @@ def _outside_holds_while_compiling(key: str) -> bool:
     if captured is None or captured.assumptions.outside.answers.keys() & COMPILING:
         return False
     return guard_answer(f"outside {key}", captured.assumptions.outside.holds)
+
+
+@torch.compiler.assume_constant_result
+def warn_of_functions(key: str, name: str, group: str) -> None:
+    """Warns where an owner runs its own forward, whose calls of ``F.batch_norm`` are torch's.
+
+    Args:
+        key: of a training graph of the owner.
+        name: of the owner.
+        group: of its sites.
+    """
+    captured = _living.get(key)
+    sites = [] if captured is None else captured.functional_sites()
+    lost = [
+        site
+        for site in sites
+        # Children whose forwards are part of the graph have graphs of their own.
+        if site.name.rpartition(".")[0] == site.owner
+        and (isinstance(site.mode, Frozen) or _communicates(site.mode, group))
+    ]
+    if lost:
+        warnings.warn(
+            f"{name or 'the model itself'} runs its own forward, since its graph does not stand "
+            "for a call like this one. Where that calls torch.nn.functional.batch_norm "
+            f"({', '.join(str(site.where) for site in lost)}), torch evaluates it, as if it were "
+            "not converted: with local statistics in training. Use a BatchNorm module there, or "
+            "call the model as its forward is declared, with the defaults.",
+            stacklevel=6,
+        )
+
+
+def _communicates(mode: Mode | None, group: str) -> bool:
+    return mode is not None and mode.communicates and active_group(group, True) != NO_GROUP
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
-from bnrewrite.capture.captured import Captured
+from bnrewrite.capture.captured import Captured, warn_of_functions
 from bnrewrite.capture.forms import PLAIN, arguments_of
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -52,6 +52,7 @@ class OwnerState:
         self.train = train
         self.eval = eval
         read = [form.assumptions for one in (train, eval) for form in one.forms]
+        self.has_functions = bool(train.functional_sites())
         self.asked = {path: place for one in read for path, place in one.asked.items()}
 
     @property
@@ -195,6 +196,9 @@ class OwnerForward(Converted):
         if not is_compiling():
             self._bnrewrite_warn_of_classes()
         if not is_site(module):
+            state = self._bnrewrite_owner
+            if training and state is not None and state.has_functions:
+                warn_of_functions(state.train.key, state.recipe.name, state.recipe.group)
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
             # What this rank computes in another order others might wait for.
