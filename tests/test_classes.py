@@ -5,8 +5,9 @@ import gc
 import pickle
 import threading
 import weakref
+from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -369,3 +370,63 @@ class TestLifetime:
             torch.testing.assert_close(run(X), copy.deepcopy(model)(X))
             gc.collect()
         torch._dynamo.reset()
+
+
+class Announced(nn.Module):
+    """Demands a name of its subclasses, and keeps a register of them."""
+
+    register: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.register[name] = cls
+
+
+class Register(ABCMeta):
+    """Makes one class of each name."""
+
+    made: ClassVar[list[str]] = []
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        assert name not in mcs.made
+        mcs.made.append(name)
+        return super().__new__(mcs, name, bases, namespace)
+
+
+class AnnouncedNorm(nn.BatchNorm2d, metaclass=Register):
+    """A site whose forward is its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+class AnnouncedBlock(Announced, name="block"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), AnnouncedNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class TestRegisters:
+    """Classes that conversion makes are in no register of classes."""
+
+    def test_nobody_hears_of_converted_classes(self) -> None:
+        model: Any = AnnouncedBlock()
+        plain = copy.deepcopy(model)
+        bnrewrite.convert(model)
+        assert type(type(model.bn)) is Register
+        assert isinstance(model.bn, AnnouncedNorm)
+        assert not isinstance(plain.bn, type(model.bn))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(X), plain(X))
+        torch.testing.assert_close(copy.deepcopy(model)(X), model(X))
+        assert Announced.register == {"block": AnnouncedBlock}
+        assert Register.made == ["AnnouncedNorm"]
+        assert type(bnrewrite.revert(model)) is AnnouncedBlock
+
+    def test_subclasses_of_a_converted_class_are_announced(self) -> None:
+        model = bnrewrite.convert(AnnouncedBlock())
+        cls: Any = type(model)
+        more = type("More", (cls,), {}, name="more")
+        assert Announced.register.pop("more") is more

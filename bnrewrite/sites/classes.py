@@ -3,6 +3,7 @@
 import inspect
 import threading
 import weakref
+from abc import ABCMeta
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -13,9 +14,24 @@ from torch.nn.utils import parametrize
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.sites.schedule import SCHEDULE, schedule_of
 
+_ORIGINAL = "_bnrewrite_original"
+"""Attribute that every class has which conversion makes."""
+
+
+class _Unannounced:
+    """First base of every class that conversion makes.
+
+    Classes of users may keep a register of their subclasses, or demand arguments of them.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Tells the classes of users of their own subclasses only."""
+        if _ORIGINAL not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
 
 class Converted:
-    """First base of every class that conversion puts on a module."""
+    """Base of every class that conversion puts on a module."""
 
     _bnrewrite_original: type[nn.Module]
 
@@ -57,7 +73,7 @@ class Converted:
         function, args, *rest = super().__reduce_ex__(protocol)
         cls = type(self)
         if args and args[0] is cls:
-            bases = cls.__bases__
+            _, *bases = cls.__bases__
             original = cls._bnrewrite_original
             recipe = tuple(None if base is original else base for base in bases)
             return (_rebuild, (original, recipe, function, args[1:]), *rest)
@@ -83,7 +99,7 @@ def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
 
 
 def _make(original: type, recipe: tuple[type | None, ...]) -> type:
-    bases = tuple(original if base is None else base for base in recipe)
+    bases = (_Unannounced, *(original if base is None else base for base in recipe))
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -95,7 +111,10 @@ def _make(original: type, recipe: tuple[type | None, ...]) -> type:
         namespace["cls_to_become"] = property(_class_to_become)
     if recipe[0] is not None and "forward" in vars(recipe[0]):
         namespace["forward"] = _with_signature(vars(recipe[0])["forward"], original.forward)
-    return type(original.__name__, bases, namespace)
+    metaclass: Any = type(original)
+    # Metaclasses of users may keep registers, too; what they do to classes is inherited.
+    make = next(one.__new__ for one in metaclass.__mro__ if one in (type, ABCMeta))
+    return make(metaclass, original.__name__, bases, namespace)
 
 
 def _class_to_become(module: Any) -> type:
@@ -170,9 +189,6 @@ def restored_class(module: nn.Module) -> type[nn.Module]:
             return before
         return _parametrized(cls, restored, {})
     return restored
-
-
-_ORIGINAL = "_bnrewrite_original"
 
 
 def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
