@@ -430,3 +430,54 @@ class TestRegisters:
         cls: Any = type(model)
         more = type("More", (cls,), {}, name="more")
         assert Announced.register.pop("more") is more
+
+
+class Locked(nn.Module):
+    """Takes no attribute but those of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.locked = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "locked" in vars(self) and name != "training":
+            raise AttributeError(f"there is no {name}")
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class Wrapper(nn.Module):
+    """Hands on all attributes to what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._modules["inner"] = inner
+        vars(self)["bn"] = inner.bn
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_modules" in vars(self) and "inner" in self._modules:
+            setattr(self._modules["inner"], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self._modules["inner"](x))  # pyright: ignore
+
+
+@pytest.mark.parametrize("make", [Locked, lambda: Wrapper(NormalizedConvolution())])
+def test_modules_with_a_setattr_of_their_own(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plain = copy.deepcopy(model)
+    classes = [type(one) for one in model.modules()]
+    bnrewrite.convert(model)
+    assert [type(one).__name__ for one in model.modules()] == [cls.__name__ for cls in classes]
+    torch.testing.assert_close(model(X), plain(X))
+    with pytest.raises(ValueError, match="matches no"):
+        bnrewrite.convert(model, {"nothing": "sync"})
+    torch.testing.assert_close(model(X), plain(X))
+    bnrewrite.revert(model)
+    assert [type(one) for one in model.modules()] == classes

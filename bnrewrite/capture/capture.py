@@ -17,6 +17,7 @@ from bnrewrite.passes import run_optimising, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.nodes import copied
 from bnrewrite.sites.classes import (
+    assign_class,
     below,
     converted_class,
     has_forward_of_its_own,
@@ -144,12 +145,12 @@ def _trace(
     traced = [module, *(below(module, path) for path in through)]
     classes = [type(one) for one in traced]
     for one in traced:
-        one.__class__ = _without_owner(one)
+        assign_class(one, _without_owner(one))
     try:
         graph = tracer.trace(module)
     finally:
         for one, cls in zip(traced, classes, strict=True):
-            one.__class__ = cls
+            assign_class(one, cls)
     forward = original_class(module).forward
     asked = [
         index

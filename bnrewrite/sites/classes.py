@@ -227,9 +227,14 @@ def _properties(cls: type) -> set[str]:
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives ``module`` the class, and its forward if the instance holds that of its class."""
     follows = "forward" in vars(module) and not has_forward_of_its_own(module)
-    module.__class__ = cls
+    assign_class(module, cls)
     if follows:
         vars(module)["forward"] = MethodType(cls.forward, module)
+
+
+def assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives ``module`` the class, past a ``__setattr__`` of its own, which may hand it on."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from bnrewrite.sites.classes import assign_class
 from bnrewrite.sites.schedule import schedule_of
 
 
@@ -25,7 +26,7 @@ def all_or_nothing(modules: Collection[nn.Module]) -> Iterator[None]:
             buffers.put_back()
     except BaseException:
         for module, cls, attributes in before:
-            module.__class__ = cls
+            assign_class(module, cls)
             vars(module).clear()
             vars(module).update(attributes)
         for one in undo:
