@@ -240,3 +240,81 @@ def test_a_class_and_its_base_note_a_read_once(base_first: bool) -> None:
     for path in ("0", "1"):
         assert tracer.assumptions.present[path] == {"weight", "bias"}
     assert {name for _, name in tracer.assumptions.inherited} <= {"_conv_forward", "forward"}
+
+
+class Masked(nn.Module):
+    """Demands an argument that only its name gives, and takes another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        x = self.bn(self.conv(x)) * mask * scale
+        return x if y is None else x + y
+
+
+class TwoMasked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Masked(), Masked()
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        return self.a(x, mask=mask) + self.b(x, x, mask=mask)
+
+
+@pytest.mark.parametrize("make", [Masked, TwoMasked])
+def test_required_arguments_that_only_their_names_give(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    model: Any = bnrewrite.convert(copy.deepcopy(plain))
+    report = bnrewrite.report(model)
+    assert not report.skipped
+    assert report.collectives_forward == 1
+    x, mask = torch.randn(2, 3, 5, 5), torch.rand(2, 1, 5, 5)
+    chosen = []
+    choose = type(model)._bnrewrite_choose
+    with pytest.MonkeyPatch.context() as patch:
+        noting = lambda self, *args: chosen.append(choose(self, *args)) or chosen[-1]  # noqa: E731
+        patch.setattr(type(model), "_bnrewrite_choose", noting)
+        for training in (True, False):
+            plain.train(training)
+            model.train(training)
+            torch.testing.assert_close(model(x, mask=mask), plain(x, mask=mask))
+            torch.testing.assert_close(model(mask=mask, x=x), plain(mask=mask, x=x))
+    assert len(chosen) == 4
+    assert all(values is not None for _, values in chosen)
+
+
+@pytest.mark.parametrize("make", [Masked, TwoMasked])
+def test_arguments_that_python_refuses_are_refused(make: type[nn.Module]) -> None:
+    x, mask = torch.randn(2, 3, 5, 5), torch.rand(2, 1, 5, 5)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((x, x, mask), {}),
+        ((x, x, mask, 1.0), {}),
+        ((x, x, 1.0), {"mask": mask}),
+        ((x,), {"mask": mask, "unknown": 1}),
+    ]
+    for model in (make(), bnrewrite.convert(make())):
+        for args, kwargs in calls:
+            with pytest.raises(TypeError):
+                model(*args, **kwargs)
+
+
+def test_a_default_by_position_where_only_its_name_gives_it_is_refused() -> None:
+    class Scaled(Masked):
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:  # pyright: ignore
+            return self.bn(self.conv(x)) * scale
+
+    model: Any = bnrewrite.convert(Scaled())
+    with pytest.raises(TypeError, match="positional"):
+        model(torch.randn(2, 3, 5, 5), 1.0)
+
+
+def test_symbolic_traces_of_torch_take_arguments_that_only_their_names_give() -> None:
+    model = bnrewrite.convert(Masked()).eval()
+    x, mask = torch.randn(2, 3, 5, 5), torch.rand(2, 1, 5, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, mask), model(x, mask=mask))

@@ -10,7 +10,7 @@ from torch import fx, nn
 from bnrewrite.capture.asking import may_ask
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.captured import Captured
-from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
+from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of, num_positional
 from bnrewrite.capture.splice import spliced
 from bnrewrite.capture.tracer import OwnerTracer
 from bnrewrite.passes import run_optimising, run_required
@@ -172,6 +172,7 @@ def _trace(
             for parameter in parameters
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ],
+        num_positional=num_positional(forward),
         tensor_arguments=[] if form.lists else asked,
         list_arguments=asked if form.lists else [],
         compares_arguments=bool(tracer.compared),

@@ -40,6 +40,7 @@ class Captured:
         arguments: names of the arguments that become placeholders, in order.
         defaults: other arguments and the values they must keep.
         names: of all arguments, in order.
+        num_positional: how many of them a call may give by position.
         tensor_arguments: positions of the arguments that must be tensors.
         list_arguments: positions of those that must be lists.
         compares_arguments: whether the forward asked whether one is None, which none ever is.
@@ -57,6 +58,7 @@ class Captured:
     arguments: list[str]
     defaults: dict[str, Any]
     names: list[str]
+    num_positional: int
     tensor_arguments: list[int]
     assumptions: Assumptions
     sites: dict[str, tuple[Mode, str]] = dataclasses.field(default_factory=dict)
@@ -142,9 +144,9 @@ class Captured:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """Values of the placeholders in order, or None if the call has another form."""
+        if len(args) > self.num_positional:
+            return None
         if kwargs or self.names[: len(args)] != self.arguments:
-            if len(args) > len(self.names):
-                return None
             values = dict(zip(self.names, args, strict=False))
             for name, value in kwargs.items():
                 if name not in self.names or name in values:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured, warn_of_functions
-from bnrewrite.capture.forms import PLAIN, arguments_of
+from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
@@ -160,8 +160,9 @@ class OwnerForward(Converted):
             )
         if isinstance(args, fx.Proxy):
             # The root of the trace: all arguments are one symbol, and all that must be given are.
-            names = arguments_of(original_class(self).forward, PLAIN)  # pyright: ignore
-            return super().forward(*(args[i] for i in range(len(names))))  # pyright: ignore
+            forward = original_class(self).forward  # pyright: ignore
+            names = arguments_of(forward, PLAIN)
+            return call_with(forward, self, names, [args[i] for i in range(len(names))])
         return super().forward(*args, **kwargs)  # pyright: ignore
 
     def _bnrewrite_choose(

@@ -204,7 +204,7 @@ def _takes(captured: Captured, args: tuple[fx.Node, ...]) -> bool:
     function call is a site depends on what is normalised, and its name on those before.
     """
     return (
-        len(args) == len(captured.arguments)
+        len(args) == len(captured.arguments) <= captured.num_positional
         and captured.names[: len(args)] == captured.arguments
         and not captured.tensor_arguments
         and not captured.compares_arguments

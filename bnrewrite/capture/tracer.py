@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from bnrewrite.capture.assumptions import Assumptions
 from bnrewrite.capture.comparisons import refuse_caught
 from bnrewrite.capture.elements import Element, element_of
-from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of
+from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of, call_with
 from bnrewrite.capture.frames import compares_class, user_frame, where, where_of
 from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
 from bnrewrite.capture.patches import (
@@ -186,9 +186,7 @@ class OwnerTracer(fx.Tracer):
         def call(root: nn.Module, *values: Any) -> Any:
             self.recording = True
             try:
-                required = len(values) - len(self._form.given)
-                given = dict(zip(names[required:], values[required:], strict=True))
-                return root_fn(root, *values[:required], **given)
+                return call_with(root_fn, root, names, values)
             finally:
                 self.recording = False
 
