@@ -26,3 +26,9 @@ def holds(module: Any, tensors: tuple[object, ...]) -> bool:
     wanted = {id(tensor) for tensor in tensors if tensor is not None}
     held = (*module._parameters.values(), *module._buffers.values())
     return any(id(one) in wanted for one in held)
+
+
+def keeps_none(module: Any) -> bool:
+    """Whether errors cannot tell ``module`` by its tensors: it has none, or computes one anew."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return "parametrizations" in module._modules or all(one is None for one in held)

@@ -568,6 +568,38 @@ class TestErrors:
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]), name
 
+    def test_sites_without_tensors_and_functional_ones_are_named(self) -> None:
+        class Block(nn.Module):
+            mean: Tensor
+            var: Tensor
+
+            def __init__(self, functional: bool) -> None:
+                super().__init__()
+                self.bn = None if functional else nn.BatchNorm1d(3)
+                self.bare = nn.BatchNorm1d(3, affine=False, track_running_stats=False)
+                self.register_buffer("mean", torch.zeros(3))
+                self.register_buffer("var", torch.ones(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                if self.bn is not None:
+                    return self.bare(self.bn(x))
+                x = F.batch_norm(x, self.mean, self.var, training=self.training)
+                return self.bare(x)
+
+        # The second block runs the graph of the first.
+        model: Any = bnrewrite.convert(nn.ModuleList(Block(i > 1) for i in range(4)))
+        assert bnrewrite.report(model).num_owners == 4
+        x = torch.randn(4, 3)
+        place = r"batch_norm \(.*test_convert\.py:\d+\)"
+        for block, name in ((1, "1.bare"), (3, f"one of 3.bare, 3.{place}")):
+            with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=f"^{name}: .*1 value"):
+                model[block].eval()(x[:1])
+        model[3].mean = torch.zeros(5)
+        with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=f"{place}: running_mean.*5"):
+            model[3](x)
+        with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=rf"^3\.{place}: torch\.fx would"):
+            torch.fx.symbolic_trace(model[3])
+
     def test_a_lone_layer_names_itself(self) -> None:
         with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^the model itself: weight"):
             bnrewrite.convert(nn.BatchNorm1d(3))(torch.randn(4, 5))

@@ -16,7 +16,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
-from bnrewrite.naming import holds
+from bnrewrite.naming import holds, keeps_none
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import (
@@ -59,6 +59,15 @@ class OwnerState:
     def differs(self) -> bool:
         """Whether training and evaluation need graphs of their own."""
         return self.train is not self.eval
+
+    def functional_names(self, captured: Captured) -> list[str]:
+        """Names of the calls of ``F.batch_norm`` in a graph of the owner, and where they are."""
+        names = []
+        for site in captured.functional_sites():
+            # Graphs are shared by modules of one structure, whose sites have names of their own.
+            name = joined(self.recipe.name, site.name.removeprefix(f"{site.owner}."))
+            names.append(f"{name} ({site.where})" if site.where else name)
+        return names
 
     def lines(self, training: bool, *, is_site: bool, left: bool) -> list[tuple[str, Line]]:
         """What the ranks of a group must have in common about this owner.
@@ -152,10 +161,10 @@ class OwnerForward(Converted):
     def _bnrewrite_symbolically(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The original forward, for ``torch.fx``: sites stay calls of their modules."""
         state = self._bnrewrite_owner
-        functional = [] if state is None else state.train.functional_sites()
+        functional = [] if state is None else state.functional_names(state.train)
         if functional:
             raise UnsupportedBatchNorm(
-                f"{functional[0].name}: torch.fx would trace this call of F.batch_norm, which is "
+                f"{functional[0]}: torch.fx would trace this call of F.batch_norm, which is "
                 "distributed, as torch's own. Trace bnrewrite.revert(model), or before convert().",
             )
         if isinstance(args, fx.Proxy):
@@ -298,9 +307,23 @@ def _run(captured: Captured, owner: nn.Module, values: tuple[Any, ...]) -> Any:
 def _named(
     owner: nn.Module, captured: Captured, error: UnsupportedBatchNorm
 ) -> UnsupportedBatchNorm:
-    """The error with the name of the site whose parameters the failed op was given."""
-    for path in captured.sites:
-        site = below(owner, path)
+    """The error with the name of the site whose parameters the failed op was given.
+
+    Without such, every site of the graph may be it that keeps none where they can be found.
+    """
+    if not error.tensors:
+        # It has a name already.
+        return error
+    if is_site(owner):
+        return site_state(owner).named(error)
+    sites = {path: below(owner, path) for path in captured.sites}
+    for site in sites.values():
         if holds(site, error.tensors):
             return site_state(site).named(error)
-    return error
+    state: OwnerState = owner_state(owner)  # pyright: ignore[reportAssignmentType]
+    names = [
+        *(site_state(site).name for site in sites.values() if keeps_none(site)),
+        *state.functional_names(captured),
+    ]
+    said = f"{'one of ' if len(names) > 1 else ''}{', '.join(names)}"
+    return UnsupportedBatchNorm(f"{said}: {error}") if names else error
