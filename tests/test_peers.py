@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import bnrewrite
@@ -160,6 +161,105 @@ def test_evaluation_communicates_nothing_and_training_does_again(ranks: RankPool
     for evaluated, trained in ranks.run(_in_training_only, 2):
         assert evaluated == 0
         assert trained > 0
+
+
+class _OwnForward(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+
+
+class _Untraceable(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        if input.sum() > 1e9:
+            return input
+        return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+
+
+class _OnTheirOwn(nn.Module):
+    """Sites that take the statistics of the batch in evaluation, too, outside of graphs."""
+
+    num_sites = 2
+    own_forward: type[nn.BatchNorm2d] = _Untraceable
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3, track_running_stats=False)
+        self.own = self.own_forward(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.bn(x)) if x.sum() < 1e9 else x
+
+
+class _InAGraph(_OnTheirOwn):
+    """The same, and a call, in a graph."""
+
+    num_sites = 3
+    own_forward = _OwnForward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.own(self.bn(x)), None, None, training=True)
+
+
+def _statistics(rank: int, world_size: int, kind: type[_OnTheirOwn]) -> list[list[float]]:
+    model = bnrewrite.convert(kind())
+    x = torch.randn(2, 3, 4, 4) * (1 + rank)
+    found = []
+    for training in (True, False):
+        model.train(training)
+        with CountCollectives() as seen:
+            y = model(x)
+        found.append([len(seen.seen), (y - kind()(x)).abs().max().item()])
+    return found
+
+
+@pytest.mark.parametrize("kind", [_OnTheirOwn, _InAGraph])
+def test_batch_statistics_are_those_of_the_rank_in_evaluation(
+    kind: type[_OnTheirOwn], ranks: RankPool
+) -> None:
+    for (trained, differs), (evaluated, rounding) in ranks.run(_statistics, 2, kind):
+        assert trained == kind.num_sites
+        assert differs > 0.01
+        assert evaluated == 0
+        assert rounding < 1e-5
+
+
+class _Call(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.bn(x), None, None, training=True)
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = _Call()
+        self.right = _Call()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x + 1)
+
+
+def _one_branch_evaluates(rank: int, world_size: int) -> list[tuple[int, bool, bool]]:
+    model, plain = bnrewrite.convert(_Branches()), _Branches()
+    assert set(bnrewrite.report(model).inlined()) == {"left", "right"}
+    x = torch.randn(2, 3, 4, 4) ** 3 * (1 + rank)
+    found = []
+    for training in (True, False):
+        for one in (model, plain):
+            one.right.train(training)
+        with CountCollectives() as seen:
+            results = model(x)
+        equal = [torch.allclose(*pair, 1e-4, 1e-4) for pair in zip(results, plain(x), strict=True)]
+        found.append((len(seen.seen), *equal))
+    return found
+
+
+def test_a_branch_that_evaluates_leaves_the_other_alone(ranks: RankPool) -> None:
+    for found in ranks.run(_one_branch_evaluates, 2):
+        assert found == [(2, False, False), (2, False, True)]
 
 
 def _early(rank: int, world_size: int) -> str:

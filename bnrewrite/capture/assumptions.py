@@ -75,11 +75,7 @@ class Assumptions:
         if name == "_modules":
             self.children[path] = tuple(value)
         elif name == "training":
-            self.reads_training = True
-            if path:
-                self.constants[path, name] = value
-            else:
-                self.reads_own_training = True
+            self.note_training(path, value)
         elif name in module.__dict__:
             plain = inspect.isroutine(value) and not isinstance(value, MethodType)
             constant = plain or isinstance(value, CONSTANTS)
@@ -98,6 +94,14 @@ class Assumptions:
                 self.inherited[path, name] = value
                 reads.see_in_class(original_class(module), name)
                 reads.see(value)
+
+    def note_training(self, path: str, value: Any) -> None:
+        """Notes that the graph depends on the flag ``training`` of the module at ``path``."""
+        self.reads_training = True
+        if path:
+            self.constants[path, "training"] = value
+        else:
+            self.reads_own_training = True
 
     def note_member(self, path: str, module: nn.Module, name: str) -> None:
         """Notes that the traced code asked for a parameter, buffer or child, which may be None."""

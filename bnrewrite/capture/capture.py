@@ -179,7 +179,11 @@ def _trace(
         elements=list(tracer.elements.values()),
         assumptions=tracer.assumptions,
     )
-    return captured, run_required(_target(module, recipe, captured))
+    target = _target(module, recipe, captured)
+    reports = run_required(target)
+    for path, _ in target.flags:
+        captured.assumptions.note_training(path, training)
+    return captured, reports
 
 
 def _target(module: nn.Module, recipe: Recipe, captured: Captured) -> OwnerGraph:

@@ -185,6 +185,9 @@ def _arguments(target: OwnerGraph, node: fx.Node, site: _Site) -> tuple[Any, ...
             node.target, node.args, node.kwargs
         )
         communicates = site.mode.communicates and target.training
+        if site.mode.communicates:
+            # The call itself may not ask for it, and train in evaluation.
+            target.flags[site.scope, "training"] = target.training
         parameters = (weight, bias, mean, var, None)
         training, track = False if frozen else training, True
     else:
