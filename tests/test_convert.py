@@ -1,6 +1,7 @@
 """The contract of ``convert``, ``revert``, ``report`` and ``graphs`` in one process."""
 
 import copy
+import gc
 import io
 import json
 import pickle
@@ -603,6 +604,19 @@ class TestErrors:
     def test_a_lone_layer_names_itself(self) -> None:
         with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^the model itself: weight"):
             bnrewrite.convert(nn.BatchNorm1d(3))(torch.randn(4, 5))
+
+    @pytest.mark.parametrize("collects", [True, False])
+    def test_garbage_is_collected_as_before(self, collects: bool) -> None:
+        gc_was_enabled = gc.isenabled()
+        try:
+            (gc.enable if collects else gc.disable)()
+            bnrewrite.convert(ResidualNet())
+            assert gc.isenabled() == collects
+            with pytest.raises(ValueError, match="matches none"):
+                bnrewrite.convert(ResidualNet(), {"nowhere": "sync"})
+            assert gc.isenabled() == collects
+        finally:
+            (gc.enable if gc_was_enabled else gc.disable)()
 
     def test_strict_raises_for_what_cannot_be_rewritten(self) -> None:
         class Branches(nn.Module):

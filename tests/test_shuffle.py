@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import bnrewrite
 from bnrewrite import Shuffle, permutations, reference
@@ -116,6 +117,22 @@ def test_nothing_is_updated_if_all_ranks_are_empty(ranks: RankPool, mode: Shuffl
         for name, buffer in result["buffers"].items():
             assert torch.equal(buffer, before[name])
         assert all(not grad.any() for grad in result["grads"].values())
+
+
+def _untracked(rank: int, world_size: int, mode: Shuffle) -> list[torch.Tensor]:
+    model = make_model()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+    bnrewrite.convert(model, mode)(make_input(rank, 2))
+    return list(model.buffers())
+
+
+@pytest.mark.parametrize("mode", [Shuffle(), Shuffle("random"), Shuffle(running="group")], ids=str)
+def test_nothing_is_updated_that_is_not_tracked(ranks: RankPool, mode: Shuffle) -> None:
+    before = list(make_model().buffers())
+    for buffers in ranks.run(_untracked, 2, mode):
+        assert all(map(torch.equal, buffers, before))
 
 
 def _with_penalty(rank: int, world_size: int, mode: Shuffle) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -285,6 +285,9 @@ def _forward_in_group(rank: int, world_size: int, kind: str) -> dict[str, Any]:
     if kind == "SyncBatchNorm":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
         group = None
+    if kind == "not that of SyncBatchNorm":
+        neighbours: Any = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, neighbours[rank // 2])
     bnrewrite.convert(model, process_group=group)
     if kind == "copied":
         model = copy.deepcopy(model)
@@ -307,7 +310,10 @@ def _forward_in_group(rank: int, world_size: int, kind: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["ProcessGroup", "DeviceMesh", "SyncBatchNorm", "copied"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ProcessGroup", "DeviceMesh", "SyncBatchNorm", "not that of SyncBatchNorm", "copied"],
+)
 def test_sub_groups_share_their_own_statistics(ranks: RankPool, kind: str) -> None:
     results = ranks.run(_forward_in_group, 4, kind)
     data, _ = _data(8)
@@ -384,9 +390,10 @@ def test_fully_sharded_training_equals_one_process(ranks: RankPool) -> None:
 def _wrong_groups(rank: int, world_size: int) -> list[str]:
     group = dist.new_group([0])
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    of_first = DeviceMesh("cpu", [0])
     model = nn.Sequential(nn.BatchNorm1d(2))
     messages = []
-    for wrong in (mesh, "0", group if rank == 1 else 3):
+    for wrong in (mesh, "0", group if rank == 1 else 3, of_first if rank == 1 else 4):
         try:
             bnrewrite.convert(model, process_group=wrong)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError) as error:
@@ -409,11 +416,13 @@ def test_wrong_groups_are_named(ranks: RankPool) -> None:
         r"ValueError: .*2 dimensions.*'a', 'b'.*Pass one dimension",
         r"TypeError: process_group must be .*str \('0'\)",
         r"TypeError: process_group must be .*int \(3\)",
+        r"TypeError: process_group must be .*int \(4\)",
         r"GroupError: .*does not exist in this process.*convert",
     ]
     for rank, messages in enumerate(ranks.run(_wrong_groups, 2)):
         if rank == 1:
             patterns[2] = r"ValueError: this rank \(1\) is not a member"
+            patterns[3] = r"ValueError: this rank \(1\) is not part of the DeviceMesh"
         assert len(messages) == len(patterns)
         for message, pattern in zip(messages, patterns, strict=True):
             assert re.match(pattern, message), message
