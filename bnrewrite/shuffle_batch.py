@@ -47,14 +47,34 @@ def shuffle_batch(
         the samples came from.
 
     Raises:
-        TypeError: ``x`` is not a tensor with a batch dimension.
-        ValueError: shapes or dtypes differ between ranks; raised on all of them.
+        TypeError: ``x`` is not a tensor with a batch dimension, or another argument has the wrong
+            type; ``restore`` raises it of features.
+        ValueError: shapes or dtypes differ between ranks, on all of them; or this rank is not in
+            the group. ``restore`` raises it for another number of features than of samples.
+        GroupError: the group does not exist any more.
+
+    A failed call leaves ``generator`` as it was.
     """
     if not isinstance(x, Tensor) or x.dim() == 0:
         what = "a scalar tensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a tensor (N, *) of samples, but it is {what}.")
-    seed = _draw_seed(generator)
+    if generator is None:
+        generator = torch.default_generator
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "generator must be a torch.Generator, or None for torch's default one, but it is "
+            f"{type(generator).__name__} ({generator!r})."
+        )
     name = active_group(group_name(group), training=True)
+    before = generator.get_state()
+    try:
+        return _shuffle(x, name, _draw_seed(generator))
+    except BaseException:
+        generator.set_state(before)
+        raise
+
+
+def _shuffle(x: Tensor, name: str, seed: int) -> tuple[Tensor, "_Restore"]:
     num_samples = x.size(0)
     if name == NO_GROUP:
         return x, _Restore(num_samples, None)
@@ -93,9 +113,8 @@ def _in_words(numbers: list[int]) -> str:
     return struct.pack(_WORDS, *numbers[1:]).decode().rstrip()
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(1 << 62, (), generator=generator, device=device))
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +183,11 @@ class _Restore:
     @torch.compiler.disable(reason="the host must know how many samples go where")
     def __call__(self, features: Tensor) -> Tensor:
         """Features (N, *) of the shuffled samples, where the samples came from."""
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                "restore: features must be a tensor (N, *), one row per shuffled sample, but they "
+                f"are {type(features).__name__}."
+            )
         if features.dim() == 0 or features.size(0) != self.num_samples:
             raise ValueError(
                 f"restore: features have shape {tuple(features.shape)}, but shuffle_batch returned "

@@ -1,6 +1,7 @@
 """``shuffle_batch``: samples travel, come back, and take their gradients along."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -108,8 +109,12 @@ def _different(rank: int, world_size: int, what: str) -> None:
     other = torch.ones(other_shape, dtype=other_dtype)
     words = [f"{one.dtype} {tuple(one.shape)}".removeprefix("torch.") for one in (x, other)]
     message = f"({words[0]} on rank 0, 1; {words[1]} on rank 2), and this is rank {rank}."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        bnrewrite.shuffle_batch(other if rank == 2 else x)
+    generator = torch.Generator().manual_seed(rank)
+    before = torch.get_rng_state(), generator.get_state()
+    for given in (None, generator):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            bnrewrite.shuffle_batch(other if rank == 2 else x, generator=given)
+    assert all(map(torch.equal, (torch.get_rng_state(), generator.get_state()), before))
     dist.barrier()
 
 
@@ -181,5 +186,17 @@ def test_one_process_keeps_its_batch() -> None:
     assert restore(shuffled) is x
     with pytest.raises(ValueError, match="4 samples"):
         restore(x[:3])
+    with pytest.raises(TypeError, match=r"features must be a tensor \(N, \*\).* are list"):
+        restore([x])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"x must be a tensor \(N, \*\) of samples"):
         bnrewrite.shuffle_batch(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("wrong", [{"group": "0"}, {"group": 3}, {"generator": 3}], ids=str)
+def test_wrong_arguments_are_named_and_draw_nothing(wrong: dict[str, Any]) -> None:
+    before = torch.get_rng_state()
+    ((name, value),) = wrong.items()
+    message = rf"{name} must be .*{type(value).__name__} \({value!r}\)"
+    with pytest.raises(TypeError, match=message):
+        bnrewrite.shuffle_batch(torch.rand(2, 3, generator=torch.Generator()), **wrong)
+    assert torch.equal(torch.get_rng_state(), before)
