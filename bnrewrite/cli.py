@@ -86,7 +86,7 @@ def _report(args: argparse.Namespace) -> int:
             report = bnrewrite.report(bnrewrite.convert(model, mode=args.mode))
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if args.html:
+    if args.html is not None:
         try:
             Path(args.html).write_text(to_html(report), encoding="utf-8")
         except OSError as error:

@@ -19,7 +19,7 @@ class CommandError(Exception):
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model that ``MODULE:FACTORY`` makes when it is called without arguments.
+    """The model that ``MODULE:FACTORY`` is, or makes when it is called without arguments.
 
     Modules are searched in the current folder first, as ``python -m`` does.
 

@@ -73,6 +73,8 @@ def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "7 BatchNorm sites" in capsys.readouterr().out
     assert cli.main(["report", model, "--html", str(tmp_path)]) == 2
     assert "cannot be written: Is a directory" in capsys.readouterr().err
+    assert cli.main(["report", model, "--html", ""]) == 2
+    assert "--html  cannot be written" in capsys.readouterr().err
 
 
 def test_report_counts_the_sites(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,12 +179,13 @@ def test_interrupt_is_exit_code_130(
 
 def test_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from torch import nn\n\n\ndef net():\n    return nn.BatchNorm1d(3)\n"
+        "from torch import nn\n\n\ndef net():\n    return nn.BatchNorm1d(3)\n\n\nmade = net()\n"
     )
-    done = run(["-m", "bnrewrite", "report", "mine:net"], folder=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "BatchNorm1d: 1 BatchNorm site," in done.stdout
-    assert done.stderr == ""
+    for name in ("net", "made"):
+        done = run(["-m", "bnrewrite", "report", f"mine:{name}"], folder=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "BatchNorm1d: 1 BatchNorm site," in done.stdout
+        assert done.stderr == ""
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_half_precision_inputs(tmp_path):
         ("tests.export_models:Block", "1,3,a", 2, "'1,3,a' is not a list of sizes"),
         ("tests.export_models:Block", "0,3,8,9", 2, "'0,3,8,9' has a size below 1"),
         ("tests.export_models:Block", "1,-3,8,9", 2, "'1,-3,8,9' has a size below 1"),
+        ("tests.export_models:Block", f"{2**40},{2**22}", 2, "is more than the memory here holds"),
+        ("tests.export_models:Block", f"1,{2**80}", 2, "is more than the memory here holds"),
         ("tests.export_models:Block", "1,4,8,9", 1, "fails in eval mode"),
     ],
 )
@@ -72,6 +74,25 @@ def test_errors_are_one_line_and_a_status(model, shape, code, message, tmp_path,
     assert last.startswith("bnrewrite export: error: ")
     assert message in last
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "opset", "message"),
+    [
+        ("m.onnx", "3", "opset_version 3 is not supported"),
+        ("missing/m.onnx", "18", "the directory of path does not exist"),
+        ("", "18", "path is a directory"),
+    ],
+)
+def test_what_cannot_be_written_is_an_error_before_the_model_is_made(
+    file, opset, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("bnrewrite.export.command.load_model", None)
+    words = ["--shape", "1,3,8,9", "--opset", opset]
+    assert call("tests.export_models:Block", str(tmp_path / file), *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bnrewrite export: error: ")
+    assert message in line
 
 
 WEIGHTS = {

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bnrewrite.commandline import CommandError, load_model
-from bnrewrite.errors import BnRewriteError
+from bnrewrite.errors import BnRewriteError, ExportError
 from bnrewrite.export.api import export_onnx
+from bnrewrite.export.arguments import check_opset
+from bnrewrite.export.paths import check_path
 
 _DTYPES = {
     "float32": torch.float32,
@@ -109,6 +111,12 @@ def _ended_like_an_interrupt(number: signal.Signals) -> Iterator[None]:
 
 
 def _export(args: argparse.Namespace) -> object:
+    try:
+        check_opset(args.opset)
+        check_path(args.path)
+    except ExportError as error:
+        # What the command line says wrong, before a model is made that may take long.
+        raise CommandError(str(error)) from error
     model = load_model(args.model)
     if args.weights:
         _load_weights(model, args.weights)
@@ -161,6 +169,9 @@ def _example(text: str, dtype: torch.dtype) -> Tensor:
     if min(shape) < 1:
         raise ValueError(f"--shape {text!r} has a size below 1, so the example would be empty.")
     generator = torch.Generator().manual_seed(0)
-    if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
+    try:
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
+    except (RuntimeError, TypeError, OverflowError):
+        raise ValueError(f"--shape {text!r} is more than the memory here holds.") from None
