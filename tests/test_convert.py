@@ -605,6 +605,15 @@ class TestErrors:
         with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^the model itself: weight"):
             bnrewrite.convert(nn.BatchNorm1d(3))(torch.randn(4, 5))
 
+    def test_a_revert_that_fails_changes_nothing(self) -> None:
+        model = bnrewrite.convert(ResidualNet())
+        last = [module for module in model.modules() if is_converted(module)][-1]
+        last.__class__ = type("Sharded", (type(last),), {})
+        before = _snapshot(model)
+        with pytest.raises(bnrewrite.BnRewriteError, match="changed after conversion"):
+            bnrewrite.revert(model)
+        assert _snapshot(model) == before
+
     @pytest.mark.parametrize("collects", [True, False])
     def test_garbage_is_collected_as_before(self, collects: bool) -> None:
         gc_was_enabled = gc.isenabled()

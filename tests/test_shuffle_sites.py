@@ -90,3 +90,34 @@ def test_every_kind_of_site_is_shuffled(ranks: RankPool, kind: str, schedule: st
         all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(ys, outcome, strict=True))
         for outcome in outcomes
     )
+
+
+class _Views(nn.Module):
+    """Two sites of the same values, without counters of steps."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            F.batch_norm(x, None, None, training=True),
+            F.batch_norm(x, None, None, training=True),
+        )
+
+
+def _views(rank: int, world_size: int) -> list[tuple[Tensor, ...]]:
+    model = bnrewrite.convert(_Views(), Shuffle("random"))
+    xs = [make_input(rank, 3, step).detach() for step in range(16)]
+    return [(x, *model(x)) for x in xs]
+
+
+def test_random_schedules_without_a_counter_change_with_site_and_step(ranks: RankPool) -> None:
+    cycles = [[1, 2, 0], [2, 0, 1]]
+    seen: list[list[int]] = [[], []]
+    for step in zip(*ranks.run(_views, 3), strict=True):
+        xs, *results = zip(*step, strict=True)
+        expected = [torch.stack(_normalized([*xs], peers)) for peers in cycles]
+        for site, ys in enumerate(results):
+            equal = [torch.allclose(torch.stack(ys), one, rtol=1e-9) for one in expected]
+            assert sum(equal) == 1
+            seen[site].append(equal.index(True))
+    # One cycle at all 16 steps, or the same two times, has a probability of 2^-15.
+    assert set(seen[0]) == set(seen[1]) == {0, 1}
+    assert seen[0] != seen[1]
