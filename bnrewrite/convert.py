@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -221,8 +222,9 @@ def _put_on(
         else:
             convert_site(module, name, mode, _group_of(module, wanted.group), schedule)
     for name, module in modules.items():
-        scripted = getattr(module, "original_name", "")
-        if scripted.startswith(("BatchNorm", "SyncBatchNorm")):
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name.startswith(
+            ("BatchNorm", "SyncBatchNorm")
+        ):
             conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
     cache = Cache()
     tried = owner_candidates(modules)

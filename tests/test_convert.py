@@ -605,6 +605,20 @@ class TestErrors:
         with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^the model itself: weight"):
             bnrewrite.convert(nn.BatchNorm1d(3))(torch.randn(4, 5))
 
+    def test_scripted_layers_are_named(self) -> None:
+        with warnings.catch_warnings():
+            # torch calls TorchScript deprecated.
+            warnings.simplefilter("ignore")
+            scripted: Any = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+            model: Any = nn.Sequential(nn.BatchNorm2d(3), scripted)
+            # An attribute that scripted modules have, too.
+            model.original_name = 3
+            bnrewrite.convert(model)
+        (skip,) = bnrewrite.report(model).skipped
+        assert (skip.name, skip.reason) == ("1.0", "it is scripted by TorchScript")
+        with pytest.raises(bnrewrite.CaptureError, match=r"1\.0: it is scripted"):
+            bnrewrite.convert(model, strict=True)
+
     def test_a_revert_that_fails_changes_nothing(self) -> None:
         model = bnrewrite.convert(ResidualNet())
         last = [module for module in model.modules() if is_converted(module)][-1]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import onnx
@@ -143,6 +144,15 @@ def test_a_signal_ends_it_with_nothing_left_behind(number, status, tmp_path, cap
     assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"precious"
     assert signal.getsignal(number) is before
+
+
+def test_it_works_in_a_thread_which_may_set_no_handlers(tmp_path):
+    words = ["tests.export_models:Block", str(tmp_path / "m.onnx"), "--shape", "1,3,8,9"]
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(call(*words, "--no-verify")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SystemExit(143)])
