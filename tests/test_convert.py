@@ -765,6 +765,13 @@ class TestWarnings:
 class TestReport:
     """What it says, as data and as text."""
 
+    @pytest.mark.parametrize(("mode", "group"), [("sync", "default"), ("local", "")])
+    def test_sites_that_share_nothing_have_no_group(self, mode: str, group: str) -> None:
+        model = bnrewrite.convert(nn.Sequential(nn.BatchNorm1d(3), Functional(3)), mode)
+        sites = bnrewrite.report(model).sites
+        assert [site.name for site in sites] == ["0", "1.batch_norm"]
+        assert [site.group for site in sites] == [group, group]
+
     def test_text_and_dictionary(self) -> None:
         model = bnrewrite.convert(_zoo())
         report = bnrewrite.report(model)
