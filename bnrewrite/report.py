@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.groups import world_size
-from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
+from bnrewrite.passes.base import ITSELF, PassReport, Rewrite, Skip, joined
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.roots import Roots, roots_of
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
-from bnrewrite.steps import Round, rounds_of, running_state
+from bnrewrite.steps import Round, left_because, rounds_of, running_state
 
 BY_ITSELF = "by itself"
 
@@ -226,6 +226,7 @@ def report(model: nn.Module) -> Report:
         skipped=(
             *(skip for one in roots.conversions.values() for skip in one.skipped),
             *roots.outside,
+            *_left(model, roots),
         ),
         owners=tuple(_owners(model, roots)),
         rounds=rounds,
@@ -272,6 +273,7 @@ def _sites(model: nn.Module, roots: Roots, rounds: tuple[Round, ...]) -> tuple[S
     return tuple(
         dataclasses.replace(
             site,
+            owner=first[site.name].owner,
             fused=first[site.name].fused_with(site.name),
             shares_with=_others(first[site.name].sites, site.name),
         )
@@ -285,7 +287,7 @@ def _owners(model: nn.Module, roots: Roots) -> Iterator[OwnerReport]:
     for module in model.modules():
         state = running_state(module)
         if state is not None:
-            name = joined(roots.prefixes.get(module, ""), state.recipe.name)
+            name = roots.name_of_owner(module)
             # Activations that are fused are calls no longer, either, but no modules that one keeps.
             inlined = sorted(
                 joined(name, path)
@@ -293,6 +295,16 @@ def _owners(model: nn.Module, roots: Roots) -> Iterator[OwnerReport]:
                 if not is_known_leaf(below(module, path))
             )
             yield OwnerReport(name, state.differs, tuple(inlined))
+
+
+def _left(model: nn.Module, roots: Roots) -> Iterator[Skip]:
+    """Modules that run their own forwards, since their graphs stand for them no longer."""
+    for module in model.modules():
+        reason = left_because(module)
+        # Without sites there is nothing that it shares no more.
+        if reason is not None and any(map(is_site, module.modules())):
+            name = roots.name_of_owner(module) or ITSELF
+            yield Skip(name, f"runs its own forward since {reason}", owner=None)
 
 
 def _summary(name: str, done: PassReport, owners: set[str | None], sites: set[str]) -> PassSummary:

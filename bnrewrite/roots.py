@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnrewrite.capture.owner import owner_state
 from bnrewrite.conversion import Conversion, conversion_of
 from bnrewrite.passes.base import ITSELF, PassReport, Rewrite, Skip, joined
 from bnrewrite.sites.floor import is_site, site_state
@@ -29,6 +30,11 @@ class Roots:
     def name_of(self, site: nn.Module) -> str:
         """Qualified name of a converted BatchNorm module."""
         return joined(self.prefixes.get(site, ""), site_state(site).name)
+
+    def name_of_owner(self, owner: nn.Module) -> str:
+        """Qualified name of a module with a graph; "" is the model itself."""
+        state = owner_state(owner)
+        return joined(self.prefixes.get(owner, ""), "" if state is None else state.recipe.name)
 
     def reports(self) -> dict[str, PassReport]:
         """What each pass did, over all of them."""

@@ -62,17 +62,24 @@ def rounds_of(module: nn.Module, roots: Roots) -> Iterator[Round]:
 
 
 def running_state(module: nn.Module) -> OwnerState | None:
-    """The graphs of an owner whose sites are what they were; None of any other module."""
+    """The graphs of an owner that a training step runs; None of any other module."""
+    return owner_state(module) if is_owner(module) and left_because(module) is None else None
+
+
+def left_because(module: nn.Module) -> str | None:
+    """Why an owner runs its own forward in training, although it has a graph; None if it does not.
+
+    As far as that does not depend on the arguments of a call.
+    """
     state = owner_state(module) if is_owner(module) else None
-    try:
-        return state if state is not None and state.train.has_its_sites(module) else None
-    except AttributeError:
-        # A module that the graph calls is gone.
+    if state is None:
         return None
+    reasons = [form.left_because(module) for form in state.train.forms]
+    return None if None in reasons else reasons[0]
 
 
 def _rounds_of_graph(owner: nn.Module, state: OwnerState, roots: Roots) -> Iterator[Round]:
-    name = joined(roots.prefixes.get(owner, ""), state.recipe.name)
+    name = roots.name_of_owner(owner)
     for node in state.train.graph.nodes:
         if node.op == "call_module":
             yield from rounds_of(below(owner, str(node.target)), roots)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import bnrewrite
-from tests.models import ResidualNet
+from tests.models import FunctionalNorm, ResidualNet
 
 
 @pytest.fixture
@@ -120,16 +120,22 @@ def test_a_layer_that_is_added_is_listed() -> None:
     model.back.b3 = nn.BatchNorm2d(3)
     report = bnrewrite.report(model)
     assert [site.name for site in report.sites] == NAMES[:-1]
-    assert [skip.name for skip in report.skipped] == ["back.b3", "head.b2"]
-    assert all("added after convert" in skip.reason for skip in report.skipped)
+    assert [skip.name for skip in report.skipped] == ["back.b3", "head.b2", "head"]
+    *added, left = report.skipped
+    assert all("added after convert" in skip.reason for skip in added)
+    assert left.reason == "runs its own forward since the class of b2 changed"
     assert report.collectives_forward == 3
 
 
 def test_a_site_that_is_gone_is_listed() -> None:
     model: Any = bnrewrite.convert(Parts())
     model.head.b2 = nn.Identity()
-    (skip,) = bnrewrite.report(model).skipped
-    assert (skip.name, skip.reason) == ("head.b2", "was converted, and is not there any more")
+    gone, left = bnrewrite.report(model).skipped
+    assert (gone.name, gone.reason) == ("head.b2", "was converted, and is not there any more")
+    assert (left.name, left.reason) == (
+        "head",
+        "runs its own forward since the class of b2 changed",
+    )
     del model.head
     assert len(bnrewrite.report(model).sites) == 2
 
@@ -145,3 +151,45 @@ def test_a_part_that_is_reverted_is_listed() -> None:
 def test_what_no_pattern_matches_is_not_added() -> None:
     report = bnrewrite.report(bnrewrite.convert(Parts(), {"head.*": "sync"}))
     assert {skip.reason for skip in report.skipped} == {"no pattern of mode matches it"}
+
+
+class Blend(nn.Module):
+    """Two branches, whose BatchNorms share, and a number that its forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.b2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.share = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.share * self.b1(x) + (1 - self.share) * self.b2(x.relu())
+
+
+def test_a_module_that_has_left_its_graph_is_listed() -> None:
+    model: Any = bnrewrite.convert(nn.Sequential(Blend(), nn.Conv2d(3, 3, 1), Blend())).eval()
+    report = bnrewrite.report(model)
+    assert report.collectives_forward == 2
+    assert report.skipped == ()
+    model[0].share = 0.25
+    report = bnrewrite.report(model)
+    (left,) = report.skipped
+    assert (left.name, left.reason) == ("0", "runs its own forward since share was 0.5 and is 0.25")
+    assert [site.owner for site in report.sites] == [None, None, "2", "2"]
+    assert [site.shares_with for site in report.sites] == [(), (), ("2.b2",), ("2.b1",)]
+    assert report.collectives_forward == 3
+    assert [owner.name for owner in report.owners] == ["2"]
+    model[0].share = 0.5
+    assert bnrewrite.report(model).skipped == ()
+    handle = model[2].b1.register_forward_hook(lambda *_: None)
+    assert [skip.reason for skip in bnrewrite.report(model).skipped] == [
+        "runs its own forward since hooks of b1 changed"
+    ]
+    handle.remove()
+    with torch.no_grad():
+        assert bnrewrite.report(model).skipped == ()
+
+
+def test_the_graph_of_a_subclass_that_checks_its_input_runs() -> None:
+    model: Any = bnrewrite.convert(nn.Sequential(FunctionalNorm(3)))
+    assert model[0]._bnrewrite_owner.train.holds(model[0])
+    assert bnrewrite.report(model).skipped == ()

@@ -21,6 +21,11 @@ Place = tuple[str, str]
 """Path of a module below the owner ("" is the owner) and the name of one of its attributes."""
 
 
+CLASS = "the class"
+HOOKS = "hooks"
+CHILDREN = "the children"
+
+
 @dataclasses.dataclass
 class Assumptions:
     """What the trace of one owner baked into its graph.
@@ -152,67 +157,77 @@ class Assumptions:
                     if child is not None:
                         self.layers[joined(path, name)] = original_class(child)
 
-    def hold(self, owner: nn.Module) -> bool:
-        """Whether the graph still does what the forward of the owner would do.
+    def change(self, owner: nn.Module, ignored: str = "") -> Place | None:
+        """What is no longer as it was in the trace; None while the graph stands for the forward.
+
+        Args:
+            owner: the module that was traced, or another one of its class and structure.
+            ignored: name of an attribute that may have any value.
+
+        Returns:
+            Path of a module and the name of its attribute, or of what else has changed.
 
         Raises:
             AttributeError: a module that the trace has seen is gone.
         """
         for path, cls in self.classes.items():
             module = below(owner, path)
-            if original_class(module) is not cls or has_hooks(module):
-                return False
+            if original_class(module) is not cls:
+                return path, CLASS
+            if has_hooks(module):
+                return path, HOOKS
         for path, cls in self.layers.items():
             if original_class(below(owner, path)) is not cls:
-                return False
+                return path, CLASS
         for (path, name), function in self.methods.items():
             module = below(owner, path)
             if name in module.__dict__ or getattr(original_class(module), name) is not function:
-                return False
+                return path, name
         for path in self.unhooked:
             if has_forward_hooks(below(owner, path)):
-                return False
+                return path, HOOKS
         for (path, name), before in self.constants.items():
             values = below(owner, path).__dict__
-            if name not in values or not same(values[name], before):
-                return False
+            if name != ignored and (name not in values or not same(values[name], before)):
+                return path, name
         for (path, name), seen in self.objects.items():
             values = below(owner, path).__dict__
             if name not in values or not seen.matches(values[name], owner):
-                return False
+                return path, name
         for path, name in self.absent:
             if getattr(below(owner, path), name) is not None:
-                return False
+                return path, name
         for path, names in self.present.items():
             module = below(owner, path)
             children = module._modules
             for name in names:
                 # Most are children, and found at once.
                 if children.get(name) is None and getattr(module, name) is None:
-                    return False
+                    return path, name
         for path, name in self.missing:
             if hasattr(below(owner, path), name):
-                return False
+                return path, name
         for (path, name), seen in self.inherited.items():
             module = below(owner, path)
             if name in module.__dict__ or not seen.matches(
-                getattr(type(module), name, None), owner
+                getattr(original_class(module), name, None), owner
             ):
-                return False
+                return path, name
         for (path, classes), answer in self.instances.items():
             if isinstance(below(owner, path), classes) is not answer:
-                return False
+                return path, CLASS
         for (path, name), before in self.tensors.items():
             if _tensors(below(owner, path).__dict__[name]) != before:
-                return False
-        return all(
-            tuple(below(owner, path)._modules) == names for path, names in self.children.items()
-        )
+                return path, name
+        for path, names in self.children.items():
+            if tuple(below(owner, path)._modules) != names:
+                return path, CHILDREN
+        return None
 
     def hold_for_another(self, module: nn.Module) -> bool:
         """Whether a trace of ``module``, of the same class and structure, would be the same."""
         try:
-            return self.hold(module)
+            return self.change(module) is None
         except AttributeError:
             return False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnrewrite.capture.assumptions import Assumptions
+from bnrewrite.capture.assumptions import CLASS, HOOKS, Assumptions, Place
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
@@ -20,7 +20,7 @@ from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
-from bnrewrite.passes.base import Rewrite
+from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import (
     has_global_hooks,
@@ -178,26 +178,44 @@ class Captured:
         if has_global_hooks() or not self._outside_holds():
             return False
         try:
-            if not self.assumptions.hold(owner):
-                return False
-            return self.has_its_sites(owner)
+            return self.assumptions.change(owner) is None and self._changed_site(owner) is None
         except AttributeError:
             # A module that the graph calls is gone.
             return False
 
-    def has_its_sites(self, owner: nn.Module) -> bool:
-        """Whether the sites are what they were, and none has grown a hook.
+    def left_because(self, owner: nn.Module) -> str | None:
+        """Why a training step runs the forward of the owner itself; None if it runs the graph."""
+        if has_global_hooks():
+            return "there are hooks on all modules"
+        if not self.assumptions.outside.values_hold():
+            return "what it reads besides modules has changed"
+        try:
+            place = self.assumptions.change(owner, ignored="training") or self._changed_site(owner)
+        except AttributeError:
+            return "a module that it called is gone"
+        if place is None:
+            return None
+        path, what = place
+        values = self.assumptions.constants.get(place), vars(below(owner, path)).get(what)
+        if all(isinstance(value, (bool, int, float, str)) for value in values):
+            return f"{joined(path, what)} was {values[0]!r} and is {values[1]!r}"
+        return f"{what} of {path or 'the module itself'} changed"
+
+    def _changed_site(self, owner: nn.Module) -> Place | None:
+        """A site that is not what it was, or has grown a hook.
 
         A part of a converted model may be converted anew.
         """
         for path, (mode, group) in self.sites.items():
             site = below(owner, path)
-            if not is_site(site) or has_hooks_of_its_own(site):
-                return False
+            if not is_site(site):
+                return path, CLASS
+            if has_hooks_of_its_own(site):
+                return path, HOOKS
             state = site_state(site)
             if not (state.mode is mode or state.mode == mode) or state.group != group:
-                return False
-        return True
+                return path, "mode or group"
+        return None
 
     def _outside_holds(self) -> bool:
         outside = self.assumptions.outside
