@@ -5,6 +5,7 @@ asks of torch: the graph stands for the forward only while they are as they were
 the trace leaves them as they were.
 """
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -674,6 +675,22 @@ def test_a_forward_that_draws_from_an_object_is_not_captured(make: Callable[[], 
         x = torch.randn(4, 4, 5, 5)
         results.append([model(x) for _ in range(2)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
+def test_a_forward_that_copies_an_object_is_not_captured(copied: Callable[[Any], Any]) -> None:
+    def end(block: Any, x: Tensor) -> Tensor:
+        return x * copied(block.namespace).scale
+
+    plain: Any = Block(end)
+    plain.namespace = argparse.Namespace(scale=2.0)
+    model: Any = bnrewrite.convert(copy.deepcopy(plain))
+    assert "copies an object that it keeps" in bnrewrite.report(model).skipped[0].reason
+    plain.namespace.scale = model.namespace.scale = 3.0
+    x = torch.randn(4, 4, 5, 5)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 def test_large_tables_are_not_compared_at_every_call() -> None:

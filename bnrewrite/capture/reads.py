@@ -11,8 +11,7 @@ import contextlib
 import dataclasses
 import operator
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from bnrewrite.capture.acts import is_stand_in, stand_in
 from bnrewrite.capture.bytecode import decisions, loads_global
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
+from bnrewrite.capture.objects import Objects
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
 from bnrewrite.capture.patches import record_act, record_questions
 from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
@@ -32,6 +32,7 @@ from bnrewrite.capture.seen import (
     MISSING,
     Looks,
     holds_data,
+    is_configuration,
     is_library,
     parts,
     routines,
@@ -68,26 +69,25 @@ class Reads:
 
     def __init__(self, tracer: Any) -> None:
         self._tracer = tracer
-        self._classes = contextlib.ExitStack()
-        self._patched: set[type] = set()
         self._functions: dict[int, FunctionType] = {}
         self._names: set[str] = set()
         # By identity; what is here is kept alive, so that numbers stay those of one object.
         self._known: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}
-        self._objects: dict[int, dict[str, Any]] = {}
+        self._kept: dict[int, dict[str, Any]] = {}
         self._attributes: dict[int, dict[str, Any]] = collections.defaultdict(dict)
         self._named: dict[tuple[int, str], Any] = {}
         self._looked: set[tuple[int, str, frozenset[str]]] = set()
         self._outside = Outside()
         self._traced: list[type] = []
         self._made: list[type] = []
+        self._objects = Objects(tracer, self._known, self.see_getter, self._note)
         self.asks_types = False
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """Classes of objects that are read tell of it until the end."""
-        with self._classes:
+        with self._objects:
             yield
 
     def keep(self, value: Any) -> None:
@@ -117,28 +117,20 @@ class Reads:
         reason = unreadable(value)
         if reason:
             self._tracer.refuse(reason)
-        if not is_library(type(value).__module__) or holds_data(type(value)):
-            self._objects[id(value)] = attributes_of(value)
+        if is_configuration(type(value)):
+            self._watch(type(value))
+        elif not is_library(type(value).__module__) or holds_data(type(value)):
+            self._kept[id(value)] = attributes_of(value)
             self._watch(type(value))
 
     def _watch(self, cls: type) -> None:
         """Has objects of ``cls`` tell which attributes are read, and finds what methods name."""
-        if cls in self._patched:
+        if cls in self._objects.classes:
             return
-        self._patched.add(cls)
         for name in list(self._names) if self.asks_types else ():
             self.see_in_class(cls, name)
         self._see_operators(cls, but=("__init__", "__new__"))
-        own = vars(cls).get("__getattribute__")
-        read: Any = cls.__getattribute__
-        try:
-            cls.__getattribute__ = self._noted(read, getattr(cls, "__getattr__", None))
-        except TypeError:
-            return
-        if own is None:
-            self._classes.callback(delattr, cls, "__getattribute__")
-        else:
-            self._classes.callback(setattr, cls, "__getattribute__", own)
+        self._objects.watch(cls)
 
     def _see_operators(self, cls: type, but: tuple[str, ...] = ()) -> None:
         """Sees methods that are not read as attributes, since operators call them."""
@@ -169,32 +161,11 @@ class Reads:
                     self.see_in_class(cls, name)
                 return
 
-    def _noted(self, read: Callable[[Any, str], Any], look_up: Any) -> Any:
-        def getattribute(value: Any, name: str) -> Any:
-            if (
-                not self._tracer.recording
-                or self._tracer.thread != threading.get_ident()
-                or id(value) not in self._known
-                or _is_special(name)
-            ):
-                return read(value, name)
-            self.see_getter(type(value), name)
-            try:
-                found = read(value, name)
-            except AttributeError:
-                if look_up is None:
-                    self._attributes[id(value)].setdefault(name, MISSING)
-                    raise
-                try:
-                    found = look_up(value, name)
-                except AttributeError:
-                    self._attributes[id(value)].setdefault(name, MISSING)
-                    raise
+    def _note(self, value: Any, name: str, found: Any) -> None:
+        """Notes that the traced code has read an attribute of an object."""
+        if found is not MISSING:
             self.see(found)
-            self._attributes[id(value)].setdefault(name, found)
-            return found
-
-        return getattribute
+        self._attributes[id(value)].setdefault(name, found)
 
     def see_code(self, function: Any) -> None:
         """Notes what the code of ``function`` names, if it is no library's."""
@@ -216,7 +187,7 @@ class Reads:
             self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
         if self.asks_types or "super" in names:
-            for cls in (*self._traced, *self._patched):
+            for cls in (*self._traced, *self._objects.classes):
                 for name in names:
                     self.see_in_class(cls, name)
         new = names - self._names
@@ -307,7 +278,7 @@ class Reads:
             ):
                 changed = "changes a list, set or dict that it keeps"
                 refill(value, keys, elements)
-        for number, before in self._objects.items():
+        for number, before in self._kept.items():
             value = self._known[number]
             if not identical(attributes_of(value), before):
                 kind = type(value).__name__
@@ -328,7 +299,3 @@ class Reads:
         """What was read that is the same for all modules."""
         values = {place: looks.of(value) for place, value in self._named.items()}
         return dataclasses.replace(self._outside, values=values)
-
-
-def _is_special(name: str) -> bool:
-    return name.startswith("__") and name != "__dict__"

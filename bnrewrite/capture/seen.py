@@ -247,7 +247,7 @@ def is_library(module: Any) -> bool:
     """Whether code of the module of this name is not looked into."""
     name = str(module)
     top = name.partition(".")[0]
-    if top in LIBRARIES:
+    if top in LIBRARIES or _of_configurations(name):
         return True
     return top in sys.stdlib_module_names and name != "__main__" and _is_of_python(name)
 
@@ -262,6 +262,20 @@ def _is_of_python(name: str) -> bool:
 
 
 LIBRARIES = {"torch", "numpy", "bnrewrite"}
+
+_CONFIGURATIONS = ("omegaconf", "pydantic", "pydantic_core", "transformers.configuration_utils")
+"""Packages whose objects hold configurations."""
+
+
+def _of_configurations(module: Any) -> bool:
+    """Whether the module of this name belongs to such a package."""
+    return f"{module}.".startswith(tuple(f"{name}." for name in _CONFIGURATIONS))
+
+
+def is_configuration(cls: type) -> bool:
+    """Whether objects of ``cls`` are configurations: see :mod:`bnrewrite.capture.objects`."""
+    return any(_of_configurations(base.__module__) for base in cls.__mro__)
+
 
 _PYTHON, _INSTALLED = (
     tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)
