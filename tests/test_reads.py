@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import inspect
 import itertools
 import os
 import pickle
@@ -95,6 +96,9 @@ class Flagged:
         return -self.x if FLAG else self.x
 
 
+element_of = {0: 2.0}.get
+
+
 def wrapped(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function whose code is that of others, too."""
 
@@ -142,6 +146,8 @@ class Block(nn.Module):
         self.parameters_by_name = nn.ParameterDict({"a": nn.Parameter(torch.rand(1))})
         self.config: Any = Config(inner=Config())
         self.namespace = types.SimpleNamespace(scale=2.0)
+        self.look_up = {"scale": 2.0}.get
+        self.scaled = Scale(2.0).__call__
         self.scales: Any = [1.0, 2.0]
         self.pair = (1.0, 2.0)
         self.table = {"a": {"b": 2.0}}
@@ -393,6 +399,18 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Any], Change]] = {
         lambda block, _: block.parameters_by_name.update(
             {"b": nn.Parameter(torch.rand(1, generator=torch.Generator().manual_seed(1)))}
         ),
+    ),
+    "a dictionary whose method it keeps": (
+        lambda block, x: x * block.look_up("scale"),
+        lambda block, _: block.look_up.__self__.update(scale=3.0),
+    ),
+    "a dictionary whose method a file keeps": (
+        lambda _, x: x * element_of(0),
+        lambda block, patch: patch.setitem(element_of.__self__, 0, 3.0),
+    ),
+    "an object whose method it keeps": (
+        lambda block, x: block.scaled(x),
+        lambda block, _: setattr(block.scaled.__self__, "scale", 4.0),
     ),
     "number of parameters": (
         lambda block, x: x * len([*block.parameters()]),
@@ -691,6 +709,54 @@ def test_a_forward_that_copies_an_object_is_not_captured(copied: Callable[[Any],
     plain.namespace.scale = model.namespace.scale = 3.0
     x = torch.randn(4, 4, 5, 5)
     torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda config: inspect.getattr_static(config, "scale"), lambda config: _past_class(config)],
+    ids=["inspect", "object"],
+)
+def test_a_forward_that_reads_without_asking_is_not_captured(read: Callable[[Any], Any]) -> None:
+    model = bnrewrite.convert(Block(lambda block, x: x * read(block.config)))
+    assert "objects that are not asked" in bnrewrite.report(model).skipped[0].reason
+
+
+def _past_class(config: Any) -> Any:
+    return object.__getattribute__(config, "scale")
+
+
+def test_mere_memory_is_not_captured() -> None:
+    model: Any = Block(lambda block, x: x * float(block.memory[0]))
+    model.memory = memoryview(b"12")
+    bnrewrite.convert(model)
+    assert "reads a memoryview" in bnrewrite.report(model).skipped[0].reason
+
+
+class Backbone(nn.Module):
+    """A module with an attribute that is called as a variable of the script that makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.model(x)).relu()
+
+
+model: Any = None
+"""Of a script; what it stands for changes as the model is made, converted and wrapped."""
+
+
+def test_names_of_attributes_are_none_of_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Backbone()
+    monkeypatch.setattr(f"{HERE}.model", made)
+    monkeypatch.setattr(f"{HERE}.model", bnrewrite.convert(made))
+    assert bnrewrite.report(made).skipped == ()
+    monkeypatch.setattr(f"{HERE}.model", nn.Sequential(made))
+    with CountEvaluations() as counts:
+        model(torch.randn(4, 4, 5, 5))
+    assert (counts.num_ours, counts.num_torch) == (1, 0)
+    assert bnrewrite.report(made).skipped == ()
 
 
 def test_large_tables_are_not_compared_at_every_call() -> None:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import inspect
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
-from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, same
+from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, is_method, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import Converted, below, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
@@ -82,7 +81,7 @@ class Assumptions:
         elif name == "training":
             self.note_training(path, value)
         elif name in module.__dict__:
-            plain = inspect.isroutine(value) and not isinstance(value, MethodType)
+            plain = inspect.isroutine(value) and not is_method(value)
             constant = plain or isinstance(value, CONSTANTS)
             # What it looks like is known at the end of the trace.
             (self.constants if constant else self.objects)[path, name] = value

@@ -6,10 +6,11 @@ code does so is found in its instructions, once for each piece of code.
 
 import dataclasses
 import dis
+import functools
 import itertools
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import CodeType
 
 _NO_OPERATION = frozenset(("CACHE", "NOP", "EXTENDED_ARG", "NOT_TAKEN"))
@@ -170,11 +171,18 @@ def is_used_as_value(code: CodeType, name: str) -> bool:
     ) or any(is_used_as_value(one, name) for one in code.co_consts if isinstance(one, CodeType))
 
 
-def loads_global(code: CodeType, names: Collection[str]) -> bool:
-    """Whether ``code``, or code inside it, uses one of the globals of these names."""
-    return any(
-        one.opname == "LOAD_GLOBAL" and one.argval in names for one in instructions_of(code)
-    ) or any(loads_global(one, names) for one in code.co_consts if isinstance(one, CodeType))
+@functools.cache
+def global_names(code: CodeType) -> frozenset[str]:
+    """Names that ``code``, or code inside it, looks up in the globals: no names of attributes."""
+    names = {
+        str(one.argval)
+        for one in instructions_of(code)
+        # In the body of a class it may be one of these, too.
+        if "GLOBAL" in one.opname or one.opname in ("LOAD_NAME", "STORE_NAME", "DELETE_NAME")
+    }
+    return frozenset(names).union(
+        *(global_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    )
 
 
 def _is_called(instructions: list[dis.Instruction], loaded: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnrewrite.capture.acts import is_stand_in, stand_in
-from bnrewrite.capture.bytecode import decisions, loads_global
+from bnrewrite.capture.bytecode import decisions, global_names
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.objects import Objects
@@ -34,6 +34,7 @@ from bnrewrite.capture.seen import (
     holds_data,
     is_configuration,
     is_library,
+    is_method,
     parts,
     routines,
     same_keys,
@@ -107,6 +108,8 @@ class Reads:
             self._tracer.refuse(f"calls {value.__name__} by another name")
         for function in routines(value):
             self.see_code(function)
+        if is_method(value):
+            self.see(value.__self__)
         if isinstance(value, CONTAINERS):
             keys, elements = parts(value)
             if len(elements) + len(keys) > 2 * _MOST:
@@ -181,8 +184,12 @@ class Reads:
         if decided is not None and decided.matches:
             self._tracer.refuse("matches values against patterns")
         watch_comparisons(function)
-        if not names.isdisjoint(_BY_NAME) and loads_global(function.__code__, _BY_NAME):
+        found = global_names(function.__code__)
+        if not found.isdisjoint(_BY_NAME):
             self._tracer.refuse("looks up what its code does not name")
+        passes = "__getattribute__" in names and "object" in found and not _is_getter(function)
+        if passes or "getattr_static" in names:
+            self._tracer.refuse("reads attributes of objects that are not asked")
         if not names.isdisjoint(_SETTERS):
             self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
@@ -199,7 +206,7 @@ class Reads:
             self._tracer.refuse(f"asks {name}()")
         for name in names & ASKED.keys():
             self._outside.answers[name] = ASKED[name]()
-        for name in names & function.__globals__.keys():
+        for name in found & function.__globals__.keys():
             self._name(function.__globals__, name, names)
         for cell in function.__closure__ or ():
             self._name(cell, "", names)
@@ -299,3 +306,8 @@ class Reads:
         """What was read that is the same for all modules."""
         values = {place: looks.of(value) for place, value in self._named.items()}
         return dataclasses.replace(self._outside, values=values)
+
+
+def _is_getter(function: FunctionType) -> bool:
+    """Whether a function is how objects of a class are asked for attributes."""
+    return function.__name__ in ("__getattribute__", "__getattr__")

@@ -36,6 +36,8 @@ SETS = (set, frozenset)
 MAPPINGS = (dict, types.MappingProxyType)
 CONTAINERS = (*SEQUENCES, *SETS, *MAPPINGS, types.SimpleNamespace, functools.partial)
 
+_METHODS_IN_C = (types.BuiltinMethodType, types.MethodWrapperType)
+
 MISSING = enum.Enum("MISSING", "MISSING").MISSING
 """Stands for an attribute that was asked for and is not there."""
 
@@ -123,6 +125,20 @@ class _SeenMethod(Seen):
 
 
 @dataclasses.dataclass(frozen=True)
+class _SeenMethodInC(Seen):
+    """A method of a container: ``value`` is its name."""
+
+    of: Seen
+
+    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+        return (
+            isinstance(value, _METHODS_IN_C)
+            and value.__name__ == self.value
+            and self.of.matches(value.__self__, owner)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class SeenBelow(Seen):
     """What a module saw whose graph became part of an owner's: ``value`` is its path."""
 
@@ -162,6 +178,8 @@ class Looks:
             if isinstance(of, nn.Module) and id(of) not in self._paths:
                 return _SeenMethod(value.__func__, None, weakref.ref(of))
             return _SeenMethod(value.__func__, self.of(of), None)
+        if is_method(value):
+            return _SeenMethodInC(value.__name__, self.of(value.__self__))
         if isinstance(value, np.ndarray):
             return _SeenArray(_of_array(value))
         read = self._attributes.get(id(value), {})
@@ -179,6 +197,13 @@ class Looks:
         )
         self._open.remove(id(value))
         return seen
+
+
+def is_method(value: Any) -> bool:
+    """Whether ``value`` is a method of an object or a container, whose contents it may read."""
+    return isinstance(value, types.MethodType) or (
+        isinstance(value, _METHODS_IN_C) and isinstance(value.__self__, CONTAINERS)
+    )
 
 
 def parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -32,7 +32,7 @@ _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 _SHARED = (
     contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array, weakref.ref,
-    bytearray, array.array, Executor, torch.Stream, torch.Event, torch.cuda.Stream,
+    bytearray, memoryview, array.array, Executor, torch.Stream, torch.Event, torch.cuda.Stream,
     torch.cuda.Event,
 )  # fmt: skip
 """Values that depend on the thread, on the context, on other processes, or that are mere memory."""
