@@ -14,8 +14,8 @@ from bnrewrite.errors import ExportError
 _BFLOAT16_OPSET = 22
 
 
-def check_model(model: object) -> nn.Module:
-    """``model``, if it is a module that can be traced.
+def check_model(model: object) -> None:
+    """Refuses what is no module that can be traced.
 
     Raises:
         TypeError: it is not an ``nn.Module``.
@@ -31,7 +31,6 @@ def check_model(model: object) -> nn.Module:
             f"model must be a torch.nn.Module, but it is {type(model).__name__}. "
             "Pass the module itself."
         )
-    return model
 
 
 def check_packages() -> None:

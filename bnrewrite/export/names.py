@@ -93,15 +93,13 @@ def name_inputs(model: ir.Model, names: Sequence[str]) -> None:
         rename(model.graph, value, name)
 
 
-def name_axes(model: ir.Model, names: Sequence[str], axes: Axes) -> dict[str, str]:
+def name_axes(model: ir.Model, names: Sequence[str], axes: Axes) -> None:
     """Names the dynamic axes as the user did, in every shape of the graph.
-
-    Returns:
-        The given name of each symbol of ``torch.export``.
 
     Raises:
         ExportError: one axis has two names, or an axis that was asked for is fixed.
     """
+    # The given name of each symbol of torch.export.
     found: dict[str, str] = {}
     for value, name, one in zip(model.graph.inputs, names, axes, strict=True):
         for axis, what in one.items():
@@ -132,7 +130,6 @@ def name_axes(model: ir.Model, names: Sequence[str], axes: Axes) -> dict[str, st
         for value in graph_values(model.graph):
             if value.shape is not None:
                 value.shape = ir.Shape([_renamed(size, pattern, found) for size in value.shape])
-    return found
 
 
 def _symbol(value: ir.Value, axis: int) -> str | None:

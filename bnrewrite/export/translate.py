@@ -68,7 +68,7 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
     return result
 
 
-def finish(model: ir.Model, opset: int) -> ir.Model:
+def finish(model: ir.Model, opset: int) -> None:
     """Sets the versions and refuses what is not in the standard domain.
 
     Raises:
@@ -89,7 +89,6 @@ def finish(model: ir.Model, opset: int) -> ir.Model:
     for domain in [domain for domain in model.opset_imports if domain]:
         del model.opset_imports[domain]
     model.ir_version = ir_version(opset)
-    return model
 
 
 def ir_version(opset: int) -> int:

@@ -187,7 +187,7 @@ class _ShuffleBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, running, plan):
         with below_autograd():
             own = run(MOMENTS, x)
-            peer, peers, everyone = _borrow(own, x, running[2], plan)
+            peer, peers, everyone = _borrow(own, running[2], plan)
             # Only the device knows whether the peer holds anything.
             alone = peer[:1] == 0
             used = torch.where(alone, _substitute(own, x, everyone, plan), peer)
@@ -222,7 +222,7 @@ class _ShuffleBatchNorm(torch.autograd.Function):
 
 
 def _borrow(
-    own: Tensor, x: Tensor, num_batches_tracked: Tensor | None, plan: _Plan
+    own: Tensor, num_batches_tracked: Tensor | None, plan: _Plan
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Packed sums of the peer; in a random schedule peer and borrower; if known, all ranks' sum."""
     if not plan.is_random and not plan.follow_group:

@@ -202,13 +202,13 @@ def _chain(target: OwnerGraph, site: fx.Node) -> _Chain | None:
             chain.reason = "its result is read in several places" if near else ""
             break
         user = users[0]
-        if not (_extend_by_sum(target, chain, last, user) or _extend_by_call(target, chain, user)):
+        if not (_extend_by_sum(chain, last, user) or _extend_by_call(target, chain, user)):
             break
     _drop_identities(chain)
     return chain if chain.gains or chain.reason else None
 
 
-def _extend_by_sum(target: OwnerGraph, chain: _Chain, last: fx.Node, user: fx.Node) -> bool:
+def _extend_by_sum(chain: _Chain, last: fx.Node, user: fx.Node) -> bool:
     """Takes an addition into the chain, or notes why not; whether ``user`` is one."""
     if not is_addition(user) or chain.residual is not None:
         return False

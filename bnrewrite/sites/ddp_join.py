@@ -119,7 +119,9 @@ class _Shadow:
     def _run_backward(self) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
-            self._guarded(lambda: torch.autograd.backward(outputs, list(map(_zeros, outputs))))
+            self._guarded(
+                lambda: torch.autograd.backward(outputs, [*map(torch.zeros_like, outputs)])
+            )
         self._leaves = {}
 
     def _guarded(self, run: Any) -> Any:
@@ -154,10 +156,6 @@ def _emptied(value: Any) -> Any:
 
 def _leaf(parameter: Tensor) -> Tensor:
     return parameter.detach().requires_grad_(parameter.requires_grad)
-
-
-def _zeros(output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
 
 
 def _reached(outputs: list[Tensor]) -> set[Any]:
