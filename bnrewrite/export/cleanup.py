@@ -11,6 +11,7 @@ import onnxscript
 import onnxscript.optimizer
 
 from bnrewrite.errors import ExportError
+from bnrewrite.export.names import graph_values
 from bnrewrite.export.splits import slice_dynamic_splits
 
 
@@ -50,14 +51,9 @@ def clean(model: ir.Model, named: set[str], *, fold_weights: bool = False) -> No
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
-    for holder in (model, model.graph, *model.graph, *_values(model.graph)):
+    for holder in (model, model.graph, *model.graph, *graph_values(model.graph)):
         holder.metadata_props.clear()
     _name_nodes(model.graph, named)
-
-
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    results = [value for node in graph for value in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *results]
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

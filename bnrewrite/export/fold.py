@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from bnrewrite.export.cleanup import constant
-from bnrewrite.export.names import rename
+from bnrewrite.export.names import rename, replace_output
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +156,6 @@ def _replace(
         bias_value.shape = ir.Shape(bias.shape)
     result, merged = node.outputs[0], layer.outputs[0]
     merged.shape = result.shape
-    for index, output in enumerate(graph.outputs):
-        if output is result:
-            graph.outputs[index] = merged
+    replace_output(graph, result, merged)
     result.replace_all_uses_with(merged)
     graph.remove(node, safe=True)

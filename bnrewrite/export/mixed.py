@@ -8,7 +8,7 @@ one type, and computes what PyTorch does.
 import onnx_ir as ir
 
 from bnrewrite.export.cleanup import constant
-from bnrewrite.export.names import rename
+from bnrewrite.export.names import rename, replace_output
 
 
 def widen_batch_norms(model: ir.Model, named: set[str]) -> None:
@@ -63,9 +63,7 @@ def _widen(graph: ir.Graph, node: ir.Node, source: ir.Value, wide: ir.DataType) 
     for user, index in result.uses():
         if user is not after:
             user.replace_input_with(index, narrowed)
-    for index, output in enumerate(graph.outputs):
-        if output is result:
-            graph.outputs[index] = narrowed
+    replace_output(graph, result, narrowed)
     result.type = ir.TensorType(wide)
     rename(graph, narrowed, name)
 

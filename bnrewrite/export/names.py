@@ -64,10 +64,15 @@ def _set_name(graph: ir.Graph, value: ir.Value, name: str) -> None:
 
 def graph_values(graph: ir.Graph) -> list[ir.Value]:
     """All values of a graph: inputs, initializers and the results of nodes."""
-    values = [*graph.inputs, *graph.initializers.values()]
-    for node in graph:
-        values.extend(node.outputs)
-    return values
+    results = (value for node in graph for value in node.outputs)
+    return [*graph.inputs, *graph.initializers.values(), *results]
+
+
+def replace_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Has the graph return ``new`` wherever it returns ``old``."""
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
 
 
 def name_outputs(model: ir.Model, names: Sequence[str]) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.tape as tape
 
+from bnrewrite.export.names import replace_output
+
 
 def slice_dynamic_splits(graph: ir.Graph) -> None:
     """Replaces pieces of a computed size by slices, in place.
@@ -55,8 +57,6 @@ def _slice(graph: ir.Graph, reader: ir.Node, source: ir.Value, size: ir.Value, a
     old = reader.outputs[0]
     piece.type, piece.shape = old.type, old.shape
     graph.insert_before(reader, list(made.nodes))
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = piece
+    replace_output(graph, old, piece)
     old.replace_all_uses_with(piece)
     graph.remove(reader, safe=True)
