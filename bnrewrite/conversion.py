@@ -9,7 +9,8 @@ from bnrewrite.capture.cache import Capture
 from bnrewrite.capture.candidates import mentions_batch_norm
 from bnrewrite.capture.model import Unanswered
 from bnrewrite.modes import ModeTable
-from bnrewrite.passes.base import ITSELF, PassReport, Skip
+from bnrewrite.naming import ITSELF
+from bnrewrite.passes.base import PassReport, Skip
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import is_site, site_state

@@ -33,8 +33,9 @@ from bnrewrite.errors import BnRewriteError, CaptureError, UnsupportedBatchNorm
 from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.modes import Frozen, ModeTable
+from bnrewrite.naming import ITSELF
 from bnrewrite.passes import optimising_names
-from bnrewrite.passes.base import ITSELF, UNMATCHED, PassReport, Skip, with_attribute_nodes
+from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site

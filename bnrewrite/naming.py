@@ -1,7 +1,10 @@
-"""Which sites tensors belong to, for errors raised where only tensors are known."""
+"""What messages call sites, also where only their tensors are known."""
 
 import weakref
 from typing import Any
+
+ITSELF = "the model itself"
+"""How messages call the module that has no name, since all names are below it."""
 
 _sites: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
@@ -13,11 +16,7 @@ def remember(module: object, name: str) -> None:
 
 def sites_of(tensors: tuple[object, ...]) -> str:
     """Names of the sites that hold any of ``tensors``."""
-    names = [
-        name or "the model itself"
-        for module, name in list(_sites.items())
-        if holds(module, tensors)
-    ]
+    names = [name or ITSELF for module, name in list(_sites.items()) if holds(module, tensors)]
     return ", ".join(dict.fromkeys(names)) or "a BatchNorm site"
 
 

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from bnrewrite.naming import ITSELF
 from bnrewrite.report import PassSummary, Report, SiteReport, short
 from bnrewrite.steps import Round
 
@@ -133,7 +134,7 @@ def _cards(report: Report) -> str:
 def _owner_name(site: SiteReport) -> str:
     if site.owner is None:
         return "none: the layer evaluates itself"
-    return site.owner or "the model itself"
+    return site.owner or ITSELF
 
 
 def _rounds(report: Report) -> str:
@@ -161,7 +162,7 @@ def _chip(site: SiteReport, one: Round) -> str:
     title = f"{site.name}: {site.mode}, graph of {_owner_name(site)} {short(site.where)}"
     return (
         f'<div class="site {escape(site.mode)}{floor}" title="{escape(title)}">'
-        f"{escape(site.name or 'the model itself')}<span>{escape(below)}</span></div>"
+        f"{escape(site.name or ITSELF)}<span>{escape(below)}</span></div>"
     )
 
 
@@ -172,7 +173,7 @@ def _reasons(one: PassSummary) -> str:
 def _owners(report: Report) -> str:
     rows: list[tuple[object, ...]] = [
         (
-            owner.name or "the model itself",
+            owner.name or ITSELF,
             "one each" if owner.differs else "one for both",
             ", ".join(owner.inlined),
         )

@@ -8,7 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.capture.owner import owner_state
 from bnrewrite.conversion import Conversion, conversion_of
-from bnrewrite.passes.base import ITSELF, PassReport, Rewrite, Skip, joined
+from bnrewrite.naming import ITSELF
+from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
 from bnrewrite.sites.floor import is_site, site_state
 
 

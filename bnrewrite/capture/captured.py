@@ -19,6 +19,7 @@ from bnrewrite.capture.seen import same
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Frozen, Mode
+from bnrewrite.naming import ITSELF
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.sites.classes import below
@@ -265,7 +266,7 @@ def warn_of_functions(key: str, name: str, group: str) -> None:
     ]
     if lost:
         warnings.warn(
-            f"{name or 'the model itself'} runs its own forward, since its graph does not stand "
+            f"{name or ITSELF} runs its own forward, since its graph does not stand "
             "for a call like this one. Where that calls torch.nn.functional.batch_norm "
             f"({', '.join(str(site.where) for site in lost)}), torch evaluates it, as if it were "
             "not converted: with local statistics in training. Use a BatchNorm module there, or "

@@ -16,7 +16,7 @@ from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
-from bnrewrite.naming import holds, keeps_none
+from bnrewrite.naming import ITSELF, holds, keeps_none
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import (
@@ -74,7 +74,7 @@ class OwnerState:
 
         ``left``: it runs its own forward, although there is a graph for the call.
         """
-        name = f"the graph of {self.recipe.name or 'the model itself'}"
+        name = f"the graph of {self.recipe.name or ITSELF}"
         order = (_LEFT_ALONE,) if left else self.train.order()
         lines = [(EVERY_GROUP if training else NO_GROUP, (name, "; ".join(order)))]
         if is_site:
@@ -236,7 +236,7 @@ class OwnerForward(Converted):
                 name = module._bnrewrite_owner.recipe.name
                 kind = original_class(child).__name__
                 warnings.warn(
-                    f"{name or 'the model itself'} ({original_class(module).__name__}) runs its "
+                    f"{name or ITSELF} ({original_class(module).__name__}) runs its "
                     "own forward, since its graph does not stand for a call like this one, and "
                     f"asks for the class of {joined(name, path) or 'itself'} ({place}). Conversion "
                     f"has made that a subclass of {kind}, so that the forward may compute "

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
 
 from bnrewrite.errors import ExportError
+from bnrewrite.naming import ITSELF
 
 _BFLOAT16_OPSET = 22
 
@@ -75,7 +76,7 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
             )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            _check_batch_norm(name or "the model itself", module)
+            _check_batch_norm(name or ITSELF, module)
 
 
 def _sharded(name: str) -> str:

@@ -20,6 +20,7 @@ from bnrewrite.export.batch_statistics import lower_batch_statistics
 from bnrewrite.export.dynamic import Axes, torch_shapes
 from bnrewrite.export.evaluate import output_leaves
 from bnrewrite.export.quiet import quiet, quiet_stderr
+from bnrewrite.naming import ITSELF
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _site(node: fx.Node) -> str:
     """The module whose forward made the call, and the line."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     name = str(stack[-1][0]).removeprefix(PREFIX) if stack else ""
-    name = "the model itself" if name in ("", "model") else name
+    name = ITSELF if name in ("", "model") else name
     frames = [line.strip() for line in (node.stack_trace or "").splitlines()]
     files = [line for line in frames if line.startswith('File "') and "/torch/nn/" not in line]
     if not files:

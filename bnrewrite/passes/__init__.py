@@ -7,7 +7,8 @@ results are the same with any subset of them.
 import logging
 import time
 
-from bnrewrite.passes.base import ITSELF, OwnerGraph, Pass, PassReport
+from bnrewrite.naming import ITSELF
+from bnrewrite.passes.base import OwnerGraph, Pass, PassReport
 from bnrewrite.passes.fuse_epilogue import fuse_epilogue
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.overlap_backward import overlap_backward

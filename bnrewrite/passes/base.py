@@ -12,9 +12,6 @@ from bnrewrite.modes import Mode, ModeTable
 UNMATCHED = "no pattern of mode matches it"
 """Reason of a skip that the user asked for."""
 
-ITSELF = "the model itself"
-"""What a skip calls the module that has no name, since all names are below it."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Skip:

@@ -18,10 +18,10 @@ from torch import fx
 
 from bnrewrite.groups import NO_GROUP, active_group, place_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, skips_nonfinite
+from bnrewrite.naming import ITSELF
 from bnrewrite.ops.batch_norm import BATCH_NORM
 from bnrewrite.ops.shuffle_batch_norm import SHUFFLE_BATCH_NORM
 from bnrewrite.passes.base import (
-    ITSELF,
     UNMATCHED,
     Attribute,
     OwnerGraph,

@@ -16,7 +16,7 @@ from bnrewrite.differences import Line
 from bnrewrite.errors import GroupError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP, active_group, find_group, name_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
-from bnrewrite.naming import remember
+from bnrewrite.naming import ITSELF, remember
 from bnrewrite.sites.classes import (
     Converted,
     change_class,
@@ -58,7 +58,7 @@ class SiteState:
 
     def named(self, error: UnsupportedBatchNorm) -> UnsupportedBatchNorm:
         """The error with the name of this site in front."""
-        return UnsupportedBatchNorm(f"{self.name or 'the model itself'}: {error}")
+        return UnsupportedBatchNorm(f"{self.name or ITSELF}: {error}")
 
 
 SITE_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -97,7 +97,7 @@ class SiteForward(Converted):
         """What the ranks of a group must have in common about this site."""
         module: Any = self
         state = self._bnrewrite_site
-        name = state.name or "the model itself"
+        name = state.name or ITSELF
         if state.by_itself:
             return [(NO_GROUP, (name, "its own forward, which communicates nothing"))]
         if state.group == NO_GROUP:
@@ -272,7 +272,7 @@ def revert_site(module: nn.Module) -> None:
         module.__dict__["process_group"] = find_group(state.sync_group)
     except GroupError:
         warnings.warn(
-            f"{state.name or 'the model itself'}: the process group {state.sync_group!r} that the "
+            f"{state.name or ITSELF}: the process group {state.sync_group!r} that the "
             f"{type(module).__name__} was made with does not exist in this process any more. Its "
             "process_group is now None, the default group.",
             stacklevel=4,
