@@ -3,6 +3,7 @@
 import dataclasses
 import keyword
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
@@ -158,6 +159,10 @@ class OwnerGraph:
     def qualified(self, path: str) -> str:
         """The qualified name of the module at ``path`` below the owner."""
         return joined(self.name, path)
+
+    def keeps(self, path: str) -> bool:
+        """Whether the user wants the module at ``path`` below the owner to stay a call."""
+        return any(fnmatchcase(self.qualified(path), pattern) for pattern in self.keep)
 
 
 def joined(*names: str) -> str:

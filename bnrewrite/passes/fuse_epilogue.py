@@ -11,7 +11,6 @@ together without anybody noticing.
 
 import dataclasses
 import operator
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx
@@ -252,7 +251,7 @@ def _extend_by_call(target: OwnerGraph, chain: _Chain, user: fx.Node) -> bool:
 
 def _kept(target: OwnerGraph, path: str) -> str:
     """Why the module at ``path`` must stay a call; "" if it need not."""
-    if any(fnmatchcase(target.qualified(path), pattern) for pattern in target.keep):
+    if target.keeps(path):
         return "what follows it is to be kept"
     if has_hooks(target.owner.get_submodule(path)):
         return "what follows it has hooks, which only a call runs"

@@ -7,8 +7,6 @@ communicates is independent of it. What is inlined stays a module; the graph is 
 original forward when it gets hooks, another class, or whatever else the trace did not see.
 """
 
-from fnmatch import fnmatchcase
-
 from torch import fx, nn
 
 from bnrewrite.modes import Sync
@@ -84,8 +82,7 @@ def _subtree(target: OwnerGraph, path: str) -> set[str]:
 def _kept(target: OwnerGraph, path: str) -> str:
     """Why the child at ``path`` must stay a call; "" if it need not."""
     module = below(target.owner, path)
-    name = target.qualified(path)
-    if any(fnmatchcase(name, pattern) for pattern in target.keep):
+    if target.keeps(path):
         return "it is to be kept"
     if has_hooks(module):
         return "it has hooks, which only a call runs"
