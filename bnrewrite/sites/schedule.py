@@ -83,9 +83,10 @@ class Schedule:
         self._members: list[weakref.ref[Any]] = []
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
-        self._agreed: tuple[Callable[[], object], list[Flags]] | None = None
+        # Flags with which all ranks agreed, and the default group then.
+        self._agreed: tuple[Callable[[], object], list[Flags]] = (_alone, [])
         # Flags with which gradients of evaluations were asked for, and the default group then.
-        self._evaluated: tuple[Callable[[], object], list[list[bool]]] = (_alone, [])
+        self._evaluated: tuple[Callable[[], object], list[list[Flags]]] = (_alone, [])
         # The DDP instance that was running then.
         self._told: Callable[[], object] = _alone
         _living[self.key] = self
@@ -179,8 +180,8 @@ class Schedule:
         members = self.members()
         flags = _flags(members)
         if world is not None and (by_hand or check_enabled()):
-            agreed = self._agreed is not None and self._agreed[0]() is world
-            agreed = agreed and self._agreed is not None and self._agreed[1] == flags
+            group, known = self._agreed
+            agreed = group() is world and known == flags
             if by_hand or not agreed or self.ddp_buffers.loaded():
                 # Every group is asked, whatever the others answered.
                 answers = [
