@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import (
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling
+from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.library import below_autograd
 from bnrewrite.torch_versions import run_checkpointed
 
@@ -148,7 +149,7 @@ def _may_be_checkpointed() -> bool:
     """
     return (
         not torch.is_grad_enabled()
-        or torch._C._current_graph_task_id() != -1
+        or recomputes()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
 

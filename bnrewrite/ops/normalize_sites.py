@@ -273,9 +273,7 @@ def _communicate(ctx, sums, ones, between):
     sizes = [one.numel() for one in sums]
     if between is not None and not is_ordered_by_compiler():
         if is_awaited(ctx, between):
-            pending = start_all_reduce_sum(
-                join(sums), ctx.call.group, ctx.call.named, is_last_use=True
-            )
+            pending = start_all_reduce_sum(join(sums), group, named, is_last_use=True)
             saved = [tensor for one in ones if one is not None for tensor in one.saved]
             between.leave((pending, sizes, ones), saved)
         return [None] * len(ones)

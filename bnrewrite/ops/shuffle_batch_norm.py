@@ -21,6 +21,7 @@ from bnrewrite.collectives import all_gather, receive_from, send_around
 from bnrewrite.errors import BnRewriteError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling, runs_in_python
+from bnrewrite.kernels.statistics import recomputes
 from bnrewrite.ops.batch_norm import BATCH_NORM, unknown_to_torch
 from bnrewrite.ops.library import (
     LIBRARY,
@@ -171,7 +172,7 @@ SHUFFLE_BATCH_NORM = torch.ops.bnrewrite.shuffle_batch_norm.default
 def _recomputes() -> bool:
     """Whether this forward is recomputed in backward, or traced to be."""
     return (
-        torch._C._current_graph_task_id() != -1
+        recomputes()
         or "recompute" in get_current_meta()
         or any(
             isinstance(mode, _CachingTorchDispatchMode)
