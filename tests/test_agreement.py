@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import register_parametrization
 
 import bnrewrite
-from bnrewrite import agreement
+from bnrewrite import agreement, watch
 from bnrewrite.sites import schedule
 from bnrewrite.sites.schedule import schedule_of
 from tests.models import Functional, ResidualNet
@@ -26,6 +26,10 @@ from tests.ranks import RankPool
 
 SECONDS = 20.0
 """Longest time to an error on a busy machine. The time-out of the group is a minute."""
+
+SOON_S = 0.2
+"""When a rank that waits looks what the others do, in tests that are not about how long it takes:
+after twice as long, and a second."""
 
 
 def _net() -> nn.Module:
@@ -251,7 +255,11 @@ def _change_later(rank: int, world_size: int, change: str, mode: Any) -> tuple[O
         _step(model)
     if rank == 1:
         model.get_submodule({"one": "layer1.bn2", "several": "layer2", "all": ""}[change]).eval()
-    failed = _outcome(_step, model)
+    with pytest.MonkeyPatch.context() as patch:
+        if change != "one":
+            # One change waits as long as users do.
+            patch.setattr(watch, "_SUSPICIOUS_S", SOON_S)
+        failed = _outcome(_step, model)
     model.train()
     # The all-reduce in which rank 0 waited has no partner, so this world is spent.
     return failed, _outcome(bnrewrite.check, model)
@@ -281,9 +289,11 @@ def _evaluate_alone(rank: int, world_size: int) -> list[float]:
         model.eval()
         for _ in range(6):
             model(_x())
-            time.sleep(1.0)
+            time.sleep(2 * SOON_S)
         model.train()
-    _step(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "_SUSPICIOUS_S", SOON_S)
+        _step(model)
     return [time.monotonic() - start]
 
 

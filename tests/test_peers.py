@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import bnrewrite
+from bnrewrite.sites import schedule
 from bnrewrite.sites.floor import is_site, site_state
 from tests.models import ResidualNet
 from tests.ranks import CountCollectives, RankPool
@@ -146,8 +147,10 @@ def _in_training_only(rank: int, world_size: int) -> list[int]:
     model = bnrewrite.convert(ResidualNet())
     model(torch.randn(2, 3, 8, 8))
     model.eval()
-    with CountCollectives() as seen:
-        # Of one rank alone: with a collective in it this would wait for the other.
+    # Of one rank alone: with a collective in it this would wait for the other.
+    with CountCollectives() as seen, pytest.MonkeyPatch.context() as patch:
+        # It asks the other one, which does not answer.
+        patch.setattr(schedule, "_PATIENCE_IN_BACKWARD_S", 0.5)
         if rank == 0:
             model(torch.randn(2, 3, 8, 8)).sum().backward()
     evaluated = len(seen.seen)
