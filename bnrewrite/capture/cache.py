@@ -72,18 +72,20 @@ class Capture:
     recipe: Recipe | None = None
 
     @property
-    def asked(self) -> dict[str, str]:
-        """Modules whose classes the forward may compare, by path, with file and line."""
+    def _read(self) -> list[Assumptions]:
+        """What the traces had read."""
         graphs = [one for one in (self.eval, self.train) if one is not None]
         read = [form.assumptions for one in graphs for form in one.forms]
-        read += [self.assumptions] if self.assumptions is not None else []
-        return {path: place for one in read for path, place in one.asked.items()}
+        return read if self.assumptions is None else [*read, self.assumptions]
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Modules whose classes the forward may compare, by path, with file and line."""
+        return {path: place for one in self._read for path, place in one.asked.items()}
 
     def serves(self, module: nn.Module) -> bool:
         """Whether capturing ``module``, of the same structure, would come out the same."""
-        graphs = [one for one in (self.train, self.eval) if one is not None]
-        read = [form.assumptions for one in graphs for form in one.forms]
-        read += [self.assumptions] if self.assumptions is not None else []
+        read = self._read
         return bool(read) and all(one.hold_for_another(module) for one in read)
 
 
