@@ -62,9 +62,7 @@ def settled(conversion: Conversion) -> set[str]:
 def note_reports(captured: Capture, conversion: Conversion) -> None:
     """Notes what the passes did with one graph."""
     for pass_name, report in captured.reports.items():
-        total = conversion.reports.setdefault(pass_name, PassReport())
-        total.rewritten.extend(report.rewritten)
-        total.skipped.extend(report.skipped)
+        conversion.reports.setdefault(pass_name, PassReport()).add(report)
         # What an optimising pass leaves is distributed all the same.
         if pass_name == replace_batch_norm.__name__:
             conversion.skipped.extend(report.skipped)

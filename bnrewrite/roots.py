@@ -42,9 +42,7 @@ class Roots:
         total: dict[str, PassReport] = {}
         for conversion in self.conversions.values():
             for name, one in conversion.reports.items():
-                found = total.setdefault(name, PassReport())
-                found.rewritten.extend(one.rewritten)
-                found.skipped.extend(one.skipped)
+                total.setdefault(name, PassReport()).add(one)
         return total
 
 

@@ -91,6 +91,11 @@ class PassReport:
     rewritten: list[Rewrite] = dataclasses.field(default_factory=list)
     skipped: list[Skip] = dataclasses.field(default_factory=list)
 
+    def add(self, other: "PassReport") -> None:
+        """Adds what the pass did in other graphs."""
+        self.rewritten.extend(other.rewritten)
+        self.skipped.extend(other.skipped)
+
     def renamed(self, owner: str, name_of: Callable[[str, str | None, str], str]) -> "PassReport":
         """The same report about another owner with the same graph.
 
