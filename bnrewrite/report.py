@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnrewrite.groups import world_size
-from bnrewrite.passes.base import ITSELF, PassReport, Rewrite, Skip, joined
+from bnrewrite.naming import ITSELF
+from bnrewrite.passes.base import PassReport, Rewrite, Skip, joined
 from bnrewrite.passes.effects import is_known_leaf
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.roots import Roots, roots_of
