@@ -1,8 +1,8 @@
-"""Distributed BatchNorm for PyTorch by rewriting graphs.
+"""Distributed BatchNorm for PyTorch, by graph rewriting.
 
-``convert`` makes the BatchNorm of a model distributed, ``report`` says what was rewritten,
-``revert`` undoes it, ``check`` compares the ranks, ``graphs`` shows the rewritten graphs,
-``export_onnx`` writes the eval graph.
+``convert`` makes the BatchNorm layers of a model distributed, ``report`` says what it rewrote,
+``revert`` undoes it, ``check`` compares the ranks, ``graphs`` returns the rewritten graphs,
+``export_onnx`` writes the eval graph, and ``shuffle_batch`` permutes samples across ranks.
 """
 
 from bnrewrite.check import check

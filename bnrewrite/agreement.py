@@ -36,7 +36,7 @@ _GRACE_S = 1.5
 _SAME_AFTER_LOAD = ["loaded"]
 """Verdict of a round in which the ranks agree and some have loaded; else it names who differs."""
 
-_LOADED = "This rank has loaded a state_dict since its last step; let all ranks do so. "
+_LOADED = "This rank has loaded a state_dict since its last step; load on all ranks. "
 
 _CANNOT_TAKE_OVER: Line = (
     "the state",
@@ -203,8 +203,8 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
         return _settle(place, view, patience_s, by_hand=by_hand)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise PeerError(
-            f"the store of {place} does not answer, so the ranks cannot agree "
-            f"on what they communicate; the rank that holds it may have died: {error}"
+            f"the store of {place} does not answer, so the ranks cannot compare "
+            f"what they communicate; the rank that hosts the store may have died: {error}"
         ) from error
 
 
@@ -288,9 +288,9 @@ def _settle(place: _Group, view: View, patience_s: float | None, *, by_hand: boo
         return False
     who = f"rank(s) {sorted(missing)}" if missing else "some ranks"
     raise PeerError(
-        f"{who} of {place} did not come to the agreement about the BatchNorm collectives within "
+        f"{who} of {place} did not join the comparison of BatchNorm collectives within "
         f"{wait_s:.0f} s: they died, stalled, or run something else. "
-        f"{_LOADED if view.loaded else ''}Next here: {first_site(view.lines)}."
+        f"{_LOADED if view.loaded else ''}Next on this rank: {first_site(view.lines)}."
     )
 
 
@@ -309,8 +309,8 @@ def _conclude(place: _Group) -> bool:
     texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict)}
     place.round += 1
     raise ScheduleError(
-        f"the ranks of {place} are about to communicate different things, and would wait for each "
-        f"other for ever. {difference(texts)} Give all ranks the same model, conversion, flags "
+        f"the ranks of {place} are about to run different collectives and would wait for each "
+        f"other forever. {difference(texts)} Give all ranks the same model, conversion, flags "
         "and version of bnrewrite; bnrewrite.check(model) compares them."
     )
 

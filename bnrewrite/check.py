@@ -1,4 +1,4 @@
-"""``check``: whether all ranks are about to communicate the same."""
+"""``check``: whether all ranks are about to run the same collectives."""
 
 from torch import nn
 
@@ -7,21 +7,22 @@ from bnrewrite.sites.schedule import schedule_of
 
 
 def check(model: nn.Module) -> None:
-    """Compares what ``model`` is about to communicate on all ranks, and raises if they differ.
+    """Compares what ``model`` will communicate on each rank, and raises if ranks differ.
 
-    Every rank of every group that the model communicates in must call it. Training does the same
-    by itself before the first collective, and again when flags have changed, unless the environment
-    says ``BNREWRITE_CHECK=0``. Without a process group, or with one rank, there is nothing to
-    compare.
+    Every rank of every group that the model communicates in must call it. Training makes the same
+    comparison before the first collective, and again when flags have changed, unless the
+    environment sets ``BNREWRITE_CHECK=0``. Without a process group, or with one rank, there is
+    nothing to compare.
 
     Args:
         model: a module that ``convert`` returned, or one that contains it.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` is not converted, on no rank.
-        ScheduleError: the ranks differ; it names the first site that does, and both views.
-        PeerError: a rank did not answer within the time-out of the group.
+        ValueError: ``model`` is not converted on any rank.
+        ScheduleError: the ranks differ; the message names the first site that differs and what two
+            of the ranks say about it.
+        PeerError: a rank did not answer within the timeout of the group.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {type(model).__name__}.")

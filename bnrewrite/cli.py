@@ -1,7 +1,7 @@
 """The command line: ``python -m bnrewrite demo | report | export | env``.
 
-A wrong argument is one line on standard error and exit code 2; a failure is exit code 1; an
-interrupt is exit code 130, and a reader that leaves (``| head``) 141, as for other programs.
+A wrong argument prints one line on standard error and exits with code 2. Other exit codes: 1 for a
+failure, 130 for an interrupt, and 141 for a closed pipe (``| head``), as in other programs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import bnrewrite
-from bnrewrite.commandline import CommandError, load_model
+from bnrewrite.commandline import MODEL_HELP, CommandError, load_model
 from bnrewrite.report_page import to_html
 
 Command = Callable[[argparse.Namespace], int]
@@ -55,25 +55,27 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     """The parser of all subcommands, and what runs each of them."""
     parser = _Parser(
         prog="bnrewrite",
-        description="Distributed BatchNorm for PyTorch by rewriting graphs.",
+        description="Distributed BatchNorm for PyTorch, by graph rewriting.",
     )
     parser.add_argument("--version", action="version", version=bnrewrite.__version__)
     add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
     commands: dict[str, Command] = {"report": _report, "env": _env}
     for name, module, summary in (
-        ("demo", "bnrewrite.demo.command", "train, compile and export on two local ranks"),
+        ("demo", "bnrewrite.demo.command", "train, compile and export on local ranks"),
         ("export", "bnrewrite.export.command", "write the eval graph of a model as ONNX"),
     ):
         command = importlib.import_module(module)
         command.add_arguments(add(name, help=summary, description=summary))
         commands[name] = command.run
-    report = add("report", help="what convert() does to a model, and what it leaves")
-    report.add_argument("model", metavar="MODULE:FACTORY", help="called without arguments")
-    report.add_argument("--mode", default="sync", help="mode of all sites (default %(default)s)")
-    report.add_argument("--sites", action="store_true", help="add a line for each site")
+    summary = "show what convert() rewrites in a model, and what it leaves"
+    report = add("report", help=summary, description=summary)
+    report.add_argument("model", metavar="MODULE:FACTORY", help=MODEL_HELP)
+    report.add_argument("--mode", default="sync", help="mode of all sites (default: %(default)s)")
+    report.add_argument("--sites", action="store_true", help="add one line per site")
     report.add_argument("--json", action="store_true", help="print JSON instead of text")
-    report.add_argument("--html", metavar="FILE", help="write one self-contained page too")
-    env = add("env", help="versions, devices and a self-check, for bug reports")
+    report.add_argument("--html", metavar="FILE", help="also write a self-contained HTML page")
+    summary = "print versions, devices and a self-check, for bug reports"
+    env = add("env", help=summary, description=summary)
     env.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser, commands
 

@@ -1,16 +1,18 @@
-"""What the subcommands share: their error, and how a model is named on the command line."""
+"""What the subcommands share: their error, and how the command line names a model."""
 
 import importlib
 import sys
 
 from torch import nn
 
+MODEL_HELP = "model, or function or class that returns it when called without arguments"
+
 
 class CommandError(Exception):
-    """A subcommand cannot do what it was asked for; its message is one line.
+    """A subcommand cannot do what it was asked to do; the message is one line.
 
     Attributes:
-        code: exit code, 2 for what the user can correct on the command line.
+        code: exit code; 2 for what the user can correct on the command line.
     """
 
     def __init__(self, message: str, code: int = 2) -> None:
@@ -19,9 +21,9 @@ class CommandError(Exception):
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model that ``MODULE:FACTORY`` is, or makes when it is called without arguments.
+    """Returns the model that ``MODULE:FACTORY`` names, or makes when called without arguments.
 
-    Modules are searched in the current folder first, as ``python -m`` does.
+    The current folder is searched for the module first, as with ``python -m``.
 
     Raises:
         CommandError: the text has another form, or the module, the factory or the model fails.
@@ -29,7 +31,7 @@ def load_model(spec: str) -> nn.Module:
     module_name, colon, path = spec.partition(":")
     if not (module_name and colon and path):
         raise CommandError(
-            f"{spec!r} is not of the form MODULE:FACTORY, e.g. torchvision.models:resnet50"
+            f"{spec!r} does not have the form MODULE:FACTORY, e.g. torchvision.models:resnet50"
         )
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -39,18 +41,18 @@ def load_model(spec: str) -> nn.Module:
         raise CommandError(f"cannot import {module_name}: {_one_line(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
-            raise CommandError(f"{spec}: there is no {name!r} in {module_name}")
+            raise CommandError(f"{spec}: {module_name} has no {name!r}")
         found = getattr(found, name)
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise CommandError(f"{spec} is no function or class, but {type(found).__name__}")
+        raise CommandError(f"{spec} is not a function or class, but {type(found).__name__}")
     try:
         model = found()
     except Exception as error:
-        raise CommandError(f"calling {spec} without arguments: {_one_line(error)}") from error
+        raise CommandError(f"{spec} called without arguments: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{spec}() is no torch.nn.Module, but {type(model).__name__}")
+        raise CommandError(f"{spec}() is not a torch.nn.Module, but {type(model).__name__}")
     return model
 
 

@@ -3,15 +3,15 @@
     torch.compile(model, backend="bnrewrite")               Inductor
     torch.compile(model, backend="bnrewrite_aot_eager")     no code generation, for debugging
 
-In the backward graph the all-reduce of a site stands between the input gradient of the next
-convolution and everything before it; the *weight* gradient of that convolution needs neither. Both
-halves are one node, ``convolution_backward``: it is split, and the graph put into an order in which
-collectives are launched as early and waited for as late as possible, with weight gradients and
-whatever else is ready in between. Every node computes what it computed before, so gradients are the
-same bits.
+In the backward graph, the all-reduce of a site stands between the input gradient of the next
+convolution and everything before it. The *weight* gradient of that convolution depends on neither.
+Both gradients come from one node, ``convolution_backward``. The pass splits it, then reorders the
+graph: it launches collectives as early as possible, waits for them as late as possible, and runs
+weight gradients and whatever else is ready in between. Every node computes what it computed before,
+so gradients are bit-identical.
 
-The passes run on the graphs of AOTAutograd, through ``post_grad_custom_post_pass`` of Inductor and
-the compilers of ``aot_eager``. The names are entry points: nothing is to be imported.
+The passes run on the graphs of AOTAutograd, through Inductor's ``post_grad_custom_post_pass`` and
+the compilers of ``aot_eager``. The names are entry points, so nothing needs to be imported.
 """
 
 import operator
@@ -31,8 +31,8 @@ _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 class HideCollectives(CustomGraphPass):
     """Splits and schedules one graph of AOTAutograd; graphs without collectives stay as they are.
 
-    It is what ``torch._inductor.config.post_grad_custom_post_pass`` takes, where a backend of
-    another name is wanted.
+    To use it with another backend name, set it as
+    ``torch._inductor.config.post_grad_custom_post_pass``.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -49,7 +49,7 @@ class HideCollectives(CustomGraphPass):
 
 
 def split_convolution_backward(graph: fx.Graph) -> None:
-    """Makes two nodes of each ``convolution_backward``: input gradient, and weight and bias."""
+    """Splits each ``convolution_backward`` in two: gradients of the input, of weight and bias."""
     for node in list(graph.find_nodes(op="call_function", target=_CONVOLUTION_BACKWARD)):
         *others, (for_input, for_weight, for_bias) = node.args
         if not for_input or not (for_weight or for_bias):
@@ -130,7 +130,7 @@ def inductor(
 ) -> Any:
     """The backend ``bnrewrite``: Inductor with :class:`HideCollectives`.
 
-    ``mode`` and ``options`` are Inductor's own, and what it refuses is refused.
+    ``mode`` and ``options`` are those of Inductor, with the same restrictions.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -140,8 +140,8 @@ def inductor(
     present = wanted.get(_POST_PASS, config.post_grad_custom_post_pass)
     if present is not None and not isinstance(present, HideCollectives):
         raise ValueError(
-            f"torch._inductor.config.{_POST_PASS} is taken already, by {present!r}. Let it call "
-            "bnrewrite.compiler.HideCollectives(), and compile with backend='inductor'."
+            f"torch._inductor.config.{_POST_PASS} is already set, to {present!r}. Call "
+            "bnrewrite.compiler.HideCollectives() in it, and compile with backend='inductor'."
         )
     # It would put waits where they free memory soonest.
     patches = {"reorder_for_peak_memory": False, **wanted, _POST_PASS: HideCollectives()}
@@ -155,13 +155,13 @@ def aot_eager(graph: fx.GraphModule, example_inputs: Sequence[Any], **wanted: An
     """The backend ``bnrewrite_aot_eager``: the scheduled graphs of AOTAutograd, run as they are.
 
     Raises:
-        TypeError: a mode or options are given, which only Inductor has.
+        TypeError: a mode or options are given; only Inductor has those.
     """
     if wanted:
         said = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
         raise TypeError(
-            f"backend 'bnrewrite_aot_eager' generates no code and takes no {said}. Leave it out, "
-            "or compile with backend='bnrewrite'."
+            f"backend 'bnrewrite_aot_eager' generates no code and does not accept {said}. Remove "
+            "it, or compile with backend='bnrewrite'."
         )
     from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 

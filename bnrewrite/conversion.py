@@ -16,8 +16,8 @@ from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import is_site, site_state
 
 OWN_STATISTICS = (
-    "evaluates itself and is not distributed: its forward computes its own statistics, without "
-    "torch's BatchNorm"
+    "is left alone and not distributed: its forward computes its own statistics, without torch's "
+    "BatchNorm"
 )
 
 CONVERSION = "_bnrewrite_conversion"
@@ -31,7 +31,7 @@ class Conversion:
         modes: which mode each site gets.
         group: name of the process group of communicating sites.
         keep: patterns of modules that stay callable units.
-        passes: names of the optimising passes that ran.
+        passes: names of the optimizing passes that ran.
         reports: what each pass did, over all owners, by pass name.
         sites: names of the BatchNorm modules that were converted.
         skipped: what was left as it was, with the reasons.
@@ -63,7 +63,7 @@ def note_reports(captured: Capture, conversion: Conversion) -> None:
     """Notes what the passes did with one graph."""
     for pass_name, report in captured.reports.items():
         conversion.reports.setdefault(pass_name, PassReport()).add(report)
-        # What an optimising pass leaves is distributed all the same.
+        # What an optimizing pass leaves is distributed all the same.
         if pass_name == replace_batch_norm.__name__:
             conversion.skipped.extend(report.skipped)
 
@@ -84,8 +84,8 @@ def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion
     if not is_site(module) and mentions_batch_norm(module):
         warnings.warn(
             f"{name or ITSELF} ({type(module).__name__}) {captured.refused}, and "
-            "its class mentions batch_norm: if its forward calls "
-            "torch.nn.functional.batch_norm on activations, that call keeps local statistics. "
+            "its class mentions batch_norm. If its forward calls "
+            "torch.nn.functional.batch_norm on activations, that call uses local statistics. "
             "Use a BatchNorm module there, or make the forward traceable.",
             stacklevel=4,
         )
@@ -95,7 +95,7 @@ def note_unanswered(question: Unanswered, conversion: Conversion) -> None:
     """Notes that a forward asks for a class that conversion changed, and runs as it is."""
     reason = (
         f"asks for the class of {question.child}, a {question.cls.__name__}, which conversion "
-        f"changes, and has no graph to give the answer from before: it {question.reason}"
+        f"changes, and has no graph to give the original answer: it {question.reason}"
     )
     conversion.skipped.append(Skip(question.name or ITSELF, reason, question.where))
     conversion.unanswered.append(question)
@@ -107,8 +107,8 @@ def warn_unanswered(conversion: Conversion) -> None:
         kind = question.cls.__name__
         warnings.warn(
             f"{question.name or ITSELF} asks for the class of {question.child} "
-            f"({question.where}). Conversion has made that a subclass of {kind}, and no graph can "
-            f"give the answer from before, since the forward {question.reason}: it may compute "
-            f"something else now. Ask isinstance(..., {kind}) there, or for the name of the class.",
+            f"({question.where}). Conversion made that a subclass of {kind}, and no graph can "
+            f"give the original answer, because the forward {question.reason}. Its results may "
+            f"change. Use isinstance(..., {kind}) there, or compare the name of the class.",
             stacklevel=3,
         )

@@ -57,44 +57,44 @@ def convert(
     passes: tuple[str, ...] | list[str] | None = None,
     strict: bool = False,
 ) -> M:
-    """Makes the BatchNorm of ``model`` distributed, in place, and returns the same object.
+    """Makes the BatchNorm layers of ``model`` distributed, in place, and returns the same object.
 
     Module objects, parameters, buffers, ``state_dict`` keys, hooks, attributes and ``isinstance``
-    results stay. Call it before ``DistributedDataParallel``, ``fully_shard`` and ``torch.compile``;
-    a process group is needed only when training starts. Converting twice changes nothing more;
-    another mode replaces the first.
+    results stay the same. Call it before ``DistributedDataParallel``, ``fully_shard`` and
+    ``torch.compile``. A process group is needed only when training starts. Converting again with
+    the same arguments changes nothing; another mode replaces the first.
 
     Args:
         model: any module.
         mode: ``"sync"`` (statistics over the group), ``"shuffle"`` (those of another rank of the
-            group), ``"local"`` (over the rank's batch) or ``"frozen"`` (running statistics, never
-            updated), or a mode object, or a mapping from ``fnmatch`` patterns of qualified site
-            names to them, of which the first match wins. Sites that no pattern matches are left
-            alone.
-        process_group: the group over which statistics are exchanged: None for the default group,
-            or the group that a ``torch.nn.SyncBatchNorm`` was made with; a process group; or a
-            one-dimensional ``DeviceMesh``. Modules remember its name only.
-        keep: qualified names or patterns of modules that must stay callable units.
-        passes: names of the optimising passes to run; None for all of them. Results are the same.
-        strict: raise where something cannot be rewritten, instead of listing it in the report.
+            group), ``"local"`` (over the rank's own batch) or ``"frozen"`` (running statistics,
+            never updated); a mode object; or a mapping from ``fnmatch`` patterns of qualified site
+            names to either. The first pattern that matches wins. Sites that match no pattern are
+            left alone.
+        process_group: the group over which ranks exchange statistics: a process group, a
+            one-dimensional ``DeviceMesh``, or None. None means the default group or, for a
+            ``torch.nn.SyncBatchNorm``, the group it was made with. Modules store only its name.
+        keep: qualified names, or patterns of them, of modules that must stay callable units.
+        passes: names of the optimizing passes to run; None for all. They do not change results.
+        strict: raise if something cannot be rewritten, instead of listing it in the report.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an unknown mode or pass, a pattern that matches nothing, or a process group that
-            does not contain this rank.
-        UnsupportedBatchNorm: a site cannot have the mode it was given.
-        CaptureError: ``strict`` and something was left.
-        BnRewriteError: a compiler traces the call.
+        ValueError: a mode or pass is unknown, a pattern matches nothing, or the process group does
+            not contain this rank.
+        UnsupportedBatchNorm: a site does not support the mode it was given.
+        CaptureError: ``strict`` is set and something could not be rewritten.
+        BnRewriteError: a compiler is tracing the call.
 
     A failed call leaves the model as it was.
     """
     if is_compiling():
         raise BnRewriteError(
-            "convert() rewrites a model, which torch.compile and torch.export cannot do as a part "
-            "of a graph. Call it before, outside of the function that is compiled."
+            "convert() rewrites a model, which torch.compile and torch.export cannot trace. Call "
+            "it before compiling, outside the compiled function."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -132,9 +132,9 @@ def convert(
         warn_unanswered(conversion)
         if not sites:
             warnings.warn(
-                f"{type(model).__name__} has nothing to convert: looked for BatchNorm modules "
-                "(subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for calls of "
-                "torch.nn.functional.batch_norm on activations.",
+                f"{type(model).__name__} has nothing to convert: convert() looked for BatchNorm "
+                "modules (subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for "
+                "calls to torch.nn.functional.batch_norm on activations.",
                 stacklevel=2,
             )
     return model
@@ -142,10 +142,10 @@ def convert(
 
 @runs_in_python
 def revert(model: M) -> M:
-    """The exact inverse of :func:`convert`: original classes and forwards, same parameters.
+    """Undoes :func:`convert` exactly: original classes and forwards, same parameters.
 
     Args:
-        model: a converted module; one that is not converted is returned as it is.
+        model: a converted module. A module that is not converted is returned unchanged.
 
     Returns:
         ``model``.
@@ -162,17 +162,17 @@ def revert(model: M) -> M:
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """The rewritten training graph of every owner of a converted model.
+    """Returns the rewritten training graph of every module of ``model`` that runs one.
 
-    They are copies to read (``print_readable()``) and to run further passes on; the BatchNorm
-    nodes are calls of ``torch.ops.bnrewrite``.
+    The graphs are copies, to read (``print_readable()``) and to run further passes on. Their
+    BatchNorm nodes are calls to ``torch.ops.bnrewrite``.
 
     Args:
         model: a converted module.
 
     Returns:
-        Graphs by the qualified name of their owner; ``""`` is the model itself. A model that is not
-        converted, or whose sites are all on their own, has none.
+        The graphs, keyed by the qualified name of the module; ``""`` is the model itself. Empty if
+        the model is not converted or all of its sites are on their own.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -226,7 +226,7 @@ def _put_on(
         if isinstance(module, torch.jit.ScriptModule) and module.original_name.startswith(
             ("BatchNorm", "SyncBatchNorm")
         ):
-            conversion.skipped.append(Skip(name, "it is scripted by TorchScript"))
+            conversion.skipped.append(Skip(name, "it is a TorchScript module"))
     cache = Cache()
     tried = owner_candidates(modules)
     recipe = Recipe("", wanted.modes, wanted.group, wanted.keep, wanted.passes)

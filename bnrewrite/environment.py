@@ -50,12 +50,12 @@ def _remark(name: str) -> str:
     if name != "torch" or is_tested():
         return ""
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
-    return f"  not tested: {oldest} to {newest} are"
+    return f"  not tested (tested: {oldest} to {newest})"
 
 
 def devices() -> list[str]:
     """The CPU and the GPUs, with what decides about speed."""
-    found = [f"cpu, {torch.get_num_threads()} threads, kernels {whence()}"]
+    found = [f"cpu, {torch.get_num_threads()} threads, {whence()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -136,7 +136,7 @@ def describe(checks: list[Check]) -> str:
     lines.append(f"{'backends':14}{', '.join(backends()) or 'none'}")
     lines.append("self-check: a converted BatchNorm2d against F.batch_norm, float64")
     for check in checks:
-        verdict = "ok" if check.passed else f"FAILED, at most {check.allowed:.1e} is rounding"
+        verdict = "ok" if check.passed else f"FAILED, at most {check.allowed:.1e} is allowed"
         lines.append(f"  {check.name:24}{check.difference:8.1e}  {verdict}")
     return "\n".join(lines)
 

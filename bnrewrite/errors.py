@@ -1,20 +1,20 @@
 """The errors that bnrewrite raises about models and graphs.
 
-Wrong arguments raise the built-in ``TypeError`` and ``ValueError``; everything here is about what a
-model contains or does, and its message names the site, the value and the way out.
+Wrong arguments raise the built-in ``TypeError`` and ``ValueError``. The errors here are about what
+a model contains or does. Their messages name the site, the value and the way out.
 """
 
 
 class BnRewriteError(Exception):
-    """Base of every error that bnrewrite raises about a model."""
+    """Base class of every error that bnrewrite raises about a model."""
 
 
 class UnsupportedBatchNorm(BnRewriteError, ValueError):  # noqa: N818
-    """A BatchNorm site cannot be evaluated: wrong channels, wrong type, too few values.
+    """A BatchNorm site cannot be evaluated: wrong number of channels, wrong type, too few values.
 
     Attributes:
-        tensors: parameters and buffers of the site, as far as the raiser had them. Whoever knows
-            the model finds the name of the site by them.
+        tensors: the parameters and buffers of the site that were known where the error was raised.
+            They identify the site in the model.
     """
 
     def __init__(self, message: str, tensors: tuple[object, ...] = ()) -> None:
@@ -23,7 +23,7 @@ class UnsupportedBatchNorm(BnRewriteError, ValueError):  # noqa: N818
 
 
 class CaptureError(BnRewriteError):
-    """``strict=True`` was asked for and a module could not be rewritten."""
+    """A module could not be rewritten, and ``strict=True`` was set."""
 
 
 class GroupError(BnRewriteError, RuntimeError):
@@ -31,15 +31,15 @@ class GroupError(BnRewriteError, RuntimeError):
 
 
 class ScheduleError(BnRewriteError, RuntimeError):
-    """Ranks of a group are about to communicate different things."""
+    """The ranks of a group are about to run different collectives."""
 
 
 class PeerError(BnRewriteError, RuntimeError):
-    """Another rank of the group died, stalled or left, so a collective cannot be completed."""
+    """Another rank of the group died, stalled or left, so a collective cannot complete."""
 
 
 class BackwardError(BnRewriteError, RuntimeError):
-    """A backward comes to sites that share a collective, and an earlier one has freed them."""
+    """A backward pass reached sites that share a collective and that an earlier pass has freed."""
 
 
 class ExportError(BnRewriteError, ValueError):

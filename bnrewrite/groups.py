@@ -37,8 +37,8 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
         if process_group.ndim != 1:
             raise ValueError(
                 f"process_group is a DeviceMesh with {process_group.ndim} dimensions "
-                f"{process_group.mesh_dim_names or tuple(process_group.shape)}; statistics are "
-                "shared along one. Pass one dimension of it, e.g. mesh['dp']."
+                f"{process_group.mesh_dim_names or tuple(process_group.shape)}, but statistics are "
+                "shared along one. Pass one of its dimensions, e.g. mesh['dp']."
             )
         if process_group.get_coordinate() is None:
             raise ValueError(
@@ -49,7 +49,7 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"this rank ({dist.get_rank()}) is not a member of the group given as process_group. "
-            "Pass, on each rank, the group that contains the rank."
+            "On each rank, pass the group that contains that rank."
         )
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
@@ -69,9 +69,9 @@ def find_group(name: str) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError, KeyError) as error:
         raise GroupError(
-            f"the process group {name!r} that convert() was given does not exist in this process: "
-            "it was destroyed, or the model was loaded elsewhere. Call bnrewrite.convert(model, "
-            "process_group=...) again with a living group."
+            f"the process group {name!r} that the model was converted with does not exist in this "
+            "process: it was destroyed, or the model was loaded in another process. Call "
+            "bnrewrite.convert(model, process_group=...) again with an existing group."
         ) from error
 
 

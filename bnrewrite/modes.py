@@ -1,4 +1,4 @@
-"""Modes: over which values a site takes its statistics."""
+"""Modes: which values a site computes its statistics from."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ def _check_flag(mode: str, value: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """Statistics over all ranks of the process group, as ``torch.nn.SyncBatchNorm``.
+    """Statistics over all ranks of the process group, as in ``torch.nn.SyncBatchNorm``.
 
     Attributes:
-        skip_nonfinite: a batch with NaN or infinity on any rank leaves the running statistics of
-            the site and its count of batches as they were, on all ranks. For training with
-            ``GradScaler``, which skips such a step.
+        skip_nonfinite: if a batch contains NaN or infinity on any rank, leave the site's running
+            statistics and ``num_batches_tracked`` unchanged on all ranks. Meant for training with
+            ``GradScaler``, which skips such steps.
 
     Raises:
-        TypeError: an option has another type.
+        TypeError: an option has the wrong type.
     """
 
     skip_nonfinite: bool = False
@@ -39,13 +39,13 @@ class Sync:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Statistics over the batch of each rank, as ``torch.nn.BatchNorm2d``.
+    """Statistics over each rank's own batch, as in ``torch.nn.BatchNorm2d``.
 
     Attributes:
-        skip_nonfinite: as in :class:`Sync`, for each rank by itself.
+        skip_nonfinite: as in :class:`Sync`, but each rank looks only at its own batch.
 
     Raises:
-        TypeError: an option has another type.
+        TypeError: an option has the wrong type.
     """
 
     skip_nonfinite: bool = False
@@ -60,7 +60,7 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Running statistics in training and evaluation, never updated, as FrozenBatchNorm2d."""
+    """Running statistics in training and evaluation, never updated, as in FrozenBatchNorm2d."""
 
     name = "frozen"
     communicates = False
@@ -71,22 +71,23 @@ class Frozen:
 class Shuffle:
     """Statistics of another rank of the process group: ShuffleBatchNorm.
 
-    A rank never normalizes with statistics of its own batch, so that contrastive training cannot
-    read in them which samples came together (He et al. 2019, section 3.3,
-    https://arxiv.org/abs/1911.05722). A rank whose peer holds an empty batch uses its own.
+    A rank does not normalize with the statistics of its own batch, so contrastive training cannot
+    infer from them which samples shared a batch (He et al. 2019, section 3.3,
+    https://arxiv.org/abs/1911.05722). The exception: a rank whose peer holds an empty batch uses
+    its own statistics.
 
     Attributes:
-        schedule: ``"ring"``: rank r uses the statistics of rank (r + 1) % W, always.
-            ``"random"``: a new permutation without fixed points for every site and step.
+        schedule: ``"ring"``: rank r always uses the statistics of rank (r + 1) % W.
+            ``"random"``: every site and step uses a new permutation without fixed points.
         backward: ``"exact"``: the true gradient. ``"detach"``: borrowed statistics are constants,
-            and nothing is communicated in backward.
-        running: whose statistics the buffers follow. ``"peer"``: those that the rank normalized
-            with, so buffers differ between ranks. ``"group"``: those of the whole group, the same
-            on all ranks.
-        seed: of the random schedule, from 0 to 2^63 - 1.
+            and the backward pass communicates nothing.
+        running: which statistics update the running statistics. ``"peer"``: those that the rank
+            normalized with, so buffers differ between ranks. ``"group"``: those of the whole
+            group, the same on all ranks.
+        seed: seed of the random schedule, from 0 to 2^63 - 1.
 
     Raises:
-        ValueError: an option has another value.
+        ValueError: an option has an unknown value.
         TypeError: the seed is not an integer.
     """
 
@@ -100,7 +101,7 @@ class Shuffle:
 
     @property
     def communicates_backward(self) -> bool:
-        """Whether the backward needs a collective."""
+        """Whether the backward pass needs a collective."""
         return self.backward == "exact"
 
     def __post_init__(self) -> None:
@@ -139,29 +140,29 @@ def _parse(mode: object) -> Mode:
             return MODES[mode]
         raise ValueError(f"unknown mode {mode!r}. Known modes: {', '.join(map(repr, MODES))}.")
     raise TypeError(
-        f"mode must be a name, a mode object, or a mapping from patterns of site names to them, "
+        f"mode must be a name, a mode object, or a mapping from patterns of site names to either, "
         f"but it is {type(mode).__name__} ({mode!r})."
     )
 
 
 def skips_nonfinite(mode: Mode) -> bool:
-    """Whether running statistics of a site of ``mode`` leave out batches that are not finite."""
+    """Whether sites of ``mode`` keep batches with NaN or infinity out of running statistics."""
     return isinstance(mode, (Sync, Local)) and mode.skip_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
 class ModeTable:
-    """Which mode each site gets: patterns of qualified names, the first match wins."""
+    """The mode of each site: patterns of qualified names, where the first match wins."""
 
     entries: tuple[tuple[str, Mode], ...]
 
     @classmethod
     def parse(cls, mode: object) -> "ModeTable":
-        """Reads what the user gave as ``mode``.
+        """Parses the ``mode`` argument of ``convert``.
 
         Raises:
-            TypeError: it is neither a mode nor a mapping of them.
-            ValueError: an unknown name or an empty mapping.
+            TypeError: it is neither a mode nor a mapping to modes.
+            ValueError: a name is unknown, or the mapping is empty.
         """
         if not isinstance(mode, Mapping):
             return cls((("*", _parse(mode)),))
@@ -173,7 +174,7 @@ class ModeTable:
         for pattern in mode:
             if not isinstance(pattern, str):
                 raise TypeError(
-                    "patterns of site names must be strings, but one is "
+                    "the patterns in mode must be strings, but one is "
                     f"{type(pattern).__name__} ({pattern!r})."
                 )
         return cls(tuple((pattern, _parse(value)) for pattern, value in mode.items()))
@@ -186,17 +187,17 @@ class ModeTable:
         return None
 
     def check_patterns(self, sites: list[str]) -> None:
-        """Refuses patterns that match no site at all.
+        """Refuses patterns that match no site.
 
-        A lone mode (pattern ``*``) may match nothing: there may be nothing to convert.
+        A lone mode (pattern ``*``) may match nothing, because there may be nothing to convert.
 
         Raises:
-            ValueError: names the pattern and some sites that exist.
+            ValueError: a pattern matches no site; the message lists some sites that exist.
         """
         for pattern, _ in self.entries:
             if pattern != "*" and not any(fnmatchcase(site, pattern) for site in sites):
                 known = ", ".join(sites[:5]) + (", ..." if len(sites) > 5 else "")
                 raise ValueError(
                     f"the pattern {pattern!r} in mode matches none of the {len(sites)} BatchNorm "
-                    f"sites ({known or 'the model has none'}). Correct it or leave it out."
+                    f"sites ({known or 'the model has none'}). Correct the pattern or remove it."
                 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def shuffle_peers(step: Tensor, site: int, seed: int, rank: int, world_size: int) -> Tensor:
-    """Whom ``rank`` borrows statistics from, and who borrows them from it, in a random schedule.
+    """The rank that ``rank`` borrows statistics from, and the rank that borrows its statistics.
 
     The ranks are sorted by a hash of (seed, site, step, rank), and each borrows from the next in
     this order, the last from the first: a permutation of one cycle, which has no fixed point. Every

@@ -17,7 +17,7 @@ from bnrewrite.sites.classes import below
 from bnrewrite.sites.floor import is_site, site_state
 from bnrewrite.steps import Round, left_because, rounds_of, running_state
 
-BY_ITSELF = "by itself"
+BY_ITSELF = "own statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +26,17 @@ class SiteReport:
 
     Attributes:
         name: qualified name.
-        mode: name of its mode; ``"by itself"`` where its forward computes statistics of its own,
-            which nothing distributes.
-        group: name of its process group, ``"default"`` for the default one, "" if it has none.
-        num_channels: number of channels, where known.
+        mode: name of its mode; ``"own statistics"`` if its forward computes its own statistics,
+            which are not distributed.
+        group: name of its process group; ``"default"`` for the default one, "" if it has none.
+        num_channels: number of channels, if known.
         owner: qualified name of the module whose graph contains it ("" is the model itself); None
-            if the BatchNorm module evaluates it by itself.
-        where: file and line of the call, where known.
-        fused: what follows the site and became one call with it, like ``"sum, relu"``; or "".
-        shares_with: names of the sites that take part in its collective; its own where that is
-            another evaluation of it.
+            if the BatchNorm module runs on its own, outside any graph.
+        where: file and line of the call, if known.
+        fused: what follows the site and was fused into its call, e.g. ``"sum, relu"``; "" if
+            nothing was.
+        shares_with: names of the other sites in its collective; includes its own name if it is
+            evaluated there more than once.
     """
 
     name: str
@@ -54,9 +55,9 @@ class OwnerReport:
 
     Attributes:
         name: qualified name; "" is the model itself.
-        differs: whether training and evaluation need graphs of their own.
-        inlined: qualified names of the modules whose forwards are part of its training graph, so
-            that their sites can share collectives.
+        differs: whether training and evaluation need separate graphs.
+        inlined: qualified names of the modules whose forwards were inlined into its training graph
+            so that their sites can share collectives.
     """
 
     name: str
@@ -84,12 +85,12 @@ class Report:
         skipped: what was left as it was, with the reason.
         owners: modules that run a captured graph.
         rounds: what a training step evaluates, in order.
-        collectives_forward: collectives of a training forward, with more than one rank.
-        collectives_backward: collectives of a backward, with more than one rank.
-        before_forward: collectives of a training forward with one for each evaluation.
-        before_backward: the same of a backward.
-        num_communicating: evaluations of a training step that take part in them.
-        world_size: ranks of the default process group now; 1 without one.
+        collectives_forward: collectives per forward pass in training, with more than one rank.
+        collectives_backward: collectives per backward pass, with more than one rank.
+        before_forward: what ``collectives_forward`` would be with one collective per evaluation.
+        before_backward: what ``collectives_backward`` would be with one per evaluation.
+        num_communicating: number of evaluations in a training step that communicate.
+        world_size: size of the default process group at the time of the report; 1 without one.
     """
 
     model: str
@@ -107,12 +108,12 @@ class Report:
 
     @property
     def num_owners(self) -> int:
-        """Modules that run a captured graph."""
+        """Number of modules that run a captured graph."""
         return len(self.owners)
 
     @property
     def num_owners_train_eval(self) -> int:
-        """Of these, how many need different graphs in training and evaluation."""
+        """Number of these that need separate graphs for training and evaluation."""
         return sum(owner.differs for owner in self.owners)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,20 +137,20 @@ class Report:
             reasons = "; ".join(sorted({skip.reason for skip in one.skipped}))
             lines.append(f"{one.name:24}{one.num_rewritten:>10}{len(one.skipped):>6}  {reasons}")
         lines.append(
-            f"{self.num_owners} modules run captured graphs, {self.num_owners_train_eval} of them "
-            "have one for training and one for evaluation"
+            f"{self.num_owners} modules run captured graphs; {self.num_owners_train_eval} of them "
+            "use separate graphs for training and evaluation"
             if self.num_owners != 1
             else "1 module runs a captured graph"
-            + (", one in training and one in evaluation" * self.num_owners_train_eval)
+            + ("; it uses separate graphs for training and evaluation" * self.num_owners_train_eval)
         )
         inlined = self.inlined()
         if inlined:
-            lines.append(f"inlined so that they share collectives: {_few(inlined)}")
+            lines.append(f"inlined to share collectives: {_few(inlined)}")
         lines.append(
             f"collectives per step: {self.collectives_forward} forward + "
-            f"{self.collectives_backward} backward for {self.num_communicating} evaluations, "
-            f"before sharing {self.before_forward} + {self.before_backward}"
-            + ("" if self.world_size > 1 else " (none with a single rank)")
+            f"{self.collectives_backward} backward for {self.num_communicating} evaluations "
+            f"({self.before_forward} + {self.before_backward} before sharing)"
+            + ("" if self.world_size > 1 else "; none with one rank")
         )
         for skip in self.skipped:
             place = f" ({skip.where})" if skip.where else ""
@@ -157,7 +158,7 @@ class Report:
         return "\n".join(line.rstrip() for line in lines)
 
     def inlined(self) -> tuple[str, ...]:
-        """Names of the modules that became part of graphs, without those below them."""
+        """Names of the modules that were inlined into graphs, without their submodules."""
         names = {name for owner in self.owners for name in owner.inlined}
         return tuple(
             name
@@ -167,11 +168,11 @@ class Report:
         )
 
     def table(self) -> str:
-        """One line for each site: mode, group, channels, what was fused, who shares, file:line."""
+        """One line per site: mode, group, channels, what is fused, who shares, file and line."""
         rows = [("site", "mode", "group", "channels", "fused", "shares its collective with", "at")]
         for site in self.sites:
             channels = "" if site.num_channels is None else str(site.num_channels)
-            where = short(site.where) or ("" if site.owner is not None else "evaluates itself")
+            where = short(site.where) or ("" if site.owner is not None else "on its own")
             shares = ", ".join(site.shares_with)
             rows.append((site.name, site.mode, site.group, channels, site.fused, shares, where))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -194,14 +195,14 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`bnrewrite.convert` did to ``model``.
+    """Reports what :func:`bnrewrite.convert` did to ``model``.
 
     Args:
-        model: a module that ``convert`` returned, or one that holds it, like a wrapper. Names are
-            those from ``model`` on.
+        model: a module that ``convert`` returned, or one that contains it, such as a wrapper.
+            Names in the report are relative to ``model``.
 
     Returns:
-        A :class:`Report`; printing it gives the text form.
+        A :class:`Report`; print it for the text form.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -213,7 +214,7 @@ def report(model: nn.Module) -> Report:
     if not roots.conversions:
         raise ValueError(
             f"{type(model).__name__} is not converted. Call bnrewrite.convert(model) first, and "
-            "report on the model that it returned, not on a part of it."
+            "pass the model that it returned, not a part of it."
         )
     rounds = tuple(rounds_of(model, roots))
     sites = _sites(model, roots, rounds)

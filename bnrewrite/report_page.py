@@ -82,7 +82,7 @@ def to_html(report: Report) -> str:
                     "mode",
                     "group",
                     "channels",
-                    "fused with it",
+                    "fused",
                     "shares its collective with",
                     "graph of",
                     "where",
@@ -121,10 +121,10 @@ def _cards(report: Report) -> str:
     cards = (
         (len(report.sites), "BatchNorm sites"),
         (sum(site.owner is not None for site in report.sites), "in captured graphs"),
-        (report.num_owners, "captured owners"),
+        (report.num_owners, "modules with graphs"),
         (report.collectives_forward, f"collectives forward, {report.before_forward} before"),
         (report.collectives_backward, f"collectives backward, {report.before_backward} before"),
-        (len(report.skipped), "places left"),
+        (len(report.skipped), "places left as they were"),
     )
     return "".join(
         f'<div class="card"><b>{number}</b><span>{label}</span></div>' for number, label in cards
@@ -133,7 +133,7 @@ def _cards(report: Report) -> str:
 
 def _owner_name(site: SiteReport) -> str:
     if site.owner is None:
-        return "none: the layer evaluates itself"
+        return "none: the layer is on its own"
     return site.owner or ITSELF
 
 
@@ -174,14 +174,14 @@ def _owners(report: Report) -> str:
     rows: list[tuple[object, ...]] = [
         (
             owner.name or ITSELF,
-            "one each" if owner.differs else "one for both",
+            "separate" if owner.differs else "one for both",
             ", ".join(owner.inlined),
         )
         for owner in report.owners
     ]
-    head = ("module", "graphs for training and evaluation", "inlined, so that they share")
+    head = ("module", "graphs for training and evaluation", "inlined to share collectives")
     return (
-        f"<details><summary>{len(rows)} modules run captured graphs</summary>"
+        f"<details><summary>modules that run captured graphs: {len(rows)}</summary>"
         f"{_table(head, rows)}</details>"
     )
 
@@ -192,10 +192,10 @@ def _legend(report: Report) -> str:
         f'<i style="background:var(--{escape(mode)})"></i>{escape(mode)}' for mode in modes
     )
     return (
-        '<p class="legend">Each box is one call; sites in one box share one collective forward and '
-        "one backward. <b>hidden</b>: other work runs while it is under way. <b>+</b>: what "
-        "follows a site and became one call with it. A dashed edge: the layer evaluates itself, "
-        f"outside any captured graph.{entries}</p>"
+        '<p class="legend">Each box is one call. Sites in the same box share one collective in '
+        "forward and one in backward. <b>hidden</b>: other work runs while the collective is in "
+        "flight. <b>+</b>: what follows a site and is fused with it. A dashed edge: the layer "
+        f"is on its own, outside any captured graph.{entries}</p>"
     )
 
 

@@ -109,10 +109,10 @@ def _outside(modules: dict[str, nn.Module], roots: Roots) -> Iterator[Skip]:
             continue
         present.add(path)
         if module not in roots.prefixes:
-            yield Skip(path, "is not converted: it is outside of what was")
+            yield Skip(path, "is not converted: it is outside the converted modules")
         elif path in sites:
-            yield Skip(path, "is not converted: it was added after convert, or reverted since")
+            yield Skip(path, "is not converted: it was added after convert, or reverted since then")
         elif path not in known:
             yield Skip(path, "is not converted: it was added after convert")
     for name in sorted(sites - present):
-        yield Skip(name, "was converted, and is not there any more")
+        yield Skip(name, "was converted, but is no longer there")

@@ -1,9 +1,9 @@
 """Environment variables, the only settings outside function arguments.
 
-BNREWRITE_DISABLE=pass,...   leaves optimising passes out of every conversion
-BNREWRITE_DUMP=directory     writes every graph there as it is captured and after each pass
-BNREWRITE_KERNELS=aten       uses ATen's kernels, not those in C (CPU) and Triton (GPU)
-BNREWRITE_CHECK=0            ranks do not compare what they communicate before they start
+BNREWRITE_DISABLE=pass,...   leaves optimizing passes out of every conversion
+BNREWRITE_DUMP=directory     writes every graph there, as captured and after each pass
+BNREWRITE_KERNELS=aten       uses ATen's kernels instead of those in C (CPU) and Triton (GPU)
+BNREWRITE_CHECK=0            ranks do not compare what they will communicate before they start
 TORCH_LOGS="+bnrewrite"      logs one line per conversion (INFO) and per pass and graph (DEBUG)
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def disabled_passes(known: tuple[str, ...]) -> frozenset[str]:
-    """Names of optimising passes to leave out.
+    """Names of optimizing passes to leave out.
 
     Args:
         known: names of the passes that can be left out.
@@ -24,7 +24,7 @@ def disabled_passes(known: tuple[str, ...]) -> frozenset[str]:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"BNREWRITE_DISABLE names {name!r}, which is no optimising pass. "
+                f"BNREWRITE_DISABLE names {name!r}, which is not an optimizing pass. "
                 f"Known passes: {', '.join(known) or 'none yet'}."
             )
     return frozenset(names)
@@ -67,5 +67,5 @@ def check_enabled() -> bool:
     """
     value = os.environ.get("BNREWRITE_CHECK", "1")
     if value not in ("0", "1"):
-        raise ValueError(f"BNREWRITE_CHECK={value} must be 0 or 1.")
+        raise ValueError(f"BNREWRITE_CHECK must be 0 or 1, but it is {value!r}.")
     return value == "1"

@@ -1,8 +1,8 @@
-"""``shuffle_batch``: the samples themselves permuted across ranks, and put back after.
+"""``shuffle_batch``: permutes the samples themselves across ranks, and puts them back afterwards.
 
 This is the remedy of MoCo (He et al. 2019, section 3.3, https://arxiv.org/abs/1911.05722): the key
-encoder sees batches that were put together anew, so that the statistics of its BatchNorm layers say
-nothing about which keys belong to which queries. It works with any BatchNorm, converted or not.
+encoder sees regrouped batches, so the statistics of its BatchNorm layers say nothing about which
+keys belong to which queries. It works with any BatchNorm, converted or not.
 """
 
 import dataclasses
@@ -26,32 +26,35 @@ def shuffle_batch(
     group: dist.ProcessGroup | DeviceMesh | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Permutes samples at random across the ranks of a group, and returns the way back.
+    """Permutes samples at random across the ranks of a group, and returns the inverse.
 
         4 samples on 2 ranks    ab | cd    ->    da | bc    -> key encoder ->    restore: ab | cd
 
     Every sample moves once (all-to-all), and no rank gathers the whole batch. All ranks of the
-    group must call it. Both ways are differentiable to any order. It reads a few numbers of every
-    rank on the host, and so waits for the device; under ``torch.compile`` it is a graph break.
+    group must call it. Both directions are differentiable to any order. The host reads a few
+    numbers from every rank and so waits for the device; under ``torch.compile`` this is a graph
+    break.
 
     Args:
         x: (N, *), any dtype, with the same shape and dtype on every rank.
         group: the ranks to shuffle over: None for the default group, a process group or a
-            one-dimensional ``DeviceMesh``. One rank, or no group at all, leaves ``x`` as it is.
-        generator: where the permutation comes from; None for torch's default one of the CPU. Every
-            rank draws one number from its own; that of the group's first rank counts.
+            one-dimensional ``DeviceMesh``. With one rank, or no group at all, ``x`` stays as it is.
+        generator: the source of the permutation; None for torch's default CPU generator. Every
+            rank draws one number from its own generator; that of the group's first rank is used.
 
     Returns:
-        The shuffled samples, as ``x`` and contiguous; and ``restore(features)``, which sends
-        features (N, *) of the shuffled samples, of one shape and dtype on all ranks, back to where
-        the samples came from.
+        The shuffled samples, with the shape and dtype of ``x``, contiguous; and
+        ``restore(features)``, which sends features (N, *) of the shuffled samples back to the ranks
+        and positions that the samples came from. Features must have the same shape and dtype on
+        all ranks.
 
     Raises:
         TypeError: ``x`` is not a tensor with a batch dimension, or another argument has the wrong
-            type; ``restore`` raises it of features.
-        ValueError: shapes or dtypes differ between ranks, on all of them; or this rank is not in
-            the group. ``restore`` raises it for another number of features than of samples.
-        GroupError: the group does not exist any more.
+            type. ``restore`` raises it if its features are not a tensor.
+        ValueError: shapes or dtypes differ between ranks (raised on all of them), or this rank is
+            not in the group. ``restore`` raises it if the number of features is not the number of
+            samples.
+        GroupError: the group no longer exists.
 
     A failed call leaves ``generator`` as it was.
     """
@@ -87,9 +90,9 @@ def _shuffle(x: Tensor, name: str, seed: int) -> tuple[Tensor, "_Restore"]:
             for one in dict.fromkeys(batches)
         )
         raise ValueError(
-            f"shuffle_batch: ranks hold different batches ({held}), and this is rank {rank}. Give "
-            "every rank the same number of samples, e.g. with drop_last=True in the DataLoader, of "
-            "one shape and dtype; mode 'shuffle' takes batches of different size."
+            f"shuffle_batch: ranks hold different batches ({held}); this is rank {rank}. Give "
+            "every rank the same number of samples, e.g. with drop_last=True in the DataLoader, "
+            "all of one shape and dtype. Mode 'shuffle' accepts batches of different sizes."
         )
     shuffled = torch.Generator().manual_seed(everyone[0][0])
     source = torch.randperm(world_size * num_samples, generator=shuffled)
@@ -175,22 +178,22 @@ class _Move(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Restore:
-    """The way back of :func:`shuffle_batch`."""
+    """The inverse of :func:`shuffle_batch`."""
 
     num_samples: int
     routes: tuple[_Routes, _Routes] | None
 
     @torch.compiler.disable(reason="the host must know how many samples go where")
     def __call__(self, features: Tensor) -> Tensor:
-        """Features (N, *) of the shuffled samples, where the samples came from."""
+        """Sends features (N, *) of the shuffled samples back to where the samples came from."""
         if not isinstance(features, Tensor):
             raise TypeError(
-                "restore: features must be a tensor (N, *), one row per shuffled sample, but they "
-                f"are {type(features).__name__}."
+                "restore: features must be a tensor (N, *), one row per shuffled sample, but it is "
+                f"{type(features).__name__}."
             )
         if features.dim() == 0 or features.size(0) != self.num_samples:
             raise ValueError(
-                f"restore: features have shape {tuple(features.shape)}, but shuffle_batch returned "
-                f"{self.num_samples} samples. Pass one row per shuffled sample, in their order."
+                f"restore: features has shape {tuple(features.shape)}, but shuffle_batch returned "
+                f"{self.num_samples} samples. Pass one row per shuffled sample, in the same order."
             )
         return features if self.routes is None else _Move.apply(features, *self.routes)  # pyright: ignore[reportReturnType]

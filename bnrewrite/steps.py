@@ -20,17 +20,17 @@ from bnrewrite.sites.floor import is_site, site_state
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Evaluations that are one call, with one collective at most.
+    """Site evaluations that one call makes, with at most one collective.
 
     Attributes:
         sites: names of the sites that are evaluated.
         owner: qualified name of the module whose graph makes the call; None if a BatchNorm module
-            evaluates itself.
-        collectives_forward: collectives of its forward, with more than one rank: 0 or 1.
-        collectives_backward: of its backward.
-        hidden: whether other work runs while its collective is under way.
-        fused: for each site what follows it and became one call with it, like ``"sum, relu"``; ""
-            if nothing did.
+            runs on its own.
+        collectives_forward: collectives of its forward pass, with more than one rank: 0 or 1.
+        collectives_backward: the same for its backward pass.
+        hidden: whether other work runs while its collective is in flight.
+        fused: for each site, what follows it and was fused into its call, e.g. ``"sum, relu"``; ""
+            if nothing was.
     """
 
     sites: tuple[str, ...]
@@ -41,7 +41,7 @@ class Round:
     fused: tuple[str, ...] = ("",)
 
     def fused_with(self, site: str) -> str:
-        """What is part of the call besides the evaluation of ``site``."""
+        """What is fused into the call after the evaluation of ``site``."""
         return self.fused[self.sites.index(site)]
 
 

@@ -156,7 +156,7 @@ def peer_error(
     return PeerError(
         f"{sites}: the {what} over {describe_group(group.group_name)} (ranks {ranks}, "
         f"this is rank {this}) failed after {waited_s:.1f} s: another rank died, stalled or left. "
-        "The group cannot be used any more; the model can: call "
-        "torch.distributed.destroy_process_group(), form a new group of the ranks that are left "
-        f"and go on. What the backend says: {error}"
+        "The group can no longer be used, but the model can: call "
+        "torch.distributed.destroy_process_group(), form a new group of the remaining ranks and "
+        f"continue. The backend says: {error}"
     )

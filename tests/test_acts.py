@@ -109,10 +109,10 @@ ACTS: dict[str, tuple[Callable[[Net], Any], str]] = {
     "a warning": (lambda net: warnings.warn("small", stacklevel=2), "warns"),
     "a warning by name": (lambda net: warn("small", stacklevel=2), "warns"),
     "a warning by another name": (lambda net: net.tell("small"), "by another name"),
-    "a queue": (lambda net: QUEUE.put(1), "what other threads wait for"),
+    "a queue": (lambda net: QUEUE.put(1), "that other threads may wait for"),
     "a simple queue": (lambda net: SIMPLE.put(1), "reads a SimpleQueue"),
-    "a semaphore": (lambda net: SEMAPHORE.acquire(), "what other threads wait for"),
-    "an event": (lambda net: net.stop.set(), "what other threads wait for"),
+    "a semaphore": (lambda net: SEMAPHORE.acquire(), "that other threads may wait for"),
+    "an event": (lambda net: net.stop.set(), "that other threads may wait for"),
     "a lock": (_locked, "reads a lock"),
     "a thread": (lambda net: threading.Thread(target=STARTED.append, args=(1,)).start(), "thread"),
     "a pool": (lambda net: POOL.submit(STARTED.append, 1), "reads a ThreadPoolExecutor"),
@@ -120,26 +120,26 @@ ACTS: dict[str, tuple[Callable[[Net], Any], str]] = {
     "a socket": (lambda net: socket.socket().close(), "opens a socket"),
     "a path": (_file, "opens a file"),
     "open": (lambda net: open(FOLDER / "text", "w").close(), "opens a file"),
-    "a folder": (lambda net: os.makedirs(FOLDER / "folder", exist_ok=True), "calls mkdir()"),
-    "a temporary file": (lambda net: os.close(tempfile.mkstemp(dir=FOLDER)[0]), "calls open()"),
-    "a descriptor": (lambda net: os.write(1, b""), "calls write()"),
-    "a descriptor by name": (lambda net: write(1, b""), "calls write()"),
+    "a folder": (lambda net: os.makedirs(FOLDER / "folder", exist_ok=True), "calls os.mkdir()"),
+    "a temporary file": (lambda net: os.close(tempfile.mkstemp(dir=FOLDER)[0]), "calls os.open()"),
+    "a descriptor": (lambda net: os.write(1, b""), "calls os.write()"),
+    "a descriptor by name": (lambda net: write(1, b""), "calls os.write()"),
     "stdout": (lambda net: sys.stdout.write(""), "reads"),
     "torch.save": (lambda net: torch.save({}, FOLDER / "state"), "saves a file"),
-    "the environment": (_variable, "calls putenv()"),
+    "the environment": (_variable, "calls os.putenv()"),
     "threads of torch": (lambda net: torch.set_num_threads(torch.get_num_threads()), "a setting"),
     "threads by name": (lambda net: set_num_threads(torch.get_num_threads()), "a setting"),
     "deterministic": (lambda net: torch.use_deterministic_algorithms(False), "a setting"),
     "a flag of a backend": (_benchmark, "a setting"),
     "anomalies": (_detected, "a setting"),
-    "a count": (_raise_count, "without its module's knowledge"),
-    "a count in a child": (_count_in_child, "without its module's knowledge"),
+    "a count": (_raise_count, "while bypassing the module"),
+    "a count in a child": (_count_in_child, "while bypassing the module"),
     "an attribute less": (
         lambda net: net.count and object.__delattr__(net, "loud"),
-        "without its module's knowledge",
+        "while bypassing the module",
     ),
-    "a gradient": (_no_gradient, "sets 'grad' of a value"),
-    "garbage": (lambda net: gc.collect(), "collects garbage"),
+    "a gradient": (_no_gradient, "sets 'grad' on a computed value"),
+    "garbage": (lambda net: gc.collect(), "runs the garbage collector"),
 }
 
 
@@ -165,7 +165,7 @@ def test_what_a_forward_does_happens_at_its_calls_only(what: str) -> None:
     assert torch.are_deterministic_algorithms_enabled() == fills
     (skip,) = bnrewrite.report(net).skipped
     assert reason in skip.reason
-    assert __file__ in skip.reason or "knowledge" in skip.reason
+    assert __file__ in skip.reason or "bypassing" in skip.reason
     assert not is_owner(net)
     if what in ("deterministic", "an attribute less"):
         return

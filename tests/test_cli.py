@@ -24,12 +24,12 @@ BAD_ARGUMENTS = {
     "negative seed": (["demo", "--seed", "-1"], "-1 is not a seed from 0"),
     "unknown mode": (["demo", "--mode", "global"], "invalid choice: 'global'"),
     "out is a file": (["demo", "--out", "/dev/null"], "--out /dev/null: "),
-    "no colon": (["report", "json"], "'json' is not of the form MODULE:FACTORY"),
+    "no colon": (["report", "json"], "'json' does not have the form MODULE:FACTORY"),
     "no module": (["report", "no_such_module:x"], "cannot import no_such_module"),
-    "no factory": (["report", "json:x"], "there is no 'x' in json"),
-    "no model": (["report", "builtins:dict"], "builtins:dict() is no torch.nn.Module, but dict"),
-    "no callable": (["report", "math:pi"], "math:pi is no function or class, but float"),
-    "factory fails": (["report", "torch.nn:BatchNorm2d"], "calling torch.nn:BatchNorm2d without"),
+    "no factory": (["report", "json:x"], "json has no 'x'"),
+    "no model": (["report", "builtins:dict"], "builtins:dict() is not a torch.nn.Module, but dict"),
+    "no callable": (["report", "math:pi"], "math:pi is not a function or class, but float"),
+    "factory fails": (["report", "torch.nn:BatchNorm2d"], "torch.nn:BatchNorm2d called without"),
     "report mode": (
         ["report", "bnrewrite.demo.network:DigitsNet", "--mode", "global"],
         "unknown mode 'global'",
@@ -155,7 +155,7 @@ def test_env_says_which_torch_is_not_tested(
     monkeypatch.setattr("torch.__version__", version)
     assert cli.main(["env"]) == 0
     (line,) = re.findall("^torch .*", capsys.readouterr().out, re.MULTILINE)
-    assert ("  not tested: 2.11 to 2.15 are" in line) == remarked
+    assert ("  not tested (tested: 2.11 to 2.15)" in line) == remarked
 
 
 def test_export_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,10 +158,10 @@ def test_modes_and_options_mean_what_they_mean_to_inductor(
         (
             "bnrewrite",
             {"options": {"post_grad_custom_post_pass": HideCollectives.uuid}},
-            "post_grad_custom_post_pass is taken already",
+            "post_grad_custom_post_pass is already set",
         ),
-        ("bnrewrite_aot_eager", {"mode": "max-autotune"}, "takes no mode='max-autotune'"),
-        ("bnrewrite_aot_eager", {"options": {"max_autotune": True}}, "takes no options="),
+        ("bnrewrite_aot_eager", {"mode": "max-autotune"}, "does not accept mode='max-autotune'"),
+        ("bnrewrite_aot_eager", {"options": {"max_autotune": True}}, "does not accept options="),
     ],
 )
 def test_what_means_nothing_is_an_error(backend: str, wanted: dict, message: str) -> None:
@@ -183,6 +183,6 @@ def test_another_pass_in_the_way_is_an_error() -> None:
     # Its own patch: what pytest's monkeypatch leaves behind, configurations take for removed.
     with (
         config.patch(post_grad_custom_post_pass=lambda graph: None),
-        pytest.raises(Exception, match="post_grad_custom_post_pass is taken already"),
+        pytest.raises(Exception, match="post_grad_custom_post_pass is already set"),
     ):
         compiled(torch.randn(2, 3, 8, 8))

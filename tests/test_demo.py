@@ -163,6 +163,6 @@ def test_rank_that_fails_is_one_line_of_the_launcher(
     broken = Settings(seed=1 << 64)
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(launcher.RankFailedError, match=r"rank \d ended with exit code 1"):
+    with pytest.raises(launcher.RankFailedError, match=r"rank \d exited with code 1"):
         launcher.launch(broken)
     assert signal.getsignal(signal.SIGTERM) is before

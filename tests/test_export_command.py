@@ -56,16 +56,21 @@ def test_half_precision_inputs(tmp_path):
 @pytest.mark.parametrize(
     ("model", "shape", "code", "message"),
     [
-        ("tests.export_models", "1,3,8,9", 2, "not of the form MODULE:FACTORY"),
+        ("tests.export_models", "1,3,8,9", 2, "not have the form MODULE:FACTORY"),
         ("no_such_module:Block", "1,3,8,9", 2, "cannot import no_such_module"),
-        ("tests.export_models:Blocks", "1,3,8,9", 2, "there is no 'Blocks'"),
-        ("tests.export_models:operators", "1,3,8,9", 2, "calling tests.export_models:operators"),
-        ("builtins:dict", "1,3,8,9", 2, "is no torch.nn.Module, but dict"),
+        ("tests.export_models:Blocks", "1,3,8,9", 2, "tests.export_models has no 'Blocks'"),
+        (
+            "tests.export_models:operators",
+            "1,3,8,9",
+            2,
+            "tests.export_models:operators called without",
+        ),
+        ("builtins:dict", "1,3,8,9", 2, "is not a torch.nn.Module, but dict"),
         ("tests.export_models:Block", "1,3,a", 2, "'1,3,a' is not a list of sizes"),
         ("tests.export_models:Block", "0,3,8,9", 2, "'0,3,8,9' has a size below 1"),
         ("tests.export_models:Block", "1,-3,8,9", 2, "'1,-3,8,9' has a size below 1"),
-        ("tests.export_models:Block", f"{2**40},{2**22}", 2, "is more than the memory here holds"),
-        ("tests.export_models:Block", f"1,{2**80}", 2, "is more than the memory here holds"),
+        ("tests.export_models:Block", f"{2**40},{2**22}", 2, "does not fit into memory"),
+        ("tests.export_models:Block", f"1,{2**80}", 2, "does not fit into memory"),
         ("tests.export_models:Block", "1,4,8,9", 1, "fails in eval mode"),
     ],
 )
@@ -98,9 +103,9 @@ def test_what_cannot_be_written_is_an_error_before_the_model_is_made(
 
 WEIGHTS = {
     "missing": (None, "No such file"),
-    "junk": (b"junk", "no file that torch.load"),
-    "whole model": (Block(), "no file that torch.load"),
-    "list": ([1], "holds no state dict, but list"),
+    "junk": (b"junk", "not a file that torch.load"),
+    "whole model": (Block(), "not a file that torch.load"),
+    "list": ([1], "does not hold a state dict, but list"),
     "checkpoint": ({"model": Block().state_dict(), "epoch": 3}, "no tensors, but model, epoch"),
     "other model": (Block(9).state_dict(), "size mismatch for conv1.weight"),
 }

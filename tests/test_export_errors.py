@@ -305,7 +305,7 @@ def test_each_dynamic_axis_is_compared_on_a_second_size():
 
 def test_an_example_that_a_derived_axis_cannot_have_is_refused():
     shapes = [{3: 4 * torch.export.Dim("w")}]
-    with pytest.raises(ExportError, match=r"axis 3 of 'image' is 4\*w .*has 9 there, which no w"):
+    with pytest.raises(ExportError, match=r"axis 3 of 'image' is 4\*w .* is 9, which no w"):
         export_onnx(Block(), (X,), dynamic_shapes=shapes)
 
 
@@ -335,7 +335,7 @@ def test_two_names_for_one_axis_are_refused():
         ("", ExportError, "path is empty"),
         (".", ExportError, "path is a directory"),
         ("m/", ExportError, "path is a directory"),
-        ("pipe", ExportError, "path is no regular file.*'pipe'"),
+        ("pipe", ExportError, "path is not a regular file.*'pipe'"),
         ("long" * 80, ExportError, "nothing can be written beside path.*too long"),
         (3, TypeError, "path must be a path or None"),
         (b"m.onnx", TypeError, "path must be"),
@@ -419,7 +419,7 @@ def test_a_sharded_model_is_refused(wrap, name):
 def test_a_scripted_model_is_refused():
     with pytest.warns((DeprecationWarning, FutureWarning), match=r"torch\.jit"):
         scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
-    with pytest.raises(ExportError, match=r"scripted by TorchScript.*made from"):
+    with pytest.raises(ExportError, match=r"is a TorchScript module.*made from"):
         export_onnx(scripted, (X,))
 
 
@@ -476,7 +476,7 @@ def test_outputs_of_another_number_shape_or_dtype_fail_the_comparison():
     from bnrewrite.export.verify import Tolerance, compare
 
     wanted, tolerance = torch.ones(2, 3), Tolerance(None, None)
-    with pytest.raises(ExportError, match="1 outputs, the ONNX model 2"):
+    with pytest.raises(ExportError, match="1 outputs, but the ONNX model has 2"):
         compare([wanted], [wanted.numpy()] * 2, ["y"], tolerance)
     for wrong in (np.ones((3, 2), np.float32), np.ones((2, 3), np.float64)):
         with pytest.raises(ExportError, match=r"output 0 \(y\) is .* in onnxruntime, but \(2, 3\)"):
@@ -540,7 +540,9 @@ def test_another_opset_or_a_foreign_operator_is_refused():
         return ir.Model(graph, ir_version=8)
 
     finish(model(""), 18)
-    with pytest.raises(ExportError, match="opset_version 17 was asked for, but opset 18 came out"):
+    with pytest.raises(
+        ExportError, match="opset_version 17 was requested, but the exporter produced opset 18"
+    ):
         finish(model(""), 17)
     with pytest.raises(ExportError, match=r"com\.example::Relu is not a standard ONNX operator"):
         finish(model("com.example"), 18)
@@ -556,7 +558,7 @@ def test_an_operation_that_an_older_opset_lacks_is_named():
             one, other = torch.split(self.bn(x), [1, 2], 1)
             return one * other
 
-    with pytest.raises(ExportError, match=r"to opset 17: No Adapter .*Split\. Ask for .*=18 or"):
+    with pytest.raises(ExportError, match=r"to opset 17: No Adapter .*Split\. Pass .*=18 or"):
         export_onnx(Halves(), (X,), opset_version=17)
 
 

@@ -214,7 +214,7 @@ def _never_comes(worlds: Worlds) -> str:
 def test_a_rank_that_stalls_before_the_first_forward() -> None:
     message, _ = run(_never_comes, 2, timeout_s=TIMEOUT_S, victims=(VICTIM,))
     assert re.match(
-        r"rank\(s\) \[1\] of the default process group \(2 ranks, .*Next here: bn1", message
+        r"rank\(s\) \[1\] of the default process group \(2 ranks, .*Next on this rank: bn1", message
     )
 
 

@@ -130,31 +130,31 @@ FUSED: dict[str, tuple[Tail, nn.Module | None]] = {
 }
 
 LEFT: dict[str, tuple[Tail, nn.Module | None, str]] = {
-    "read twice": (lambda self, y, x: F.relu(y) + y, None, "read in several places"),
+    "read twice": (lambda self, y, x: F.relu(y) + y, None, "used in several places"),
     "the sum is read twice": (
         lambda self, y, x: (lambda z: F.silu(z) * z)(F.relu(y) * y),
         None,
-        "read in several places",
+        "used in several places",
     ),
     "into another value": (
         lambda self, y, x: F.relu(_iadd(x * 2, y)),
         None,
-        "added to another value in place",
+        "added in place to another value",
     ),
     "an unknown value": (
         lambda self, y, x: y + x.size(0),
         None,
-        "something else than a tensor",
+        "may not be a tensor",
     ),
     "a number by division": (
         lambda self, y, x: y + x.size(0) / 2,
         None,
-        "something else than a tensor",
+        "may not be a tensor",
     ),
     "a function that only has the name of one of torch's": (
         lambda self, y, x: y + mean(x),
         None,
-        "something else than a tensor",
+        "may not be a tensor",
     ),
 }
 
@@ -274,7 +274,7 @@ class TestLeft:
         model.act.register_forward_hook(lambda module, args, output: None)
         bnrewrite.convert(model)
         assert _ops(model) == ["batch_norm"]
-        assert _reasons(model) == ["what follows it has hooks, which only a call runs"]
+        assert _reasons(model) == ["what follows it has hooks, which only a call would run"]
 
     def test_shuffled_statistics(self) -> None:
         model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), mode="shuffle")
@@ -284,7 +284,7 @@ class TestLeft:
     def test_an_activation_to_keep(self) -> None:
         model = bnrewrite.convert(Net(*FUSED["nn.ReLU"]), keep=["act"])
         assert _ops(model) == ["batch_norm"]
-        assert _reasons(model) == ["what follows it is to be kept"]
+        assert _reasons(model) == ["what follows it is listed in keep"]
 
     def test_an_input_that_changes_in_place_stays_before_the_change(self) -> None:
         """The BatchNorm cannot run at the place of the sum: its input has changed by then."""
@@ -305,7 +305,7 @@ class TestLeft:
         plain = copy.deepcopy(model)
         _convert(model)
         assert _ops(model) == ["batch_norm"]
-        assert _reasons(model) == ["what runs meanwhile must not run before it"]
+        assert _reasons(model) == ["other operations must run between it and what follows it"]
         # Without gradients, for which torch wants the input as it was.
         with torch.no_grad():
             x = torch.randn(4, 3, 5, 7)

@@ -28,11 +28,11 @@ def test_random_networks_on_ranks_are_one_process(ranks: RankPool) -> None:
 
 
 def test_a_batch_norm_left_alone_by_patterns_is_no_owner() -> None:
-    """Its forward cannot be traced, and a warning said that its call keeps local statistics."""
+    """Its forward cannot be traced, and a warning said that its call uses local statistics."""
     model = nn.Sequential(OwnForwardNorm(3), nn.BatchNorm1d(3))
     bnrewrite.convert(model, {"1": "sync"})
     skips = bnrewrite.report(model).skipped
-    assert [(skip.name, skip.reason) for skip in skips] == [("0", "no pattern of mode matches it")]
+    assert [(skip.name, skip.reason) for skip in skips] == [("0", "no pattern in mode matches it")]
 
 
 class _Changed(nn.Module):

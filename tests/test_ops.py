@@ -698,7 +698,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("training", [True, False])
     def test_tensors_of_another_device_than_the_gpu_of_the_input(self, training: bool) -> None:
-        message = r"bias is on cpu but the input on cuda:0.*\.to\(\)"
+        message = r"bias is on cpu but the input is on cuda:0.*\.to\(\)"
         with FakeTensorMode():
             x = torch.ones(4, 3, device="cuda")
             weight, mean, var = torch.ones(3, 3, device="cuda").unbind()

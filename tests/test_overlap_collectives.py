@@ -81,7 +81,7 @@ def test_report_says_during_which_collectives_nothing_runs() -> None:
     report = bnrewrite.report(bnrewrite.convert(Inception()))
     (summary,) = (one for one in report.passes if one.name == "overlap_collectives")
     assert summary.num_rewritten == 1
-    assert {skip.reason for skip in summary.skipped} == {"nothing could run meanwhile"}
+    assert {skip.reason for skip in summary.skipped} == {"no other work could run meanwhile"}
     assert summary.num_rewritten + len(summary.skipped) == 7
 
 

@@ -131,7 +131,7 @@ def test_a_site_that_is_gone_is_listed() -> None:
     model: Any = bnrewrite.convert(Parts())
     model.head.b2 = nn.Identity()
     gone, left = bnrewrite.report(model).skipped
-    assert (gone.name, gone.reason) == ("head.b2", "was converted, and is not there any more")
+    assert (gone.name, gone.reason) == ("head.b2", "was converted, but is no longer there")
     assert (left.name, left.reason) == (
         "head",
         "runs its own forward since the class of b2 changed",
@@ -145,12 +145,12 @@ def test_a_part_that_is_reverted_is_listed() -> None:
     bnrewrite.revert(model.back)
     report = bnrewrite.report(copy.deepcopy(model))
     assert [skip.name for skip in report.skipped] == ["back.b1", "back.b2"]
-    assert all("reverted since" in skip.reason for skip in report.skipped)
+    assert all("reverted since then" in skip.reason for skip in report.skipped)
 
 
 def test_what_no_pattern_matches_is_not_added() -> None:
     report = bnrewrite.report(bnrewrite.convert(Parts(), {"head.*": "sync"}))
-    assert {skip.reason for skip in report.skipped} == {"no pattern of mode matches it"}
+    assert {skip.reason for skip in report.skipped} == {"no pattern in mode matches it"}
 
 
 class Blend(nn.Module):

@@ -140,7 +140,7 @@ def test_batches_of_many_dimensions_are_compared_to_the_last(ranks: RankPool) ->
 def _wrong_features(rank: int, world_size: int) -> None:
     x = _numbered(rank, 2)
     _, restore = bnrewrite.shuffle_batch(x)
-    with pytest.raises(ValueError, match=r"restore: features have shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"restore: features has shape \(3, 4\)"):
         restore(torch.rand(3, 4))
 
 
@@ -186,7 +186,7 @@ def test_one_process_keeps_its_batch() -> None:
     assert restore(shuffled) is x
     with pytest.raises(ValueError, match="4 samples"):
         restore(x[:3])
-    with pytest.raises(TypeError, match=r"features must be a tensor \(N, \*\).* are list"):
+    with pytest.raises(TypeError, match=r"features must be a tensor \(N, \*\).* is list"):
         restore([x])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"x must be a tensor \(N, \*\) of samples"):
         bnrewrite.shuffle_batch(torch.tensor(1.0))

@@ -151,12 +151,12 @@ def _refused_together(rank: int, world_size: int) -> str:
 
 def test_sites_that_share_their_collectives_are_refused_by_name(ranks: RankPool) -> None:
     for message in ranks.run(_refused_together, 2):
-        assert message.startswith("bn1: transforms of torch.func do not know")
+        assert message.startswith("bn1: torch.func transforms do not support")
 
 
 def test_what_communicates_is_refused_by_name(ranks: RankPool) -> None:
     for messages in ranks.run(_refused, 2):
         assert len(messages) == 2
         for message in messages:
-            assert message.startswith("1: transforms of torch.func do not know")
+            assert message.startswith("1: torch.func transforms do not support")
             assert "mode='local'" in message

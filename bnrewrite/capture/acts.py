@@ -92,11 +92,11 @@ def _reasons() -> tuple[tuple[ModuleType, dict[str, str]], ...]:
     others: dict[ModuleType, dict[str, str]] = {
         builtins: files,
         io: files,
-        os: {name: f"calls {name}() of the system" for name in _OF_THE_SYSTEM},
-        gc: {"collect": "collects garbage"},
+        os: {name: f"calls os.{name}()" for name in _OF_THE_SYSTEM},
+        gc: {"collect": "runs the garbage collector"},
         warnings: {"warn": "warns"},
-        torch.cuda: {name: f"calls {name}() of the GPU" for name in _GPU},
-        torch.cuda.nvtx: dict.fromkeys(_MARKS, "marks what it does for a profiler"),
+        torch.cuda: {name: f"calls torch.cuda.{name}()" for name in _GPU},
+        torch.cuda.nvtx: dict.fromkeys(_MARKS, "emits marks for a profiler"),
     }
     return tuple(
         (home, {name: reason for name, reason in reasons.items() if name in vars(home)})

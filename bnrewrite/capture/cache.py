@@ -28,7 +28,7 @@ class Recipe:
         modes: which mode each site gets.
         group: name of the process group of communicating sites.
         keep: patterns of modules that must stay callable units.
-        passes: names of the optimising passes to run.
+        passes: names of the optimizing passes to run.
         untraced: names of modules with sites that could not be traced by themselves.
         forms: other ways to call it that are known.
     """
@@ -53,7 +53,7 @@ class Capture:
         refused: why the module could not be captured.
         assumptions: what the trace had read, if there is no graph.
         calls: paths of children that it calls with optional arguments, and the forms.
-        plain: the training graph before the optimising passes, where there is one.
+        plain: the training graph before the optimizing passes, where there is one.
         only_asks: whether all that the graphs are good for is to answer what the forward asks of
             the classes of modules.
         unanswered: why there are no graphs for that, where there would be none for anything else.

@@ -207,7 +207,7 @@ def _optimise(
     form: Form,
     cache: Cache,
 ) -> tuple[Captured, dict[str, PassReport]]:
-    """What the optimising passes make of a training graph; the graph itself if they gain nothing.
+    """What the optimizing passes make of a training graph; the graph itself if they gain nothing.
 
     Without a gain nothing is inlined either.
     """

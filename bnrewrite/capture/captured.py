@@ -266,11 +266,11 @@ def warn_of_functions(key: str, name: str, group: str) -> None:
     ]
     if lost:
         warnings.warn(
-            f"{name or ITSELF} runs its own forward, since its graph does not stand "
-            "for a call like this one. Where that calls torch.nn.functional.batch_norm "
-            f"({', '.join(str(site.where) for site in lost)}), torch evaluates it, as if it were "
-            "not converted: with local statistics in training. Use a BatchNorm module there, or "
-            "call the model as its forward is declared, with the defaults.",
+            f"{name or ITSELF} runs its own forward, because its graph does not cover "
+            "a call like this one. Its calls to torch.nn.functional.batch_norm "
+            f"({', '.join(str(site.where) for site in lost)}) behave as in an unconverted model: "
+            "with local statistics in training. Use a BatchNorm module there, or call the model "
+            "with the arguments that its forward declares, and leave optional ones out.",
             stacklevel=6,
         )
 

@@ -59,12 +59,12 @@ def _refuse_comparison(tracer: Any, value: Any, other: Any) -> None:
     A proxy is never None, and one of what makes the same tensor is another one.
     """
     if other is not None:
-        tracer.refuse("compares a value that it computes by its identity")
+        tracer.refuse("compares a computed value by identity")
     if type(value) is not Attribute and value.node.op == "placeholder":
         # Calls with None for an argument run no graph.
         tracer.compared.add(value.node.name)
     elif _may_be_none(tracer, value) and not _is_element(tracer, value):
-        tracer.refuse("compares a value that it computes with None")
+        tracer.refuse("compares a computed value with None")
 
 
 def _is_element(tracer: Any, value: Any) -> bool:
@@ -139,7 +139,7 @@ def refuse_caught(tracer: Any) -> None:
         frame, outer = outer, outer.f_back
         found = _of_users(frame.f_code)
         if found is not None and any(start <= frame.f_lasti < end for start, end in found.tried):
-            tracer.refuse("computes where it catches exceptions")
+            tracer.refuse("computes inside code that catches exceptions")
 
 
 _USERS: dict[int, tuple[CodeType, Decisions | None]] = {}

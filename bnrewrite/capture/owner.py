@@ -36,7 +36,7 @@ from bnrewrite.torch_versions import is_fx_tracing
 
 _STATE = "_bnrewrite_owner"
 
-_LEFT_ALONE = "its own forward runs, since a hook or another change rules the graph out"
+_LEFT_ALONE = "its own forward runs, because a hook or another change rules out the graph"
 
 
 class OwnerState:
@@ -84,7 +84,7 @@ class OwnerState:
             name = joined(self.recipe.name, site.name.rpartition(".")[2])
             communicates = training and site.mode is not None and site.mode.communicates
             group = self.recipe.group if communicates else NO_GROUP
-            said = f"{site.mode}, a call of F.batch_norm" if training else EVALUATES
+            said = f"{site.mode}, a call to F.batch_norm" if training else EVALUATES
             lines.append((group, (name, said)))
         return lines
 
@@ -164,8 +164,8 @@ class OwnerForward(Converted):
         functional = [] if state is None else state.functional_names(state.train)
         if functional:
             raise UnsupportedBatchNorm(
-                f"{functional[0]}: torch.fx would trace this call of F.batch_norm, which is "
-                "distributed, as torch's own. Trace bnrewrite.revert(model), or before convert().",
+                f"{functional[0]}: torch.fx would trace this distributed call to F.batch_norm as "
+                "torch's own. Trace bnrewrite.revert(model), or trace before convert().",
             )
         if isinstance(args, fx.Proxy):
             # The root of the trace: all arguments are one symbol, and all that must be given are.
@@ -237,10 +237,10 @@ class OwnerForward(Converted):
                 kind = original_class(child).__name__
                 warnings.warn(
                     f"{name or ITSELF} ({original_class(module).__name__}) runs its "
-                    "own forward, since its graph does not stand for a call like this one, and "
+                    "own forward, because its graph does not cover a call like this one, and "
                     f"asks for the class of {joined(name, path) or 'itself'} ({place}). Conversion "
-                    f"has made that a subclass of {kind}, so that the forward may compute "
-                    f"something else now. Ask isinstance(..., {kind}), or for the class name.",
+                    f"made that a subclass of {kind}, so the results of the forward may change. "
+                    f"Use isinstance(..., {kind}), or compare the name of the class.",
                     stacklevel=5,
                 )
 

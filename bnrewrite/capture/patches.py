@@ -123,10 +123,10 @@ def record_questions(function: FunctionType, names: frozenset[str], tracer: Any)
     home = function.__globals__
     if "type" in names and is_used_as_value(function.__code__, "type"):
         if home.get("type") is QUESTIONS["type"]:
-            tracer.refuse("uses type as a value, beside code that asks for types")
+            tracer.refuse("uses type as a value, next to code that asks for types")
         Patches.keep_type.add(id(home))
     if id(home) in Patches.keep_type and asks_for_named(function, tracer.root) is not None:
-        tracer.refuse("asks for classes of modules beside code that uses type as a value")
+        tracer.refuse("asks for classes of modules, next to code that uses type as a value")
     for name in names & QUESTIONS.keys():
         if name not in home and not (name == "type" and id(home) in Patches.keep_type):
             Patches.patcher.patch(home, name, QUESTIONS[name])
@@ -161,7 +161,7 @@ def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if tracer is None:
         return _call(module, *args, **kwargs)
     if type(module).__call__ is not nn.Module.__call__:
-        tracer.refuse(f"calls a {type(module).__name__}, which has a __call__ of its own")
+        tracer.refuse(f"calls a {type(module).__name__}, which defines its own __call__")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _call(module, *args, **kwargs)
@@ -273,7 +273,7 @@ def keeping_random_state(tracer: Any) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-            tracer.note_refusal("draws random numbers in Python")
+            tracer.note_refusal("draws random numbers outside the graph")
 
 
 class RefuseEffects(TorchDispatchMode):
@@ -285,7 +285,7 @@ class RefuseEffects(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self._tracer.recording:
-            self._tracer.refuse(f"computes {func} on tensors of its own")
+            self._tracer.refuse(f"runs {func} on its own tensors")
         return func(*args, **(kwargs or {}))
 
 

@@ -37,7 +37,7 @@ class _Watched:
             self.tracer.refuse(what)
 
     def __hash__(self) -> int:
-        self._refuse("looks up a value that it computes in a set or a dict")
+        self._refuse("looks up a computed value in a set or dict")
         return id(self)
 
     def __str__(self) -> str:
@@ -54,24 +54,24 @@ class _Watched:
         # The text of an assertion is made whether it holds or not.
         asserts = "_assert" in frame.f_code.co_names
         if self.tracer.recording and not asserts and not asks_for_torch(frame):
-            self.tracer.refuse("makes a text of a value that it computes")
+            self.tracer.refuse("converts a computed value to text")
         return f"{type(self).__name__}({object.__repr__(self)})"
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("makes an array of numpy of a value that it computes")
+        raise TypeError("converts a computed value to a NumPy array")
 
     def __array_function__(self, function: Callable[..., Any], *_: Any) -> NoReturn:
-        raise TypeError(f"calls {function.__name__} of numpy with a value that it computes")
+        raise TypeError(f"calls {function.__name__} of NumPy on a computed value")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # That of the proxy would be set, and the tensor never know.
-        self._refuse(f"sets {name!r} of a value that it computes")
+        self._refuse(f"sets {name!r} on a computed value")
         object.__setattr__(self, name, value)
 
     @property
     def __class__(self) -> type:
         if self.tracer.recording and asks_for_class(sys._getframe(1)):
-            self.tracer.refuse("asks for the class of a value that it computes")
+            self.tracer.refuse("asks for the class of a computed value")
         return type(self)
 
 

@@ -34,21 +34,21 @@ def _get_attribute(value: Any, name: str, /, *default: Any) -> Any:
 def _identity(value: Any, /) -> int:
     tracer = _recorder(value)
     if tracer is not None:
-        tracer.refuse("asks for the identity of a value that it computes")
+        tracer.refuse("asks for the id of a computed value")
     return id(value)
 
 
 def _is_callable(value: Any, /) -> bool:
     tracer = _recorder(value)
     if tracer is not None:
-        tracer.refuse("asks whether a value that it computes can be called")
+        tracer.refuse("asks whether a computed value is callable")
     return callable(value)
 
 
 def _directory(*values: Any) -> list[str]:
     tracer = _recorder(values[0]) if values else None
     if tracer is not None:
-        tracer.refuse("asks for the attributes of a value that it computes")
+        tracer.refuse("asks for the attributes of a computed value")
     # Without a value it means the names of the code that asks.
     return dir(*values) if values else sorted(sys._getframe(1).f_locals)
 
@@ -70,7 +70,7 @@ class _TypeOfTypes(type):
         if len(args) == 1 and not kwargs:
             tracer = _recorder(args[0])
             if tracer is not None:
-                tracer.refuse("asks for the type of a value that it computes")
+                tracer.refuse("asks for the type of a computed value")
             tracer = tracer_here() if issubclass(type(args[0]), nn.Module) else None
             if tracer is not None and tracer.recording:
                 return tracer.class_of(args[0], sys._getframe(1))

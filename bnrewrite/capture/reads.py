@@ -113,7 +113,7 @@ class Reads:
         if isinstance(value, CONTAINERS):
             keys, elements = parts(value)
             if len(elements) + len(keys) > 2 * _MOST:
-                self._tracer.refuse(f"reads a {type(value).__name__} of {len(elements)} entries")
+                self._tracer.refuse(f"reads a {type(value).__name__} with {len(elements)} entries")
             self._copies[id(value)] = keys, elements
             for one in elements:
                 self.see(one)
@@ -182,14 +182,14 @@ class Reads:
         record_questions(function, names, self._tracer)
         decided = decisions(function.__code__)
         if decided is not None and decided.matches:
-            self._tracer.refuse("matches values against patterns")
+            self._tracer.refuse("uses a match statement")
         watch_comparisons(function)
         found = global_names(function.__code__)
         if not found.isdisjoint(_BY_NAME):
-            self._tracer.refuse("looks up what its code does not name")
+            self._tracer.refuse("looks up names dynamically")
         passes = "__getattribute__" in names and "object" in found and not _is_getter(function)
         if passes or "getattr_static" in names:
-            self._tracer.refuse("reads attributes of objects that are not asked")
+            self._tracer.refuse("reads attributes past the class of an object")
         if not names.isdisjoint(_SETTERS):
             self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
@@ -203,7 +203,7 @@ class Reads:
             for name in new:
                 self.see_in_class(cls, name)
         for name in names & TRACING:
-            self._tracer.refuse(f"asks {name}()")
+            self._tracer.refuse(f"calls {name}()")
         for name in names & ASKED.keys():
             self._outside.answers[name] = ASKED[name]()
         for name in found & function.__globals__.keys():
@@ -226,9 +226,9 @@ class Reads:
             return
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
         if home in _AMBIENT or value is builtins:
-            self._tracer.refuse(f"asks for what {home} tells")
+            self._tracer.refuse(f"depends on {home}")
         if value is operator and not names.isdisjoint(IDENTITY):
-            self._tracer.refuse("compares values by functions of operator")
+            self._tracer.refuse("compares values with functions of operator")
         if isinstance(value, ModuleType) and is_library(value.__name__):
             for one in names & _STREAMS if value is sys else ():
                 self.see(vars(sys)[one])
@@ -283,18 +283,18 @@ class Reads:
                 or not same_keys(now_keys, keys)
                 or not all(map(operator.is_, now, elements))
             ):
-                changed = "changes a list, set or dict that it keeps"
+                changed = "changes a list, set or dict that outlives the call"
                 refill(value, keys, elements)
         for number, before in self._kept.items():
             value = self._known[number]
             if not identical(attributes_of(value), before):
                 kind = type(value).__name__
-                changed = f"changes an attribute of an object that it keeps, a {kind}"
+                changed = f"changes an attribute of a {kind} that outlives the call"
                 give_back(value, before)
         for (number, name), before in self._named.items():
             holder = self._outside.holders[number]
             if read_of(holder, name) is not before:
-                changed = f"changes {name or 'a variable'}, which it shares with others"
+                changed = f"changes {name or 'a variable'}, which other code shares"
                 write_to(holder, name, before)
         return changed
 

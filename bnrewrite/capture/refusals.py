@@ -53,7 +53,7 @@ def node_type_of_tree(tree: Any) -> Any:
         while frame.f_globals.get("__name__") == _pytree.__name__ and frame.f_back is not None:
             frame = frame.f_back
         if not is_ours(frame.f_code.co_filename):
-            tree.tracer.refuse("asks for the structure of a value that it computes")
+            tree.tracer.refuse("asks for the structure of a computed value")
     return _node_type(tree)
 
 
@@ -87,11 +87,11 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
     (logging.Logger, "handle", "logs a message"),
     (contextlib.suppress, "__enter__", "catches exceptions"),
     # Queues, semaphores, events, barriers and futures of Python do it before they change.
-    (threading.Condition, "__enter__", "changes what other threads wait for"),
+    (threading.Condition, "__enter__", "changes an object that other threads may wait for"),
     (threading.Thread, "start", "starts a thread"),
     (subprocess.Popen, "__init__", "starts a process"),
     (socket.socket, "__init__", "opens a socket"),
     (torch.backends.ContextProp, "__set__", "changes a setting of torch"),
-    (torch.cuda.StreamContext, "__enter__", "enters a stream"),
+    (torch.cuda.StreamContext, "__enter__", "enters a CUDA stream"),
 )  # fmt: skip
 """What a graph would lose or do once, whatever has it done: a class, a method and the reason."""

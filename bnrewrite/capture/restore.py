@@ -65,4 +65,4 @@ def keeping_attributes(tracer: Any) -> Iterator[None]:
             if not identical(now, before):
                 now.clear()
                 now.update(before)
-                tracer.note_refusal("sets an attribute without its module's knowledge")
+                tracer.note_refusal("sets a module attribute while bypassing the module")

@@ -18,7 +18,7 @@ from bnrewrite.sites.classes import below, original_class
 from bnrewrite.sites.floor import is_site, site_state
 
 PlainGraph = Callable[[str], Captured | None]
-"""The training graph of the child at a path, before the optimising passes."""
+"""The training graph of the child at a path, before the optimizing passes."""
 
 
 class _NotSpliced(Exception):  # noqa: N818
@@ -31,7 +31,7 @@ def spliced(
     """``plain`` with the graphs of children in place of their calls; None if only a trace can tell.
 
     Args:
-        plain: a training graph of ``owner`` before the optimising passes; it stays as it is.
+        plain: a training graph of ``owner`` before the optimizing passes; it stays as it is.
         owner: the module.
         name: its qualified name.
         through: paths of the children.

@@ -158,7 +158,7 @@ class OwnerTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """No value is known, nor the shape of one."""
-        self.refuse("branches on a value or a shape that it computes")
+        self.refuse("branches on a computed value or shape")
         return False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -238,13 +238,13 @@ class OwnerTracer(fx.Tracer):
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
         if kind is Tensor:
-            self.refuse("uses a tensor that is neither an argument nor a parameter nor a buffer")
+            self.refuse("uses a tensor that is not an argument, parameter or buffer")
         if (
             isinstance(a, (dict, list, tuple))
             and kind not in CONTAINERS
             and not hasattr(a, "_fields")
         ):
-            self.refuse(f"makes a {kind.__name__}, which a graph would turn into a plain one")
+            self.refuse(f"makes a {kind.__name__}, which a graph would turn into a plain container")
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ class OwnerTracer(fx.Tracer):
     def has_attribute(self, value: Any, name: str) -> bool:
         """The answer to ``hasattr`` about a value: what is no tensor's may be there or not."""
         if not hasattr(Tensor, name):
-            self.refuse(f"asks whether a value has {name!r}")
+            self.refuse(f"asks whether a value has the attribute {name!r}")
         return self.passes_for(value, Tensor)
 
     def passes_for(self, proxy: fx.Proxy, classes: Any) -> bool:
@@ -291,7 +291,7 @@ class OwnerTracer(fx.Tracer):
             self.asked.add(proxy.node.name)
             return issubclass(list if self._form.lists else Tensor, classes)
         if not (self.is_layer(proxy.node) or self.takes_for_tensor(proxy.node)):
-            self.refuse("branches on the type of a value that it computes")
+            self.refuse("branches on the type of a computed value")
         return issubclass(Tensor, classes)
 
     def takes_for_tensor(self, node: fx.Node) -> bool:

@@ -20,11 +20,11 @@ def unreadable(value: Any) -> str:
     """Why a trace may not read ``value``; "" if it may."""
     kind = type(value).__name__
     if isinstance(value, _RANDOM):
-        return "draws random numbers in Python"
+        return "draws random numbers outside the graph"
     if isinstance(value, collections.abc.Iterator):
-        return f"reads an iterator, a {kind}"
+        return f"reads an iterator ({kind})"
     if isinstance(value, _SHARED) or _is_of_c(type(value)):
-        return f"reads a {kind}, which others may change"
+        return f"reads a {kind}, which other code may change"
     return ""
 
 

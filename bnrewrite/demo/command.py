@@ -1,4 +1,4 @@
-"""``python -m bnrewrite demo``: its options, and what it does in which order."""
+"""``python -m bnrewrite demo``: its options, and what it does in what order."""
 
 import argparse
 import json
@@ -43,35 +43,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number(1, _MAX_RANKS, "a number of ranks"),
         default=defaults.world_size,
         metavar="N",
-        help="ranks, each a process on this machine (default %(default)s)",
+        help="number of ranks, each a process on this machine (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
         type=_number(1, 1000, "a number of epochs"),
         default=defaults.epochs,
         metavar="N",
-        help="passes over the training images (default %(default)s)",
+        help="passes over the training images (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=_number(0, 2**31 - 1, "a seed"),
         default=defaults.seed,
         metavar="N",
-        help="of weights, split and data order (default %(default)s)",
+        help="seed of weights, data split and data order (default: %(default)s)",
     )
     parser.add_argument(
         "--mode",
         choices=MODES,
         default=defaults.mode,
-        help="mode of the converted runs; each is compared with the plain torch run that it must "
-        "equal: sync with one process on the global batch, local with DDP as it is, frozen with "
-        "one process whose BatchNorm is in evaluation mode (default %(default)s)",
+        help="mode of the converted runs. Each is compared with the plain torch run that it must "
+        "equal: sync with one process on the global batch, local with plain DDP, frozen with one "
+        "process whose BatchNorm is in evaluation mode (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
         default="demo-out",
         metavar="DIR",
-        help="where curves.png, results.json and digits.onnx are written (default %(default)s)",
+        help="folder for curves.png, results.json and digits.onnx (default: %(default)s)",
     )
 
 
@@ -113,7 +113,7 @@ def _run(settings: Settings, folder: str) -> None:
     print(text.comparisons(runs, outcomes, equal_run(settings.mode)))
     backend = compile_backend(device)
     if backend != "inductor":
-        print(f"compiled with backend {backend}: this machine has no C++ compiler for inductor")
+        print(f"compiled with backend {backend}: this machine has no C++ compiler for Inductor")
     print(f"\n{found['report']}\n")
 
     _, test = load_digits(settings.seed)
@@ -121,7 +121,7 @@ def _run(settings: Settings, folder: str) -> None:
     check = export_and_run(outcomes["converted"].state, settings.mode, test, path)
     print(
         f"exported network in onnxruntime {check.runtime}, {check.num_images} test images in "
-        f"float32:\n  largest difference {check.largest_difference:.1e} of logits up to "
+        f"float32:\n  largest difference {check.largest_difference:.1e} in logits up to "
         f"{check.largest_logit:.1f}, same digit for {check.num_same} of {check.num_images}\n"
     )
     picture = os.path.join(folder, "curves.png")

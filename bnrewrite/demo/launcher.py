@@ -62,8 +62,7 @@ def launch(settings: Settings) -> dict[str, Any]:
             except ChildFailedError as failed:
                 first, failure = failed.get_first_failure()
                 raise RankFailedError(
-                    f"rank {first} ended with exit code {failure.exitcode}; its own message is "
-                    "above."
+                    f"rank {first} exited with code {failure.exitcode}; its own message is above."
                 ) from failed
         return torch.load(path, map_location="cpu", weights_only=False)
 

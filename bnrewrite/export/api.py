@@ -1,4 +1,4 @@
-"""``export_onnx``: the eval graph as a verified ONNX file."""
+"""``export_onnx``: writes the eval graph as a verified ONNX file."""
 
 import logging
 import os
@@ -38,50 +38,51 @@ def export_onnx(
     atol: float | None = None,
     external_data: bool | None = None,
 ) -> ExportReport:
-    """Writes what ``model`` computes in eval mode as an ONNX file of standard operators.
+    """Writes what ``model`` computes in eval mode to an ONNX file of standard operators.
 
-    The model may be converted, reverted or plain, in any mode, wrapped in DistributedDataParallel
-    or ``torch.compile``; it is left untouched: what its forward changes in modules, containers,
-    objects, closures, arrays and tensors is put back. That does not cover parameters whose values
-    it changes in place, gradients, classes and globals, and what lies in generators, files and
-    objects of libraries. Evaluated BatchNorm layers are BatchNormalization nodes with running
-    statistics, and parameters and buffers keep their ``state_dict`` names and values. The file
-    appears only when ``onnx.checker`` accepts it and onnxruntime, if installed, gives the outputs
-    of the model.
+    The model may be converted, reverted or plain, in training or eval mode, and wrapped in
+    DistributedDataParallel or ``torch.compile``. It is left untouched: changes that its forward
+    makes to modules, containers, objects, closures, arrays and tensors are undone. Not undone are
+    in-place changes to parameter values, gradients, classes and globals, and the state of
+    generators, files and library objects. Evaluated BatchNorm layers become BatchNormalization
+    nodes with running statistics. Parameters and buffers keep their ``state_dict`` names and
+    values. The file appears only after ``onnx.checker`` accepts it and, if onnxruntime is
+    installed, its outputs match those of the model.
 
     Args:
         model: any module.
-        args: example inputs, a tensor or a tuple; numbers, strings and None in it are fixed.
+        args: example inputs, a tensor or a tuple. Numbers, strings and None in it become constants.
         path: the file to write; None to get the model in the report.
         kwargs: example inputs by name.
-        input_names: names of the inputs; by default those of forward's arguments.
+        input_names: names of the inputs; by default the names of forward's arguments.
         output_names: names of the outputs; by default ``output``, ``output_0`` and so on, or the
             keys of a dictionary.
-        dynamic_shapes: axes that keep their freedom, e.g. ``{"x": {0: "batch"}}``: forward's
-            argument names, axes, and the names of the axes (or ``torch.export.Dim``).
+        dynamic_shapes: axes whose size stays free, e.g. ``{"x": {0: "batch"}}``: it maps argument
+            names of forward to axes, and axes to names (or ``torch.export.Dim``).
         opset_version: version of the operators, 15 to 26; 18 by default.
-        fold: compute BatchNorm into the convolution or linear layer before it, where it is legal.
-        verify: compare onnxruntime's outputs with the model's on the example, and on a second
+        fold: fold BatchNorm into the convolution or linear layer before it, where that is valid.
+        verify: compare onnxruntime's outputs with the model's on the example and on a second
             size of each dynamic axis.
         rtol: allowed difference relative to the largest value of an output; by default 1e-4 in
             float32 and 1e-2 in float16.
-        atol: allowed absolute difference on top; by default the rounding of values of order one.
-        external_data: write the weights to a file of their own beside ``path``; None for when
-            they do not fit into one.
+        atol: allowed absolute difference, added to that; by default the rounding of values of
+            order one.
+        external_data: whether to write the weights to a separate file beside ``path``; None to do
+            so only if they do not fit into one file with the model.
 
     Returns:
-        An :class:`ExportReport`; printing it gives the text form.
+        An :class:`ExportReport`; print it for the text form.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ExportError: an argument has a value that cannot be met, the model cannot be exported, or
-            the result failed a check.
+        ExportError: an argument has an invalid value, the model cannot be exported, or the result
+            failed a check.
         ImportError: onnx or onnxscript is not installed.
 
-    Exports run one at a time: what another thread asks for waits.
+    Exports run one at a time: a call from another thread waits.
 
-    A failed call leaves an existing file as it was. A successful one replaces it, with the file of
-    weights beside it that it names.
+    A failed call leaves an existing file as it was. A successful call replaces it, together with
+    the weights file that it names beside it.
     """
     check_model(model)
     check_packages()

@@ -60,8 +60,8 @@ def read_example(model: nn.Module, args: object, kwargs: object) -> Example:
     slots = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
     if not slots:
         raise ExportError(
-            "there is no example input: args and kwargs hold no tensor. Pass the arguments of a "
-            "call of the model, e.g. export_onnx(model, (x,), path)."
+            "there is no example input: args and kwargs hold no tensor. Pass the arguments that "
+            "you call the model with, e.g. export_onnx(model, (x,), path)."
         )
     num_args, keys = len(args), tuple(kwargs)
 
@@ -80,8 +80,8 @@ def _check_value(place: str, value: object) -> None:
     if not isinstance(value, (Tensor, *_CONSTANTS)):
         way_out = {
             "ndarray": "Convert it with torch.from_numpy().",
-            "dict": "Pass named arguments by kwargs=.",
-        }.get(type(value).__name__, "Pass a wrapper of the model that takes tensors.")
+            "dict": "Pass named arguments in kwargs=.",
+        }.get(type(value).__name__, "Wrap the model in a module that takes tensors.")
         raise ExportError(
             f"{place} is of type {type(value).__name__}, but inputs of an ONNX graph are tensors. "
             + way_out
@@ -91,12 +91,12 @@ def _check_value(place: str, value: object) -> None:
     shape = tuple(value.shape)
     if value.is_meta:
         raise ExportError(
-            f"{place} is a meta tensor of shape {shape}, which holds no values. Give a real one."
+            f"{place} is a meta tensor of shape {shape}, which holds no values. Pass a real one."
         )
     if value.layout is not torch.strided or value.is_quantized:
         raise ExportError(f"{place} is {value.layout}, not dense. Convert it with .to_dense().")
     if value.is_complex():
-        raise ExportError(f"{place} is {value.dtype}, which ONNX operators do not take.")
+        raise ExportError(f"{place} is {value.dtype}, which ONNX operators do not accept.")
     if value.numel() == 0:
         raise ExportError(
             f"{place} has no elements: its shape is {shape}. BatchNorm would be dropped from the "
@@ -198,8 +198,8 @@ def graph_names(
         for name in given or ():
             if name in taken:
                 raise ExportError(
-                    f"{kind}_names holds {name!r}, which is the name {taken[name]}. "
-                    "Give another one."
+                    f"{kind}_names holds {name!r}, which is already the name {taken[name]}. "
+                    "Choose another one."
                 )
         # The names that the user gave to outputs go before the default names of inputs.
         reserved = set(outputs[0] or ()) if kind == "input" and given is None else set()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from bnrewrite.commandline import CommandError, load_model
+from bnrewrite.commandline import MODEL_HELP, CommandError, load_model
 from bnrewrite.errors import BnRewriteError, ExportError
 from bnrewrite.export.api import export_onnx
 from bnrewrite.export.arguments import check_opset
@@ -28,30 +28,34 @@ _DTYPES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of ``export``."""
-    parser.add_argument(
-        "model", metavar="MODULE:FACTORY", help="function or class that makes the model"
-    )
+    parser.add_argument("model", metavar="MODULE:FACTORY", help=MODEL_HELP)
     parser.add_argument("path", metavar="OUT.onnx", help="file to write")
     parser.add_argument(
         "--shape",
         action="append",
         required=True,
         metavar="N,C,H,W",
-        help="shape of an example input, drawn from a normal distribution; once per input",
-    )
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the inputs")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="state dict to load, as torch.save wrote it"
+        help="shape of an example input, drawn from a normal distribution (integers: zeros); "
+        "repeat for each input",
     )
     parser.add_argument(
-        "--dynamic-batch", action="store_true", help="leave the first axis of every input free"
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="dtype of the inputs and, if floating-point, of the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="state dict to load, written by torch.save"
+    )
+    parser.add_argument(
+        "--dynamic-batch", action="store_true", help="make the first axis of every input dynamic"
     )
     parser.add_argument(
         "--fold", action="store_true", help="fold BatchNorm into the layer before it"
     )
-    parser.add_argument("--opset", type=int, default=None, help="version of the operators (18)")
+    parser.add_argument("--opset", type=int, default=None, help="operator version (default: 18)")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare with the model in onnxruntime"
+        "--no-verify", action="store_true", help="do not compare onnxruntime with the model"
     )
 
 
@@ -144,15 +148,17 @@ def _load_weights(model: nn.Module, file: str) -> None:
     except Exception as error:
         # Whatever a file of another kind makes the unpickler do.
         raise CommandError(
-            f"--weights {file} is no file that torch.load(weights_only=True) reads. "
+            f"--weights {file} is not a file that torch.load(weights_only=True) can read. "
             "Write it with torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(state, Mapping):
-        raise CommandError(f"--weights {file} holds no state dict, but {type(state).__name__}")
+        raise CommandError(
+            f"--weights {file} does not hold a state dict, but {type(state).__name__}"
+        )
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CommandError(
-            f"--weights {file} holds no tensors, but {', '.join(map(str, state))}. Write the state "
-            "dict in it to a file of its own"
+            f"--weights {file} holds no tensors, but {', '.join(map(str, state))}. Save the state "
+            "dict in it to a separate file"
         )
     try:
         model.load_state_dict(state)
@@ -174,4 +180,4 @@ def _example(text: str, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype)
         return torch.randn(shape, generator=generator).to(dtype)
     except (RuntimeError, TypeError, OverflowError):
-        raise ValueError(f"--shape {text!r} is more than the memory here holds.") from None
+        raise ValueError(f"--shape {text!r} does not fit into memory.") from None

@@ -73,9 +73,9 @@ def _check_equal_names(example: Example, axes: Axes) -> None:
             other, there = first.setdefault(called, (place, size))
             if size != there:
                 raise ExportError(
-                    f"{place} and {other} are both called {called!r} in dynamic_shapes, but the "
-                    f"example makes that {size} and {there}. Give them two names, or an example in "
-                    "which they are equal."
+                    f"{place} and {other} are both called {called!r} in dynamic_shapes, but in the "
+                    f"example they are {size} and {there}. Give them different names, or pass an "
+                    "example in which they are equal."
                 )
 
 
@@ -86,8 +86,8 @@ def _root_size(place: str, what: Any, size: int) -> int:
     zero, one = what.fn(0), what.fn(1)
     if (size - zero) % (one - zero):
         raise ExportError(
-            f"{place} is {axis_name(what)} in dynamic_shapes, but the example has {size} there, "
-            f"which no {root_name(what)} makes. Give an example that fits, or another Dim."
+            f"{place} is {axis_name(what)} in dynamic_shapes, but its size in the example is "
+            f"{size}, which no {root_name(what)} gives. Pass an example that fits, or another Dim."
         )
     return (size - zero) // (one - zero)
 
@@ -133,13 +133,13 @@ def _axes(name: str, tensor: Tensor, entry: object) -> dict[int, Any]:
         if what is None or isinstance(what, int) or what is Dim.STATIC:
             if isinstance(what, int) and what != tensor.shape[axis]:
                 raise ExportError(
-                    f"dynamic_shapes fixes axis {axis} of {name!r} to {what}, but the example has "
-                    f"{tensor.shape[axis]} there."
+                    f"dynamic_shapes fixes axis {axis} of {name!r} to {what}, but its size in the "
+                    f"example is {tensor.shape[axis]}."
                 )
             continue
         if not isinstance(what, (str, Dim, type(Dim.DYNAMIC))) or what == "":
             raise TypeError(
-                f"axis {axis} of {name!r} in dynamic_shapes is {what!r}; give a name, a "
+                f"axis {axis} of {name!r} in dynamic_shapes is {what!r}. Give a name, a "
                 "torch.export.Dim, or None."
             )
         axes[axis] = what

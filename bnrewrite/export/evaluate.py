@@ -54,13 +54,14 @@ def output_leaves(result: Any) -> list[Tensor]:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise ExportError(
                 f"the model returns an object of type {type(leaf).__name__}, which ONNX cannot "
-                "hold. Return tensors, or tuples, lists and dictionaries of them; a class of your "
-                "own can be registered with torch.utils._pytree.register_pytree_node."
+                "hold. Return tensors, or tuples, lists and dictionaries of them, or register your "
+                "class with torch.utils._pytree.register_pytree_node."
             )
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
         raise ExportError(
-            f"the model returns no tensor but {type(result).__name__}. Return what it computes."
+            f"the model returns no tensor but {type(result).__name__}. Return the tensors that it "
+            "computes."
         )
     return tensors
 

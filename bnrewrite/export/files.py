@@ -38,8 +38,8 @@ def staged(target: Path | None) -> Iterator[Path]:
                 place = target.parent / path.name
                 if path.name != name and place.exists() and place != replaced:
                     raise ExportError(
-                        f"the weights would go to {str(place)!r}, which is there and belongs to no "
-                        f"model at {target.name!r}. Remove it, or choose another path."
+                        f"the weights would go to {str(place)!r}, which exists and does not belong "
+                        f"to a model at {target.name!r}. Remove it, or choose another path."
                     )
                 os.replace(path, place)
             if replaced is not None and replaced.name not in [path.name for path in paths]:
@@ -58,7 +58,7 @@ def _weights_beside(target: Path) -> Path | None:
     try:
         model = onnx.load(target, load_external_data=False)
     except Exception as error:
-        log.debug("%s is no ONNX model: %s", target, error)
+        log.debug("%s is not an ONNX model: %s", target, error)
         return None
     outside = filter(external_data_helper.uses_external_data, model.graph.initializer)
     places = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
@@ -83,7 +83,7 @@ def uses_external_data(model: ir.Model, wanted: bool | None) -> bool:
     if wanted is False:
         raise ExportError(
             f"external_data=False, but the weights take {size / 2**30:.2f} GiB and an ONNX file "
-            "holds less than 2. Leave external_data at None or True."
+            "holds less than 2 GiB. Pass external_data=None or True."
         )
     return True
 
@@ -99,5 +99,5 @@ def write(model: ir.Model, path: Path, *, external: bool) -> None:
     except OSError as error:
         raise ExportError(
             f"the model cannot be written to {path.parent.parent}: {error.strerror}. "
-            "Make room there, or choose another place."
+            "Free some space there, or choose another path."
         ) from error

@@ -43,7 +43,7 @@ def _fold(graph: ir.Graph, node: ir.Node) -> str | None:
     if source is None or layer is None or layer.op_type not in _LAYOUTS:
         return "no convolution or linear layer feeds it"
     if len(source.uses()) != 1 or source.is_graph_output():
-        return "the layer before it has another reader"
+        return "the output of the layer before it is also used elsewhere"
     weight = layer.inputs[1]
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     for value in (weight, bias):
@@ -55,7 +55,7 @@ def _fold(graph: ir.Graph, node: ir.Node) -> str | None:
     scale, shift = affine
     scales = _LAYOUTS[layer.op_type](layer, weight, scale)
     if scales is None:
-        return f"{layer.op_type} has a form that cannot be scaled"
+        return f"this form of {layer.op_type} cannot be scaled"
     dtype = _array(weight).dtype
     # What overflows or divides by zero shows as an infinity or NaN, and is checked.
     with np.errstate(all="ignore"):

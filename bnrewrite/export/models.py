@@ -24,7 +24,7 @@ def check_model(model: object) -> None:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ExportError(
-            "model is scripted by TorchScript, which torch.export cannot read. "
+            "model is a TorchScript module, which torch.export cannot read. "
             "Pass the module that it was made from."
         )
     if not isinstance(model, nn.Module):
@@ -70,8 +70,8 @@ def check_tensors(model: nn.Module, inputs: dict[str, Tensor], opset: int) -> No
     for name, tensor in (*named.items(), *inputs.items()):
         if tensor.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
             raise ExportError(
-                f"{name} is bfloat16, which most ONNX operators take from opset "
-                f"{_BFLOAT16_OPSET} on, but opset_version is {opset}. Ask for opset_version="
+                f"{name} is bfloat16, which most ONNX operators accept only from opset "
+                f"{_BFLOAT16_OPSET} on, but opset_version is {opset}. Pass opset_version="
                 f"{_BFLOAT16_OPSET}, or export model.float()."
             )
     for name, module in model.named_modules():
@@ -92,5 +92,6 @@ def _check_batch_norm(name: str, module: _BatchNorm) -> None:
     if (module.running_mean is None) != (module.running_var is None):
         missing = "running_mean" if module.running_mean is None else "running_var"
         raise ExportError(
-            f"{name} has no {missing}, but the other running statistic. Give it both, or none."
+            f"{name} has no {missing}, but it has the other running statistic. Give it both or "
+            "neither."
         )

@@ -128,7 +128,7 @@ def name_axes(model: ir.Model, names: Sequence[str], axes: Axes) -> None:
             if found.setdefault(symbol, wanted) != wanted:
                 raise ExportError(
                     f"axis {axis} of {name!r} is called {wanted!r}, but the model ties it to the "
-                    f"axis called {found[symbol]!r}. Give both the same name."
+                    f"axis called {found[symbol]!r}. Give both axes the same name."
                 )
     if found:
         pattern = re.compile(r"\b(" + "|".join(map(re.escape, found)) + r")\b")

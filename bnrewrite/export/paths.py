@@ -24,16 +24,16 @@ def check_path(path: object) -> Path | None:
     if not isinstance(text, str):
         raise TypeError("path must be a str path, but it is bytes.")
     if not text:
-        raise ExportError("path is empty. Give a file name, or None to get the model only.")
+        raise ExportError("path is empty. Give a file name, or None to get only the model.")
     target = Path(os.path.realpath(text))
     if os.path.isdir(target) or text.endswith(("/", os.sep)):
-        raise ExportError(f"path is a directory: {text!r}. Give a file name in it.")
+        raise ExportError(f"path is a directory: {text!r}. Give the name of a file in it.")
     if not os.path.isdir(target.parent):
         raise ExportError(f"the directory of path does not exist: {text!r}. Create it first.")
     if os.path.exists(target) and not os.path.isfile(target):
         raise ExportError(
-            f"path is no regular file but a pipe, device or socket: {text!r}. It would be "
-            "replaced. Give a file name, or None to get the model only."
+            f"path is not a regular file but a pipe, device or socket: {text!r}. It would be "
+            "replaced. Give a file name, or None to get only the model."
         )
     _try_to_write(target, text)
     return target
@@ -62,5 +62,5 @@ def _try_to_write(target: Path, text: str) -> None:
             (folder / target.name).touch()
     except OSError as error:
         raise ExportError(
-            f"nothing can be written beside path {text!r}: {error.strerror}. Choose another place."
+            f"nothing can be written beside path {text!r}: {error.strerror}. Choose another path."
         ) from error

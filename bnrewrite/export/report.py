@@ -1,4 +1,4 @@
-"""The result of an export, in numbers and in a form to read."""
+"""The result of an export, as numbers and as text."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -31,22 +31,24 @@ class ExportReport:
 
     Attributes:
         path: the file; None if none was asked for.
-        external_data: the file beside it that holds the weights; None if the model holds them.
+        external_data: the file beside it that holds the weights; None if the model file holds them.
         opset: version of the standard operators.
         ir_version: version of the file format.
-        num_nodes: nodes of the graph.
-        num_batch_norm: BatchNormalization nodes in the graph.
-        num_folded: BatchNorm layers folded into the layer before them.
-        num_batch_stats: BatchNorm layers without running statistics, computed from the batch.
-        verified: the batch sizes of the runs that onnxruntime and the model agreed on; empty if
-            nothing was compared.
+        num_nodes: number of nodes in the graph.
+        num_batch_norm: number of BatchNormalization nodes in the graph.
+        num_folded: number of BatchNorm layers folded into the layer before them.
+        num_batch_stats: number of BatchNorm layers without running statistics, which use those of
+            the batch.
+        verified: batch sizes at which onnxruntime and the model agreed; empty if nothing was
+            compared.
         unverified: why nothing was compared; "" if something was.
         max_abs: largest absolute difference from the model; None if nothing was compared.
-        max_rel: largest difference relative to the scale of its output, likewise.
+        max_rel: largest difference relative to the scale of its output; None if nothing was
+            compared.
         inputs: inputs of the graph.
         outputs: outputs of the graph.
-        ranges: sizes that dynamic axes are limited to, by their names, because the model does
-            something else beyond them, or fails: the least and the largest, None for no limit.
+        ranges: limits of dynamic axes, by axis name: the smallest and the largest size (None for
+            no limit). Beyond them the model behaves differently or fails.
         model: the ONNX model if no path was given.
     """
 

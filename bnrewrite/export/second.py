@@ -51,7 +51,7 @@ def other_examples(
                 expected = evaluate(model, example, tensors)
             except ExportError as error:
                 cause = error.__cause__ or error
-                why = why or f" With {size} it fails: {type(cause).__name__}: {cause}"
+                why = why or f" With size {size} it fails: {type(cause).__name__}: {cause}"
                 continue
             found.append(Other(f"{place} of size {size}", tensors, expected))
             break

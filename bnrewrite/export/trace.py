@@ -82,8 +82,8 @@ def trace(model: nn.Module, example: Example, axes: Axes) -> Traced:
             continue
         if mean is not None:
             raise ExportError(
-                f"{_site(node)}: F.batch_norm is called with training=True and running "
-                "statistics in eval mode, so that evaluation would change them. Pass "
+                f"{_site(node)}: F.batch_norm is called in eval mode with training=True and "
+                "running statistics, so evaluation would change them. Pass "
                 "training=self.training, or trace the model after model.eval()."
             )
         lower_batch_statistics(program.graph, node)
@@ -196,20 +196,20 @@ def _check_running(
         if not isinstance(source, fx.Node):
             raise ExportError(
                 f"{_site(node)}: {kind} is missing, but the layer is in eval mode. "
-                "Give it both running statistics, or none."
+                "Give it both running statistics or neither."
             )
         name, value = tensors.get(source.name, ("", None))
         if value is None:
             continue
         if not torch.isfinite(value).all():
             raise ExportError(
-                f"{name} holds NaN or infinity. Training diverged or the file is damaged; load a "
-                "healthy checkpoint."
+                f"{name} holds NaN or infinity. Training diverged or the file is damaged. Load an "
+                "intact checkpoint."
             )
         if kind == "running_var" and (value < 0).any():
             raise ExportError(
                 f"{name} holds negative variances (smallest: {value.min().item():.3g}). "
-                "Load a healthy checkpoint."
+                "Load an intact checkpoint."
             )
 
 

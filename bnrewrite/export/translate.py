@@ -33,7 +33,7 @@ def to_onnx(program: ExportedProgram, opset: int) -> ir.Model:
         raise ExportError(
             f"torch.onnx cannot convert the model: {type(cause).__name__}: "
             f"{str(cause).splitlines()[0] if str(cause) else cause!r}. Replace the operation "
-            "by others, or ask for a higher opset_version."
+            "with others, or pass a higher opset_version."
         ) from error
     assert converted is not None
     return converted.model
@@ -59,7 +59,7 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
         reason = text.partition("failed: ")[2] or text
         raise ExportError(
             f"the model cannot be converted to opset {opset}: {reason.rstrip('.')}. "
-            f"Ask for opset_version={_NATIVE[0]} or higher."
+            f"Pass opset_version={_NATIVE[0]} or higher."
         ) from error
     result = ir.from_proto(converted)
     for node in result.graph.all_nodes():
@@ -83,8 +83,8 @@ def finish(model: ir.Model, opset: int) -> None:
     produced = model.opset_imports.get("", 0)
     if produced != opset:
         raise ExportError(
-            f"opset_version {opset} was asked for, but opset {produced} came out. "
-            "Ask for an opset from 18 to 23."
+            f"opset_version {opset} was requested, but the exporter produced opset {produced}. "
+            "Pass an opset_version from 18 to 23."
         )
     for domain in [domain for domain in model.opset_imports if domain]:
         del model.opset_imports[domain]

@@ -110,15 +110,15 @@ class Runtime:
                 feed[name] = tensor.detach().cpu().contiguous().numpy()
             except TypeError as error:
                 raise ExportError(
-                    f"the input {name!r} is {tensor.dtype}, which cannot be given to onnxruntime "
-                    "by way of numpy. Pass verify=False; the model is valid ONNX."
+                    f"the input {name!r} is {tensor.dtype}, which cannot be passed to onnxruntime "
+                    "through NumPy. Pass verify=False; the model is valid ONNX."
                 ) from error
         try:
             return [np.asarray(one) for one in self._session.run(None, feed)]
         except Exception as error:
             raise ExportError(
-                f"onnxruntime fails to run the exported model: {str(error).strip()}. If that is "
-                "for a dtype that it or numpy lacks, pass verify=False; the model is valid ONNX."
+                f"onnxruntime fails to run the exported model: {str(error).strip()}. If it or "
+                "NumPy does not support a dtype, pass verify=False; the model is valid ONNX."
             ) from error
 
 
@@ -131,7 +131,9 @@ def compare(
         ExportError: a shape, dtype or non-finite value differs, or a value by more than allowed.
     """
     if len(wanted) != len(got):
-        raise ExportError(f"the model has {len(wanted)} outputs, the ONNX model {len(got)}.")
+        raise ExportError(
+            f"the model has {len(wanted)} outputs, but the ONNX model has {len(got)}."
+        )
     total = Difference()
     for index, (name, reference, array) in enumerate(zip(names, wanted, got, strict=True)):
         place = f"output {index} ({name})"
@@ -161,7 +163,7 @@ def _compare(place: str, wanted: Tensor, got: Tensor, tolerance: Tolerance) -> D
     ):
         raise ExportError(
             f"{place} has {int((~torch.isfinite(got)).sum())} NaN or infinite values in "
-            f"onnxruntime, and {int(special.sum())} in the model, or elsewhere."
+            f"onnxruntime and {int(special.sum())} in the model, or has them in other places."
         )
     if not finite.any():
         return Difference()
@@ -171,8 +173,8 @@ def _compare(place: str, wanted: Tensor, got: Tensor, tolerance: Tolerance) -> D
     limit = tolerance.limit(wanted.dtype, scale)
     if not error <= limit:
         raise ExportError(
-            f"{place} differs from the model by {error:.3g}, more than {limit:.3g}: its values "
-            f"reach {scale:.3g}. If that is rounding, raise rtol or atol; a model that draws "
-            "random numbers in eval mode cannot be compared."
+            f"{place} differs from the model by {error:.3g}, more than the allowed {limit:.3g} "
+            f"(its values reach {scale:.3g}). If that is rounding, raise rtol or atol. A model "
+            "that draws random numbers in eval mode cannot be compared."
         )
     return Difference(error, error / scale if scale else 0.0)

@@ -143,9 +143,9 @@ def _by_torch(site: Site, group: str) -> Tensor:
 def unknown_to_torch(per_channel: tuple[Tensor | None, ...]) -> UnsupportedBatchNorm:
     """What to raise where :func:`knows_only_torch` and torch has no such BatchNorm."""
     return UnsupportedBatchNorm(
-        "transforms of torch.func do not know BatchNorm that shares its statistics or leaves out "
-        "values that are not finite. Differentiate with torch.autograd, call .eval() on the layer, "
-        "or convert with mode='local'.",
+        "torch.func transforms do not support BatchNorm that communicates or skips batches that "
+        "are not finite. Differentiate with torch.autograd, call .eval() on the layer, or convert "
+        "with mode='local'.",
         per_channel,
     )
 
@@ -156,15 +156,15 @@ def _check_statistics(site: Site, group: str) -> None:
     # Whether a tensor is an instance of a subclass takes longer to find out.
     if type(site.input) is not Tensor and isinstance(site.input, DTensor):
         raise UnsupportedBatchNorm(
-            "statistics of a DTensor are not defined here: its shards lie on the ranks of its own "
-            "mesh. Give the layer the local tensor, input.to_local(), and convert with that mesh "
-            "as the process_group.",
+            "the input is a DTensor, whose statistics are not defined here: its shards lie on the "
+            "ranks of its own mesh. Pass the local tensor, input.to_local(), and convert with that "
+            "mesh as process_group.",
             site.per_channel,
         )
     if group == NO_GROUP and site.input.numel() == site.input.size(1):
         raise UnsupportedBatchNorm(
             f"expected more than 1 value per channel when training, got input size "
-            f"{tuple(site.input.shape)}. Use a larger batch, or .eval() on the layer.",
+            f"{tuple(site.input.shape)}. Use a larger batch, or call .eval() on the layer.",
             site.per_channel,
         )
 

@@ -69,9 +69,9 @@ class _Record:
         then, _, result = self._kept[key][index]
         if then != shapes:
             raise BnRewriteError(
-                f"activation checkpointing runs a forward again and finds a BatchNorm input of "
-                f"shape {shapes[0]} where the first run had {then[0]}. Checkpoint only what does "
-                "the same again."
+                f"activation checkpointing recomputes a forward and finds a BatchNorm input of "
+                f"shape {shapes[0]} where the first run had {then[0]}. Checkpoint only code that "
+                "does the same again."
             )
         return result
 

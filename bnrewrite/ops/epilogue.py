@@ -43,7 +43,7 @@ def addend(value: Any) -> Tensor:
         return torch.tensor(value, dtype=torch.float64 if wide else None)
     raise TypeError(
         f"unsupported operand type(s) for +: 'Tensor' and {type(value).__name__!r}. If the model "
-        "adds it without bnrewrite, leave out the pass fuse_epilogue."
+        "works without bnrewrite, leave out the pass fuse_epilogue."
     )
 
 

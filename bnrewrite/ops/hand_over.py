@@ -41,7 +41,7 @@ class HandOver:
                     "one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation: a tensor of shape {tuple(tensor.shape)} is at version "
                     f"{tensor._version}, expected version {version}. It changed between two parts "
-                    "of a backward; change it before or after the whole of it."
+                    "of one backward pass; change it before or after the whole pass."
                 )
         return values
 

@@ -175,11 +175,11 @@ def _saved(ctx) -> tuple[Tensor, ...]:
         if len(ctx.scalars) == 1 or "a second time" not in str(error):
             raise
         raise BackwardError(
-            f"{sites_of(ctx.call.named)}: these BatchNorm layers share a collective, so that a "
-            "backward from one of them goes through all, and an earlier one has freed what they "
-            "saved. Let their losses go backward together, (a + b).backward(), or let all but the "
-            "last keep the graph, backward(retain_graph=True). Without the pass share_collectives "
-            f"each layer has a backward of its own. What torch says: {error}"
+            f"{sites_of(ctx.call.named)}: these BatchNorm layers share a collective, so a backward "
+            "pass from one of them goes through all of them, and an earlier backward pass has "
+            "freed their saved tensors. Run backward on the sum of their losses, "
+            "(a + b).backward(), or use backward(retain_graph=True) for all but the last. Without "
+            f"the pass share_collectives, each layer has its own backward. torch says: {error}"
         ) from error
 
 

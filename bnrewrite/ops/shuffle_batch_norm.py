@@ -133,14 +133,14 @@ def _shuffle_batch_norm(
         raise UnsupportedBatchNorm(
             f"expected more than 1 value per channel on every rank when shuffling statistics, got "
             f"input size {tuple(input.shape)}: a peer cannot use the variance of a single value. "
-            "Use a larger batch, mode 'sync', or .eval() on the layer.",
+            "Use a larger batch or mode 'sync', or call .eval() on the layer.",
             per_channel,
         )
     is_random = schedule == "random"
     if is_random and num_batches_tracked is not None and _recomputes():
         raise BnRewriteError(
-            "activation checkpointing recomputes a site of mode Shuffle(schedule='random'), whose "
-            "permutation was that of an earlier step counter, so the gradient would be wrong. Use "
+            "activation checkpointing recomputes a site of mode Shuffle(schedule='random') with "
+            "the permutation of a later step, so the gradient would be wrong. Use "
             "schedule='ring', or keep BatchNorm out of the checkpointed part."
         )
     plan = _Plan(

@@ -126,13 +126,13 @@ def check(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> None:
             )
         if device is not None and tensor.device != device:
             raise UnsupportedBatchNorm(
-                f"{_PER_CHANNEL[index]} is on {tensor.device} but the input on {device}. Move the "
-                "model or the input with .to().",
+                f"{_PER_CHANNEL[index]} is on {tensor.device} but the input is on {device}. Move "
+                "the model or the input with .to().",
                 per_channel,
             )
     if (per_channel[2] is None) != (per_channel[3] is None):
         raise UnsupportedBatchNorm(
-            "running_mean and running_var must be given together, or neither of them.",
+            "only one of running_mean and running_var is given. Give both or neither.",
             per_channel,
         )
 

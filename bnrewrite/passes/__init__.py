@@ -30,13 +30,13 @@ OPTIMISING: tuple[Pass, ...] = (
 
 
 def optimising_names(names: object) -> tuple[str, ...]:
-    """Names of the optimising passes to run, in order, of what the user gave as ``passes``.
+    """Names of the optimizing passes to run, in order, from the ``passes`` argument of ``convert``.
 
-    None stands for all of them. BNREWRITE_DISABLE takes away from either.
+    None stands for all of them. Passes in BNREWRITE_DISABLE are left out in any case.
 
     Raises:
         TypeError: it is not a sequence of names.
-        ValueError: a name that no optimising pass has.
+        ValueError: a name is not that of an optimizing pass.
     """
     known = tuple(one.__name__ for one in OPTIMISING)
     disabled = disabled_passes(known)
@@ -44,13 +44,13 @@ def optimising_names(names: object) -> tuple[str, ...]:
         names = known
     if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
         raise TypeError(
-            f"passes must be a sequence of names of optimising passes, or None for all, but it is "
+            f"passes must be a sequence of names of optimizing passes, or None for all, but it is "
             f"{type(names).__name__} ({names!r})."
         )
     for name in names:
         if name not in known:
             raise ValueError(
-                f"unknown optimising pass {name!r} in passes. "
+                f"unknown optimizing pass {name!r} in passes. "
                 f"Known passes: {', '.join(known) or 'none yet, so use passes=()'}."
             )
     return tuple(name for name in known if name in names and name not in disabled)

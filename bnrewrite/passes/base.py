@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bnrewrite.modes import Mode, ModeTable
 
-UNMATCHED = "no pattern of mode matches it"
+UNMATCHED = "no pattern in mode matches it"
 """Reason of a skip that the user asked for."""
 
 

@@ -133,9 +133,9 @@ def _shorten_to_early(target: OwnerGraph, chain: _Chain, finish: fx.Node, before
     added = _result_of(finish, chain.residual)
     for index, node in enumerate(chain.nodes[1:], start=1):
         if added is not None and is_addition(node) and not _may_be_added(added, chain):
-            chain.reason = "it is added to another site's result, which is read elsewhere, too"
+            chain.reason = "it is added to another site's result, which is also used elsewhere"
         elif not before(node) <= early:
-            chain.reason = "what it needs besides is not there when its collective ends"
+            chain.reason = "its other inputs are not ready when its collective ends"
         else:
             early.add(node)
             continue
@@ -198,7 +198,7 @@ def _chain(target: OwnerGraph, site: fx.Node) -> _Chain | None:
         users = list(last.users)
         if len(users) != 1:
             near = any(_follows(target, user) for user in users)
-            chain.reason = "its result is read in several places" if near else ""
+            chain.reason = "its result is used in several places" if near else ""
             break
         user = users[0]
         if not (_extend_by_sum(chain, last, user) or _extend_by_call(target, chain, user)):
@@ -214,9 +214,9 @@ def _extend_by_sum(chain: _Chain, last: fx.Node, user: fx.Node) -> bool:
     residual: Any = user.args[1] if user.args[0] is last else user.args[0]
     written = writes_into(user)
     if written not in (None, last) and not _ends_with(last, written):
-        chain.reason = "it is added to another value in place"
+        chain.reason = "it is added in place to another value"
     elif not _is_tensor(residual):
-        chain.reason = "what is added to it may be something else than a tensor"
+        chain.reason = "what is added to it may not be a tensor"
     else:
         chain.residual = residual
         chain.into = "new" if written is None else "own" if written is last else "other"
@@ -252,9 +252,9 @@ def _extend_by_call(target: OwnerGraph, chain: _Chain, user: fx.Node) -> bool:
 def _kept(target: OwnerGraph, path: str) -> str:
     """Why the module at ``path`` must stay a call; "" if it need not."""
     if target.keeps(path):
-        return "what follows it is to be kept"
+        return "what follows it is listed in keep"
     if has_hooks(target.owner.get_submodule(path)):
-        return "what follows it has hooks, which only a call runs"
+        return "what follows it has hooks, which only a call would run"
     return ""
 
 
@@ -302,7 +302,7 @@ def _shorten_to_movable(target: OwnerGraph, chain: _Chain, before: _Before) -> N
         between = [node for node in nodes[first:last] if node not in moved]
         if not any(moved & before(node) for node in between):
             return
-        chain.reason = "what runs meanwhile must not run before it"
+        chain.reason = "other operations must run between it and what follows it"
         _cut(target, chain)
 
 

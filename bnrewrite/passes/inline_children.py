@@ -83,15 +83,15 @@ def _kept(target: OwnerGraph, path: str) -> str:
     """Why the child at ``path`` must stay a call; "" if it need not."""
     module = below(target.owner, path)
     if target.keeps(path):
-        return "it is to be kept"
+        return "it is listed in keep"
     if has_hooks(module):
-        return "it has hooks, which only a call runs"
+        return "it has hooks, which only a call would run"
     if is_site(module) and not (
         has_own_forward(module) and isinstance(site_state(module).mode, Sync)
     ):
-        return "it evaluates a BatchNorm in a way of its own"
+        return "it is a BatchNorm layer that evaluates itself"
     if original_class(module).__module__.startswith("torch.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     ):
-        return "it is a module of torch's that is traced by no one"
+        return "it is one of torch's own modules, which are not traced"
     return ""

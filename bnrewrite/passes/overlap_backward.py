@@ -52,7 +52,7 @@ def overlap_backward(target: OwnerGraph, report: PassReport) -> None:
         path = str(node.target)
         name = target.qualified(path)
         if not _has_plain_padding(conv):
-            reason = "its padding is more than zeros around the image"
+            reason = "its padding is not plain zero padding"
             report.skipped.append(target.skip(name, reason, node, path))
             continue
         with target.graph.inserting_before(node):

@@ -53,7 +53,7 @@ def overlap_collectives(target: OwnerGraph, report: PassReport) -> None:
             report.rewritten.extend(sites)
         else:
             report.skipped.extend(
-                target.skip(site.name, "nothing could run meanwhile", start, site.path)
+                target.skip(site.name, "no other work could run meanwhile", start, site.path)
                 for site in sites
             )
             if len(sites) == 1:

@@ -125,7 +125,7 @@ def _other_functions(target: OwnerGraph) -> Iterator[Skip]:
             and node.target not in (*FUNCTIONS, own_batch_norm)
             and node in activations
         ):
-            reason = f"calls {name}, which keeps local statistics: use F.batch_norm"
+            reason = f"calls {name}, which uses local statistics: call F.batch_norm instead"
             place = target.qualified(node.meta.get("scope", "")) or ITSELF
             yield target.skip(place, reason, node, None)
 
@@ -148,10 +148,10 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     module = below(target.owner, path)
     state = site_state(module)
     if is_uninitialised(module):
-        reason = "it is lazy and has no channels yet: run one batch, then convert again"
+        reason = "it is lazy and not initialized yet: run one batch, then convert again"
         return target.skip(state.name, reason, node, path)
     if has_hooks(module):
-        return target.skip(state.name, "it has hooks, which only a call runs", node, path)
+        return target.skip(state.name, "it has hooks, which only a call would run", node, path)
     if len(node.args) + len(node.kwargs) != 1:
         return target.skip(state.name, "it is called with more than one argument", node, path)
     return _Site(state.name, path, state.mode, state.group)
@@ -166,7 +166,7 @@ def _match_functional(target: OwnerGraph, node: fx.Node, scope: str, index: int)
         isinstance(mode, Frozen)
         and functional_arguments(node.target, node.args, node.kwargs)[1] is None
     ):
-        return target.skip(name, "it has no running statistics that could be frozen", node, None)
+        return target.skip(name, "it has no running statistics to freeze", node, None)
     return _Site(name, None, mode, target.group, scope, index)
 
 

@@ -64,8 +64,8 @@ class Converted:
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise BnRewriteError(
-            f"{type(self).__name__}: torch.jit.script reads the source of a module, in which the "
-            "conversion is not. Script bnrewrite.revert(model), or a reverted copy of it."
+            f"{type(self).__name__}: torch.jit.script compiles the source of a module, which does "
+            "not contain the conversion. Script bnrewrite.revert(model), or a reverted copy."
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -198,8 +198,8 @@ def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
         return below
     if _ORIGINAL not in vars(below):
         raise BnRewriteError(
-            f"{cls.__name__}: the class of this module was changed after conversion, as "
-            "fully_shard does, so the conversion cannot be undone or replaced. Convert or revert "
+            f"{cls.__name__}: the class of this module was changed after conversion, e.g. by "
+            "fully_shard, so the conversion cannot be undone or replaced. Convert or revert "
             "the model first, then wrap it."
         )
     return below._bnrewrite_original

@@ -77,7 +77,7 @@ class _Shadow:
             return synchronises
         if self._inputs is None:
             raise BnRewriteError(
-                "a rank has no input at all, so it cannot shadow the BatchNorm collectives of the "
+                "a rank had no input at all, so it cannot shadow the BatchNorm collectives of the "
                 "others under DistributedDataParallel.join(). Give every rank at least one batch."
             )
         args, kwargs, grad_enabled = self._inputs
@@ -131,10 +131,10 @@ class _Shadow:
             raise
         except Exception as error:
             raise BnRewriteError(
-                "a rank that has no more input runs "
-                f"{type(self._ddp.module).__name__} on an empty batch, to shadow the BatchNorm "
+                "a rank that has run out of input runs "
+                f"{type(self._ddp.module).__name__} on an empty batch to shadow the BatchNorm "
                 f"collectives of the others under DistributedDataParallel.join(), and that failed: "
-                f"{type(error).__name__}: {error}. Make the model take a batch of size zero, or "
+                f"{type(error).__name__}: {error}. Make the model accept a batch of size zero, or "
                 "give all ranks the same number of batches."
             ) from error
 

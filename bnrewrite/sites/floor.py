@@ -79,7 +79,7 @@ def checked_input(check: Any, x: Tensor) -> Tensor:
 def call_in_trace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``module.forward(...)`` becomes in a graph that is captured: a call of the module."""
     if has_hooks(module):
-        Tracing.tracer.refuse("calls forward() of a module whose hooks a call would run")
+        Tracing.tracer.refuse("calls forward() of a module with hooks, which only a call would run")
     return module(*args, **kwargs)
 
 
@@ -273,7 +273,7 @@ def revert_site(module: nn.Module) -> None:
     except GroupError:
         warnings.warn(
             f"{state.name or ITSELF}: the process group {state.sync_group!r} that the "
-            f"{type(module).__name__} was made with does not exist in this process any more. Its "
+            f"{type(module).__name__} was made with no longer exists in this process. Its "
             "process_group is now None, the default group.",
             stacklevel=4,
         )

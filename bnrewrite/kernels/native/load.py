@@ -62,30 +62,33 @@ def library() -> Library | None:
 
 
 def whence() -> str:
-    """Which kernels CPU tensors get, and if they are not those in C, why."""
+    """Which kernels CPU tensors use and, if they are not those in C, why."""
     return _loaded()[1]
 
 
 @functools.cache
 def _loaded() -> tuple[Library | None, str]:
     if kernels_setting() == "aten":
-        return None, "of ATen: BNREWRITE_KERNELS leaves out those in C"
+        return None, "ATen kernels: BNREWRITE_KERNELS=aten disables the C kernels"
     spec = importlib.util.find_spec(f"{__package__}._library")
     if spec is None or spec.origin is None:
-        return None, "of ATen: those in C were not built, install again with a C compiler (gcc)"
+        return None, (
+            "ATen kernels: the C kernels were not built; reinstall bnrewrite with a C compiler "
+            "(gcc)"
+        )
     path = Path(spec.origin)
-    again = "install bnrewrite again"
+    again = "reinstall bnrewrite"
     if any(source.stat().st_mtime > path.stat().st_mtime for source in path.parent.glob("*.[ch]")):
         warnings.warn(
-            f"{path.name} is older than the sources beside it and is not used: {again}, or "
-            "BatchNorm on the CPU runs on torch's own kernels, slower.",
+            f"{path.name} is older than its sources and is not used. Until you {again}, "
+            "BatchNorm on the CPU runs on torch's own kernels, which are slower.",
             stacklevel=2,
         )
-        return None, f"of ATen: those in C are older than their sources, {again}"
+        return None, f"ATen kernels: the C kernels are older than their sources; {again}"
     try:
         found = Library(spec.origin)
     except (OSError, AttributeError) as error:
-        return None, f"of ATen: those in C cannot be loaded, {again} ({error})"
+        return None, f"ATen kernels: the C kernels cannot be loaded; {again} ({error})"
     if found.abi != _ABI:
-        return None, f"of ATen: those in C are of another version, {again}"
-    return found, "in C"
+        return None, f"ATen kernels: the C kernels are of another version; {again}"
+    return found, "C kernels"
