@@ -1,8 +1,8 @@
 """The mathematics of distributed BatchNorm in plain, differentiable torch.
 
-Every op, kernel, test and page of documentation answers to these functions. They are written to be
-read; none of them is fast. Letters: N batch, C channels, S positions (all spatial dimensions),
-``acc`` the accumulation dtype, float64 for float64 input and float32 otherwise.
+These functions are the definition that ops, kernels, tests and documentation must agree with. They
+are written to be read, not to be fast. Letters: N batch, C channels, S positions (all spatial
+dimensions), ``acc`` the accumulation dtype: float64 for float64 input and float32 otherwise.
 
 Sources: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, algorithm 1 and section 3
 (https://arxiv.org/abs/1502.03167); T. Chan, G. Golub and R. LeVeque, "Updating Formulae and a
@@ -21,12 +21,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` (C,) viewed so that it broadcasts over dimension 1 of ``like`` (N, C, *)."""
+    """``values`` (C,) reshaped so that it broadcasts along dimension 1 of ``like`` (N, C, *)."""
     return values.view([1, -1] + [1] * (like.dim() - 2))
 
 
 def reduced_dims(x: Tensor) -> list[int]:
-    """All dimensions of ``x`` (N, C, *) but the channels."""
+    """All dimensions of ``x`` (N, C, *) except the channels."""
     return [0, *range(2, x.dim())]
 
 
@@ -35,14 +35,14 @@ def moments(x: Tensor) -> Tensor:
 
         packed = [n, n * mean_0 ... n * mean_C-1, m2_0 + n * mean_0^2, ...]     n = N * S
 
-    The sums are formed from centred statistics, so no digits are lost in float32; in float64 the
-    cancellation of the packed form costs ``1e-16 * mean^2 / var``.
+    Kernels form the sums from centered statistics, so no digits are lost in float32. In float64,
+    cancellation in the packed form costs ``1e-16 * mean^2 / var``.
 
     Args:
         x: (N, C, *), floating point. Any memory format. N may be zero.
 
     Returns:
-        (2C + 1,), float64, whatever the dtype and the size of ``x``: all ranks send the same bytes.
+        (2C + 1,), float64, for any dtype and size of ``x``, so all ranks send equally many bytes.
     """
     num_values = x.numel() // max(x.size(1), 1)
     x64 = x.double()
@@ -53,9 +53,9 @@ def moments(x: Tensor) -> Tensor:
 
 
 def finalize(totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (1,), mean (C,) and biased variance (C,) of packed sums ``totals`` (2C + 1,), float64.
+    """Count (1,), mean (C,), biased variance (C,) from packed sums ``totals`` (2C + 1,), float64.
 
-    If no rank holds a value the count is zero, and so are mean and variance.
+    If no rank holds any values, count, mean and variance are zero.
     """
     num_channels = (totals.numel() - 1) // 2
     count = totals[:1]
@@ -64,13 +64,13 @@ def finalize(totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def statistics(totals: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Mean and rstd, (2, C) in ``dtype``, of packed sums ``totals`` (2C + 1,), float64."""
+    """Mean and rstd, (2, C) in ``dtype``, from packed sums ``totals`` (2C + 1,), float64."""
     _, mean, var = finalize(totals)
     return torch.stack([mean, torch.rsqrt(var + eps)]).to(dtype)
 
 
 def affine(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * rstd * weight + bias``, as ``x`` (N, C, *), in ``acc``."""
+    """``(x - mean) * rstd * weight + bias``, with the shape of ``x`` (N, C, *), in ``acc``."""
     scale = stats[1] if weight is None else stats[1] * weight
     y = (x - per_channel(stats[0], x)) * per_channel(scale, x)
     return y if bias is None else y + per_channel(bias, x)
@@ -94,12 +94,12 @@ def normalize(
         weight: (C,) or None for ones.
         bias: (C,) or None for zeros.
         eps: added to the variance.
-        residual: as ``x``, or None for zeros.
+        residual: like ``x``, or None for zeros.
         activation: one of :data:`bnrewrite.activations.ACTIVATIONS`.
-        slope: of the activation, where it has one.
+        slope: slope of the activation, if it has one.
 
     Returns:
-        y, as ``x`` in shape, dtype and memory format; stats (2, C), ``acc``: mean and rstd.
+        y, with the shape, dtype and memory format of ``x``; stats (2, C), ``acc``: mean and rstd.
     """
     stats = statistics(totals, eps, accumulate_dtype(x.dtype))
     z = affine(x, stats, weight, bias)
@@ -118,7 +118,7 @@ def normalize_keep_sum(
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`normalize`, and what was activated, as ``x``, for the backward."""
+    """Like :func:`normalize`, and also returns the activation's input, like ``x``, for backward."""
     total, stats = normalize(x, totals, weight, bias, eps, residual)
     y, _ = normalize(x, totals, weight, bias, eps, residual, activation, slope)
     return y, stats, total
@@ -134,10 +134,10 @@ def activation_backward(
     activation: str,
     slope: float,
 ) -> Tensor:
-    """Gradient of what was activated, ``grad * act'(z)``, which is the gradient of the residual.
+    """Gradient of the activation's input, ``grad * act'(z)``, also the gradient of the residual.
 
-    ``kept`` is what was activated, or the result of a ReLU, from which the derivative follows, too;
-    None without a residual, where it is computed again. Returns ``acc``.
+    ``kept`` is the activation's input, or the output of a ReLU, which determines the derivative as
+    well. Without a residual it is None, and the input is computed again. Returns ``acc``.
     """
     if activation == "identity":
         return grad
@@ -157,18 +157,18 @@ def activation_backward_reduce(
     slope: float,
     write: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of the gradient of what was activated, and that gradient, (0,) if it is not wanted."""
+    """Sums of the gradient of the activation's input, and that gradient; (0,) unless ``write``."""
     inner = activation_backward(grad, x, stats, weight, bias, kept, activation, slope)
     sums = normalize_backward_reduce(inner, x, stats)
     return sums, inner.to(x.dtype) if write else x.new_empty(0)
 
 
 def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    """Sums of the output gradient that the input gradient needs, packed for one all-reduce.
+    """Sums over the output gradient that the input gradient needs, packed for one all-reduce.
 
         sums = [sum g ..., sum g * xhat ...]     xhat = (x - mean) * rstd
 
-    The local value of these sums is also the local gradient of bias and weight.
+    The local values of these sums are also the local gradients of bias and weight.
 
     Args:
         grad: (N, C, *), gradient of the output.
@@ -197,7 +197,7 @@ def normalize_backward(
     activation: str = "identity",
     slope: float = 0.0,
 ) -> Tensor:
-    """Gradient of the input, given the sums of all ranks.
+    """Gradient of the input, given the sums over all ranks.
 
         dx = weight * rstd * (g - sum_g / n - xhat * sum_g_xhat / n)
 
@@ -209,14 +209,14 @@ def normalize_backward(
         stats: (2, C), ``acc``, mean and rstd of the forward pass.
         totals: (2C + 1,), float64, packed sums of the forward pass; its first entry is n.
         weight: (C,) or None for ones.
-        sums: (2C,), float64, of :func:`normalize_backward_reduce`, summed over ranks.
-        bias: (C,) or None for zeros, as ``kept`` and the following for the activation only.
+        sums: (2C,), float64, from :func:`normalize_backward_reduce`, summed over ranks.
+        bias: (C,) or None for zeros; this and the arguments below are only for the activation.
         kept: see :func:`activation_backward`.
         activation: one of :data:`bnrewrite.activations.ACTIVATIONS`.
-        slope: of the activation, where it has one.
+        slope: slope of the activation, if it has one.
 
     Returns:
-        (N, C, *), as ``x``.
+        (N, C, *), like ``x``.
     """
     acc = accumulate_dtype(x.dtype)
     mean, rstd = stats.unbind()
@@ -231,7 +231,7 @@ def normalize_backward(
 def batch_norm_local(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole BatchNorm by the statistics of ``x`` alone: :func:`normalize` by :func:`moments`.
+    """A complete BatchNorm with the statistics of ``x``: :func:`moments`, then :func:`normalize`.
 
     Args:
         x: (N, C, *), floating point. N may be zero.
@@ -240,7 +240,7 @@ def batch_norm_local(
         eps: added to the variance.
 
     Returns:
-        y, as ``x`` in shape, dtype and memory format; mean and rstd, (C,), ``acc``.
+        y, with the shape, dtype and memory format of ``x``; mean and rstd, (C,), ``acc``.
     """
     y, stats = normalize(x, moments(x), weight, bias, eps)
     mean, rstd = stats.unbind()
@@ -260,7 +260,7 @@ def batch_norm_local_backward(
         weight: (C,) or None for ones.
 
     Returns:
-        Gradients of x, as ``x``, and of weight and bias, (C,), ``acc``.
+        Gradients of x, like ``x``, and of weight and bias, (C,), ``acc``.
     """
     stats = torch.stack([mean, rstd])
     sums = normalize_backward_reduce(grad, x, stats)
@@ -279,12 +279,13 @@ def shuffle_backward(
     sums: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Gradient of the input of a rank that normalized with a peer's statistics and lent its own.
+    """Gradient of the input on a rank that normalized with a peer's statistics and lent its own.
 
         dx = weight * rstd_peer * g - weight * rstd / n * (sum_g + xhat * sum_g_xhat)
 
-    ``xhat = (x - mean) * rstd`` and ``n`` are the rank's own; the sums are those of the rank that
-    borrowed them, over its batch. The first term is the rank's own loss, the second the borrower's.
+    ``xhat = (x - mean) * rstd`` and ``n`` are the rank's own. The sums come from the rank that
+    borrowed its statistics (the borrower), over that rank's batch. The first term comes from the
+    rank's own loss, the second from the borrower's.
 
     Args:
         grad: (N, C, *), gradient of the output.
@@ -292,12 +293,12 @@ def shuffle_backward(
         stats: (2, C), ``acc``, mean and rstd that the rank normalized with.
         own: (2C + 1,), float64, packed sums of ``x``.
         weight: (C,) or None for ones.
-        sums: (2C,), float64, of :func:`normalize_backward_reduce` on the borrower; None if borrowed
-            statistics are constants, so that the second term vanishes.
+        sums: (2C,), float64, from :func:`normalize_backward_reduce` on the borrower; None if
+            borrowed statistics are constants, so the second term vanishes.
         eps: added to the variance.
 
     Returns:
-        (N, C, *), as ``x``.
+        (N, C, *), like ``x``.
     """
     acc = accumulate_dtype(x.dtype)
     scale = stats[1] if weight is None else stats[1] * weight

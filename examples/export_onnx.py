@@ -1,11 +1,11 @@
-"""Export of a trained network to ONNX, and its answers in onnxruntime.
+"""Exports a trained network to ONNX and runs it in onnxruntime.
 
     torchrun --standalone --nproc-per-node 2 examples/train_ddp.py
     python examples/export_onnx.py checkpoint.pt digits.onnx
 
-Without arguments it takes the checkpoint.pt that the training wrote, and fresh weights where there
-is none. The network need not be converted: the exported graph is that of evaluation, which
-conversion does not change.
+Without arguments it uses the checkpoint.pt that training wrote, or fresh weights if there is none.
+The network need not be converted: the export describes evaluation, which conversion does not
+change.
 """
 
 import argparse
@@ -23,13 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export a trained network to ONNX.")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="written by train_ddp.py")
     parser.add_argument("output", type=Path, nargs="?", default=Path("digits.onnx"))
-    parser.add_argument("--fold", action="store_true", help="BatchNorm into the convolutions")
+    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions")
     args = parser.parse_args()
 
     network = bnrewrite.convert(DigitsNet(), mode="sync")
     trained = Path("checkpoint.pt")
     checkpoint = args.checkpoint or (trained if trained.exists() else None)
-    print(f"weights: {checkpoint or 'fresh ones'}")
+    print(f"weights: {checkpoint or 'fresh'}")
     if checkpoint is not None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         network.load_state_dict(state["network"])
@@ -46,7 +46,7 @@ def main() -> None:
     session = onnxruntime.InferenceSession(args.output, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": images.numpy()})
     right = torch.as_tensor(found).argmax(1) == test_data.labels
-    print(f"onnxruntime: {int(right.sum())} of {len(right)} test images right")
+    print(f"onnxruntime: {int(right.sum())} of {len(right)} test images correct")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Momentum contrast on handwritten digits, with and without shuffled BatchNorm statistics.
 
     python examples/moco.py --ranks 4 --epochs 10              # local statistics: it can cheat
-    python examples/moco.py --ranks 4 --epochs 10 --shuffle    # those of the next rank
+    python examples/moco.py --ranks 4 --epochs 10 --shuffle    # statistics of the next rank
     python examples/moco.py --ranks 4 --epochs 10 --compare moco.png
 
 Queries and keys are two views of the same images (He et al. 2019, https://arxiv.org/abs/1911.05722).
-With local statistics a query and its key were normalized with the same images, and no key in the
-queue was: an encoder may tell the right key by that. Contrastive accuracy (how often the right key
-is the nearest) then rises without the features getting better, which the nearest-neighbor
-accuracy on digits never seen tells. What a shared batch is worth is measured as well: same
-weights, same images, keys normalized once together with the images of their queries and once in
-batches put together anew. An encoder that cheats gains more from it than one that could not learn
-to, because keys of its training never shared a batch with their queries.
+With local statistics, a query and its key are normalized with the same images, but no key in the
+queue is. An encoder may recognize the right key by that. Contrastive accuracy (how often the right
+key is the nearest) then rises although the features do not improve; the nearest-neighbor accuracy
+on unseen digits shows this. The script also measures the gain from a shared batch: with the same
+weights and images, it normalizes keys once together with the images of their queries and once in
+regrouped batches. An encoder that cheats gains more than one that could not learn to cheat because,
+in its training, keys never shared a batch with their queries.
 """  # fmt: skip
 
 import argparse
@@ -71,7 +71,7 @@ Epoch = tuple[float, float, float, float]
 
 
 class MoCo(nn.Module):
-    """Query encoder, key encoder that follows it slowly, and a queue of earlier keys."""
+    """Query encoder, a key encoder that follows it slowly, and a queue of earlier keys."""
 
     def __init__(self, *, shuffle_samples: bool, dim: int = 32, queue_size: int = 512) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def follow(self, k: Tensor, momentum: float) -> None:
-        """Moves the key encoder, and puts the keys of all ranks into the queue."""
+        """Updates the key encoder, and puts the keys of all ranks into the queue."""
         for slow, fast in zip(
             self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True
         ):
@@ -111,7 +111,7 @@ class MoCo(nn.Module):
 
 
 def augment(images: Tensor) -> Tensor:
-    """Rotated, scaled, moved, with another contrast and noise."""
+    """Rotates, scales and shifts images, changes their contrast and adds noise."""
     num = images.size(0)
     angle = (torch.rand(num) - 0.5) * 0.7
     zoom = 0.8 + 0.4 * torch.rand(num)
@@ -125,7 +125,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and to test on."""
+    """Images and labels for training and for testing."""
     digits = load_digits()
     images = torch.tensor(digits["images"], dtype=torch.float32).unsqueeze(1) / 16  # pyright: ignore
     labels = torch.tensor(digits["target"])  # pyright: ignore
@@ -137,12 +137,12 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def gain_from_shared_batches(model: MoCo, images: Tensor, args: argparse.Namespace) -> float:
-    """Contrastive accuracy with keys from the batches of their queries, less that with others."""
+    """Contrastive accuracy with keys from the batches of their queries, minus that with others."""
     encoder_q, encoder_k = (
         bnrewrite.revert(copy.deepcopy(one)) for one in (model.encoder_q, model.encoder_k)
     )
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # A sample of the images, the same for all kinds.
+    # A sample of the images, the same for all variants.
     order = torch.randperm(images.size(0), generator=torch.Generator().manual_seed(1))
     hits = torch.zeros(2)
     batches = order.split(args.batch_size * world_size)[:-1][:20]
@@ -170,7 +170,7 @@ def nearest_neighbor_accuracy(model: nn.Module) -> float:
 
 
 def show_first_statistics(model: MoCo, images: Tensor) -> None:
-    """Prints, per rank, the mean of its own keys at the first site and the one that it uses."""
+    """Prints, per rank, the mean of its own keys at the first site and the mean that it uses."""
     first = model.encoder_k[1]
     assert isinstance(first, nn.BatchNorm2d)
     assert first.running_mean is not None
@@ -182,7 +182,7 @@ def show_first_statistics(model: MoCo, images: Tensor) -> None:
         keys, _ = bnrewrite.shuffle_batch(images)
     with torch.no_grad():
         first(first_conv(keys))
-    # The running mean has moved towards what was used, by the momentum.
+    # The running mean moved by the momentum towards the mean that was used.
     used = ((first.running_mean - 0.9 * before) / 0.1)[:3]
     first.running_mean.copy_(before)
     text = f"mean of its own keys {_numbers(own)}, normalized with {_numbers(used)}"
@@ -197,7 +197,7 @@ def _numbers(values: Tensor) -> str:
 
 
 def train(kind: str, seed: int, args: argparse.Namespace) -> Iterator[Epoch]:
-    """Trains, and yields loss, both accuracies and the gain from shared batches of every epoch."""
+    """Trains, and yields loss, both accuracies and the gain from shared batches per epoch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(seed)
     model = MoCo(shuffle_samples=kind == "batch")
@@ -275,7 +275,7 @@ def draw(
     world_size: int,
     args: argparse.Namespace,
 ) -> None:
-    """Both accuracies and the gain side by side, and a table of them."""
+    """Draws both accuracies and the gain side by side, and prints a table of them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -314,9 +314,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument(
         "--shuffle", nargs="?", const="ring", default="none", choices=list(KINDS),
-        help="statistics of the key encoder; ring if nothing follows",
+        help="variant to train; ring if no name follows, none without the option",
     )  # fmt: skip
-    parser.add_argument("--compare", metavar="PICTURE", help="train all kinds and draw them")
+    parser.add_argument("--compare", metavar="PICTURE", help="train all variants and plot them")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8, help="images per rank")
     parser.add_argument("--rate", type=float, default=0.03)

@@ -1,4 +1,4 @@
-"""Data-parallel training with distributed BatchNorm: an ordinary script and three lines more.
+"""Data-parallel training with distributed BatchNorm: an ordinary script plus three lines.
 
     torchrun --standalone --nproc-per-node 2 examples/train_ddp.py --epochs 4
     torchrun --standalone --nproc-per-node 2 examples/train_ddp.py --epochs 8 --resume
@@ -58,7 +58,7 @@ def main() -> None:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {accuracy:.1%}", flush=True)
             save_checkpoint(args.checkpoint, network, optimizer, schedule, epoch + 1)
     dist.barrier()
-    # After the group its destructor can wait for ever: torch 2.13 with gloo, whatever the model.
+    # After the group, its destructor can wait forever (torch 2.13 and gloo, with any model).
     del model
     dist.destroy_process_group()
 
@@ -67,11 +67,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Data-parallel training.")
     parser.add_argument("--epochs", type=int, default=4, help="epochs in total, resumed or not")
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank and step")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate at the start")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, split and data order")
+    parser.add_argument("--lr", type=float, default=0.01, help="initial learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data split and order")
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoint.pt"))
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, without graph break")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
+    parser.add_argument("--compile", action="store_true", help="torch.compile with fullgraph=True")
     parser.add_argument("--amp", action="store_true", help="forward in bfloat16 under autocast")
     return parser.parse_args()
 
@@ -97,7 +97,7 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Digits) -> float:
-    """Test accuracy. Evaluation communicates nothing, so each rank may do as it likes."""
+    """Test accuracy. Evaluation communicates nothing, so ranks may evaluate independently."""
     network.eval()
     right: Tensor = network(data.images).argmax(1) == data.labels
     return right.double().mean().item()
@@ -106,14 +106,14 @@ def evaluate(network: nn.Module, data: Digits) -> float:
 def save_checkpoint(
     path: Path, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler, epoch: int
 ) -> None:
-    """Writes a checkpoint that the converted and the plain network can load."""
+    """Writes a checkpoint that both the converted and the plain network can load."""
     state = {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "epoch": epoch,
     }
-    # A crash while writing must not cost the checkpoint before it.
+    # A crash while writing must not destroy the previous checkpoint.
     unfinished = path.with_suffix(".tmp")
     torch.save(state, unfinished)
     unfinished.replace(path)
