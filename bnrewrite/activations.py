@@ -1,7 +1,7 @@
-"""The activations that can be part of a normalisation, by name.
+"""The activations that can be fused into a normalization, by name.
 
 A name stands for torch's function of the same name; ``gelu_tanh`` is ``gelu`` with
-``approximate="tanh"``, and ``identity`` is none. ``slope`` matters to ``leaky_relu`` only.
+``approximate="tanh"``, and ``identity`` means no activation. Only ``leaky_relu`` uses ``slope``.
 """
 
 import torch

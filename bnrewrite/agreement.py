@@ -1,16 +1,16 @@
-"""Agreement of the ranks of a group about what they communicate, before they do.
+"""The ranks of a group compare what they are about to communicate before they do.
 
-Ranks whose collectives differ wait for each other, or mix numbers that have nothing to do with each
-other. So before the first collective of a changed schedule each rank publishes its view in the
-group's store, and the first rank of the group compares them:
+Ranks whose collectives differ wait for each other, or mix unrelated numbers. So before the first
+collective of a changed schedule, each rank publishes its view in the group's store, and the first
+rank of the group compares them:
 
     every rank      publishes the digest and the text of its view of round k
     rank 0          compares the digests and publishes the verdict of round k
-    every rank      reads the verdict: goes on, or raises and shows both texts
-    every rank      takes over what rank 0 holds, where a rank has loaded something else
+    every rank      reads the verdict: continues, or raises and shows both texts
+    every rank      takes over what rank 0 holds, if a rank has loaded something else
 
-A store answers within its time-outs whatever the other ranks do, which no collective does. Only
-plain text travels, and nothing that is read is executed or unpickled.
+Unlike a collective, a store answers within its timeouts whatever the other ranks do. Only plain
+text is sent, and nothing that is read is executed or unpickled.
 """
 
 import dataclasses
@@ -177,7 +177,7 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
     Args:
         name: of the group, which has more than one rank.
         view: of this rank.
-        patience_s: give up after so many seconds, without an error; None for the time-out of the
+        patience_s: give up after so many seconds, without an error; None for the timeout of the
             group, after which the ranks that are missing are an error.
         by_hand: even a view without collectives is final, since the user asks all ranks.
 

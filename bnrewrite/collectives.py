@@ -1,16 +1,16 @@
 """What sites send each other in training: the only file that names collectives.
 
-:mod:`bnrewrite.watch` launches those that no compiler sees and waits for them. What is sent besides
-is no statistics: :mod:`bnrewrite.agreement` compares ranks, and hands over buffers after a load,
-through their store, and :mod:`bnrewrite.sites.ddp_join` runs the communication hook of a DDP
-instance for a rank that has no batches left.
+:mod:`bnrewrite.watch` launches the collectives that no compiler sees and waits for them. All other
+communication is not about statistics: :mod:`bnrewrite.agreement` compares ranks and passes on
+buffers after a load, through the group's store, and :mod:`bnrewrite.sites.ddp_join` runs the
+communication hook of a DDP instance for a rank that has no batches left.
 
-Collectives are torch's functional collectives, so that a compiled graph shows each of them, and
-they are created in program order, which is the same on every rank.
+Collectives are torch's functional collectives, so a compiled graph shows each of them. They are
+created in program order, which is the same on every rank.
 
-Statistics are summed by an all-reduce, or where messages cost more than what is in them by an
-all-gather, after which every rank adds in the same order: with gloo on the CPU, whose ring makes
-half as many steps then. All ranks choose alike, by the group and the number of values.
+Statistics are summed by an all-reduce. If messages cost more than their content, as with gloo on
+the CPU, an all-gather takes its place, whose ring needs half as many steps; every rank then adds in
+the same order. All ranks make the same choice, from the group and the number of values.
 """
 
 import time

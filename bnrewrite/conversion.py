@@ -16,8 +16,7 @@ from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import is_site, site_state
 
 OWN_STATISTICS = (
-    "is left alone and not distributed: its forward computes its own statistics, without torch's "
-    "BatchNorm"
+    "is not distributed: its forward computes its own statistics, without torch's BatchNorm"
 )
 
 CONVERSION = "_bnrewrite_conversion"

@@ -1,4 +1,4 @@
-"""Random schedules of shuffled statistics: permutations of ranks that all ranks compute alike."""
+"""Random schedules for shuffled statistics: every rank computes the same permutation of ranks."""
 
 import torch
 from torch import Tensor

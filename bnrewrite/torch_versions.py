@@ -1,7 +1,7 @@
-"""What torch 2.11 to 2.15 do in different ways, under one name each.
+"""One name for each thing that torch 2.11 to 2.15 do differently.
 
-Where a version can be told by what it has, that is asked for, not its number. One more is
-:data:`bnrewrite.guards.is_compiling`, which needs what that module knows of Dynamo.
+Where possible, the code tests for a feature, not for a version number. One more difference is in
+:data:`bnrewrite.guards.is_compiling`, which needs what that module knows about Dynamo.
 """
 
 from collections.abc import Callable, Iterator

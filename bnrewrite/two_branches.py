@@ -1,6 +1,6 @@
-"""The mathematics of two normalised branches that are added, in plain, differentiable torch.
+"""The mathematics of two normalized branches that are added, in plain, differentiable torch.
 
-It goes on where :mod:`bnrewrite.reference` ends; arguments and letters are as there.
+It continues :mod:`bnrewrite.reference`, with the same arguments and letters.
 """
 
 from torch import Tensor

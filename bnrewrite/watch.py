@@ -1,7 +1,7 @@
-"""Collectives launched without the dispatcher, whose rank notices that something is wrong.
+"""Collectives launched without the dispatcher, so that the rank notices if something is wrong.
 
-The collectives of torch block in C++ until their time-out, whatever happens elsewhere. Here the
-rank looks up now and then, and what the backend says is put into an error that names the site.
+torch's collectives block in C++ until their timeout, whatever happens elsewhere. Here the waiting
+rank checks from time to time, and an error that names the site reports what the backend says.
 """
 
 import contextlib

@@ -226,7 +226,7 @@ class Reads:
             return
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
         if home in _AMBIENT or value is builtins:
-            self._tracer.refuse(f"depends on {home}")
+            self._tracer.refuse(f"uses the module {home}")
         if value is operator and not names.isdisjoint(IDENTITY):
             self._tracer.refuse("compares values with functions of operator")
         if isinstance(value, ModuleType) and is_library(value.__name__):

@@ -2,5 +2,5 @@
 
 ``network``, ``data`` and ``training`` are what any training script has; ``runs`` says what is
 compared; ``worker`` is what one rank executes and ``launcher`` starts the ranks; ``picture`` and
-``text`` show the outcome; ``onnx_check`` exports the trained network; ``command`` ties them up.
+``text`` show the results; ``onnx_check`` exports the trained network; ``command`` puts it together.
 """

@@ -1,4 +1,4 @@
-"""Export of the trained network, and what onnxruntime makes of it on the test images."""
+"""Exports the trained network and compares onnxruntime with it on the test images."""
 
 import dataclasses
 

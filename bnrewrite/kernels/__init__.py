@@ -1,1 +1,1 @@
-"""Kernels behind the ops, one file per way to run them; none of them communicates."""
+"""Kernels behind the ops, one file per way of running them; none of them communicates."""

@@ -1,7 +1,7 @@
 """The passes, an ordinary list in the order in which they run.
 
-``replace_batch_norm`` is what conversion means and always runs. Those after it only optimise:
-results are the same with any subset of them.
+``replace_batch_norm`` does the conversion and always runs. The passes after it only optimize: any
+subset of them gives the same results.
 """
 
 import logging

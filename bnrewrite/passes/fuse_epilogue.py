@@ -4,9 +4,9 @@
     z = y + shortcut               ->      z = batch_norm_act(x, ..., shortcut, "relu")
     z = relu(z)
 
-On GPUs the forward then reads ``x`` and the shortcut and writes ``z``, instead of five more passes
-over memory. Only where nobody else reads what lies between, and where the nodes can be brought
-together without anybody noticing.
+On GPUs the forward then reads ``x`` and the shortcut and writes ``z``, which saves five passes over
+memory. Nodes are fused only if nothing else reads the values in between and if moving the nodes
+together changes nothing else.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
     y = self.branch1(x) + self.branch2(x)      ->      the layers of both branches, side by side
 
-A child is inlined only where it pays: where it communicates and something else of the graph that
-communicates is independent of it. What is inlined stays a module; the graph is left for the
-original forward when it gets hooks, another class, or whatever else the trace did not see.
+A child is inlined only if it pays: if it communicates and something else in the graph that
+communicates is independent of it. An inlined child remains a module. If it gets hooks, another
+class, or anything else that the trace did not see, the original forward runs instead of the graph.
 """
 
 from torch import fx, nn

@@ -1,12 +1,11 @@
-"""The pass ``overlap_backward``: weight gradients run while the collective of a backward does.
+"""The pass ``overlap_backward``: computes weight gradients during the collectives of backward.
 
     z = conv(y)                    ->       z = convolve(conv, y, group)
 
-In backward, the collective of a site is launched when the input gradient of the convolution behind
-it is there. The weight gradient of that convolution is needed by nobody until the optimizer comes,
-so it is made while the collective is under way. This is the schedule of eager mode on the CPU and
-of what a CUDA graph captures; compiled graphs get theirs from :mod:`bnrewrite.compiler`. All
-gradients are the same bits.
+In backward, the collective of a site is launched once the input gradient of the next convolution is
+ready. Nothing needs the weight gradient of that convolution before the optimizer, so it is computed
+while the collective is in flight. Eager mode on the CPU and CUDA graphs use this schedule; compiled
+graphs get theirs from :mod:`bnrewrite.compiler`. All gradients are bit-identical.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
-"""The pass ``overlap_collectives``: other work runs while the collective of a site is under way.
+"""The pass ``overlap_collectives``: other work runs while the collective of a site is in flight.
 
     a = batch_norm(x, ...)                  pending = start_batch_norm([x], ...)
     b = conv(y)                    ->       b = conv(y)
     c = relu(a)                             (a,) = finish_batch_norm(pending, [x], ...)
                                             c = relu(a)
 
-A collective is launched as soon as the inputs of its sites are there, what these need comes before
-other work, and it is waited for when nothing else is left to do. A site during whose collective
-nothing could run stays one call.
+A collective is launched as soon as the inputs of its sites are ready. What these inputs need comes
+before other work, and the wait comes when nothing else is left to do. If no other work could run
+during the collective of a site, the site stays one call.
 """
 
 import operator

@@ -3,10 +3,10 @@
     self.bn(x)                                       ->  batch_norm(x, self.bn.weight, ...)
     F.batch_norm(x, self.running_mean, ...)          ->  batch_norm(x, self.weight, ...)
 
-Sites of mode ``Shuffle`` become ``shuffle_batch_norm``, with what that takes besides.
+Sites of mode ``Shuffle`` become ``shuffle_batch_norm``, with its additional arguments.
 Flags and numbers of a BatchNorm module (``training``, ``momentum``, ``eps``) become attribute reads
-of the graph, so that changing them on the module keeps working. ``F.batch_norm`` on values that
-depend on no argument of the forward standardises weights; it is no site and stays.
+in the graph, so changing them on the module still works. ``F.batch_norm`` on values that do not
+depend on an argument of the forward standardizes weights; it is not a site and stays as it is.
 """
 
 import operator

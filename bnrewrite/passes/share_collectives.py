@@ -1,11 +1,11 @@
-"""The pass ``share_collectives``: sites that are independent of each other share one collective.
+"""The pass ``share_collectives``: independent sites share one collective.
 
     a = batch_norm(x, ...)                  pending = start_batch_norm([x, y], ...)
     b = batch_norm(y, ...)         ->       a, b = finish_batch_norm(pending, [x, y], ...)
 
 The number of rounds becomes the length of the longest chain of sites, which is the minimum. A site
-that may join several rounds joins the last one: its input is kept for the backward anyway, its
-result is made where it is needed. Nodes move where that is necessary and nobody can notice.
+that can join several rounds joins the last one: its input is kept for backward anyway, and its
+result is computed where it is needed. Nodes move only if necessary and if nothing else changes.
 """
 
 import operator

@@ -1,1 +1,1 @@
-"""Sites: BatchNorm modules that distribute themselves, whatever code calls them."""
+"""Sites: BatchNorm modules that are distributed whatever code calls them."""
