@@ -297,5 +297,5 @@ def test_a_call_of_convert_in_what_is_compiled_is_refused_or_left_out_of_the_gra
     assert torch.equal(torch.compile(_convert_and_run, backend="eager")(_model(), x), expected)
     torch._dynamo.reset()
     compiled = torch.compile(_convert_and_run, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="Call it before, outside"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Call it before compiling, outside"):
         compiled(_model(), x)

@@ -295,7 +295,9 @@ def test_float64_is_compared_as_exactly_as_the_file_is(variance: float) -> None:
 def test_weights_do_not_replace_a_file_of_somebody_else(tmp_path: Any) -> None:
     place = tmp_path / "model.onnx.data"
     place.write_text("mine")
-    with pytest.raises(bnrewrite.ExportError, match=r"model\.onnx\.data.*belongs to no model"):
+    with pytest.raises(
+        bnrewrite.ExportError, match=r"model\.onnx\.data.*does not belong to a model"
+    ):
         bnrewrite.export_onnx(
             nn.BatchNorm2d(3), (_image(),), tmp_path / "model.onnx", external_data=True
         )

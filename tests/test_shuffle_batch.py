@@ -108,7 +108,7 @@ def _different(rank: int, world_size: int, what: str) -> None:
     x = torch.ones(most[0], dtype=most[1])
     other = torch.ones(other_shape, dtype=other_dtype)
     words = [f"{one.dtype} {tuple(one.shape)}".removeprefix("torch.") for one in (x, other)]
-    message = f"({words[0]} on rank 0, 1; {words[1]} on rank 2), and this is rank {rank}."
+    message = f"({words[0]} on rank 0, 1; {words[1]} on rank 2); this is rank {rank}."
     generator = torch.Generator().manual_seed(rank)
     before = torch.get_rng_state(), generator.get_state()
     for given in (None, generator):

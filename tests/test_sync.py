@@ -413,7 +413,7 @@ def _wrong_groups(rank: int, world_size: int) -> list[str]:
 
 def test_wrong_groups_are_named(ranks: RankPool) -> None:
     patterns = [
-        r"ValueError: .*2 dimensions.*'a', 'b'.*Pass one dimension",
+        r"ValueError: .*2 dimensions.*'a', 'b'.*Pass one of its dimensions",
         r"TypeError: process_group must be .*str \('0'\)",
         r"TypeError: process_group must be .*int \(3\)",
         r"TypeError: process_group must be .*int \(4\)",
