@@ -720,7 +720,7 @@ class TestErrors:
             dist.destroy_process_group()
 
     def test_half_of_the_running_statistics(self) -> None:
-        with pytest.raises(UnsupportedBatchNorm, match="together"):
+        with pytest.raises(UnsupportedBatchNorm, match="only one of running_mean and running_var"):
             BATCH_NORM(
                 torch.ones(4, 3), None, None, torch.ones(3), None, None, True, True, 0.1, EPS, ""
             )
