@@ -36,9 +36,13 @@ def _said(text: Any, subject: str) -> str:
     return "there is none"
 
 
+_NO_SITES = ("the graph of ", "the passes", "the version of ")
+"""How the names of lines begin that are about no site; a site may be called "the model itself"."""
+
+
 def first_site(lines: Sequence[Line]) -> str:
     """The first site of ``lines`` and what is said of it."""
-    sites = [f"{name}: {said}" for name, said in lines if not name.startswith("the ")]
+    sites = [f"{name}: {said}" for name, said in lines if not name.startswith(_NO_SITES)]
     return _short(sites[0]) if sites else "nothing"
 
 

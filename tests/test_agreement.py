@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import bnrewrite
 from bnrewrite import agreement, watch
+from bnrewrite.differences import first_site
 from bnrewrite.sites import schedule
 from bnrewrite.sites.schedule import schedule_of
 from tests.models import Functional, ResidualNet
@@ -624,3 +625,15 @@ def test_a_model_without_a_group_pays_one_comparison() -> None:
     model.get_submodule("layer1.bn1").training = False
     model(_x())
     assert looked
+
+
+def test_a_model_that_is_a_site_is_the_first_one() -> None:
+    site: Any = bnrewrite.convert(nn.BatchNorm2d(3))
+    (line,) = [line for _, line in site._bnrewrite_lines()]
+    lines = [
+        ("the version of bnrewrite", "1"),
+        ("the passes", "none"),
+        ("the graph of a", "b"),
+        line,
+    ]
+    assert first_site(lines).startswith("the model itself: ")
