@@ -20,12 +20,13 @@ import random
 import types
 import weakref
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bnrewrite
@@ -94,6 +95,12 @@ class Flagged:
 
     def _value(self) -> Tensor:
         return -self.x if FLAG else self.x
+
+
+@fx.wrap
+def kept_whole(x: Tensor) -> Tensor:
+    """A call of it is one node."""
+    return x * 2 if x.numel() else x
 
 
 element_of = {0: 2.0}.__getitem__
@@ -399,6 +406,14 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Any], Change]] = {
         lambda block, _: block.parameters_by_name.update(
             {"b": nn.Parameter(torch.rand(1, generator=torch.Generator().manual_seed(1)))}
         ),
+    ),
+    "function of Python's by its name": (
+        lambda _, x: x * sqrt(2.0),
+        lambda _, patch: patch.setattr(f"{HERE}.sqrt", abs),
+    ),
+    "function that fx leaves alone": (
+        lambda _, x: kept_whole(x),
+        lambda _, patch: patch.setattr(f"{HERE}.kept_whole", torch.neg),
     ),
     "a dictionary whose method it keeps": (
         lambda block, x: x * block.look_up("scale"),
@@ -723,6 +738,17 @@ def test_a_forward_that_reads_without_asking_is_not_captured(read: Callable[[Any
 
 def _past_class(config: Any) -> Any:
     return object.__getattribute__(config, "scale")
+
+
+@pytest.mark.parametrize(
+    "what", ["function of Python's by its name", "function that fx leaves alone"]
+)
+def test_graphs_with_functions_that_a_trace_records_run(what: str) -> None:
+    model = bnrewrite.convert(Two(READS[what][0]))
+    assert bnrewrite.report(model).skipped == ()
+    with CountEvaluations() as counts:
+        model(torch.randn(4, 4, 5, 5))
+    assert (counts.num_ours, counts.num_torch) == (2, 0)
 
 
 def test_mere_memory_is_not_captured() -> None:

@@ -45,6 +45,10 @@ _call = nn.Module.__call__
 _ask = builtins.isinstance
 
 
+RECORDING = fx_trace._create_wrapped_func(math.sqrt).__code__
+"""The code of functions that stand for others, and record calls with proxies."""
+
+
 class Patches:
     """What is changed now, by one thread at a time.
 

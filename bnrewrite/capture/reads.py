@@ -23,7 +23,7 @@ from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.objects import Objects
 from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
-from bnrewrite.capture.patches import record_act, record_questions
+from bnrewrite.capture.patches import RECORDING, record_act, record_questions
 from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
 from bnrewrite.capture.restore import attributes_of, give_back, identical, refill
 from bnrewrite.capture.seen import (
@@ -217,7 +217,7 @@ class Reads:
 
     def _name(self, holder: Any, name: str, names: frozenset[str]) -> None:
         """Notes one value that code names, and what it may read of that by ``names``."""
-        value = read_of(holder, name)
+        value = _unrecorded(read_of(holder, name))
         looked = id(holder), name, names
         if looked in self._looked or value is MISSING or is_question(value) or is_stand_in(value):
             return
@@ -293,7 +293,7 @@ class Reads:
                 give_back(value, before)
         for (number, name), before in self._named.items():
             holder = self._outside.holders[number]
-            if read_of(holder, name) is not before:
+            if _unrecorded(read_of(holder, name)) is not before:
                 changed = f"changes {name or 'a variable'}, which other code shares"
                 write_to(holder, name, before)
         return changed
@@ -311,3 +311,9 @@ class Reads:
 def _is_getter(function: FunctionType) -> bool:
     """Whether a function is how objects of a class are asked for attributes."""
     return function.__name__ in ("__getattribute__", "__getattr__")
+
+
+def _unrecorded(value: Any) -> Any:
+    """A function itself, where one stands in its place for the trace that records its calls."""
+    records = isinstance(value, FunctionType) and value.__code__ is RECORDING
+    return vars(value)["__wrapped__"] if records else value
