@@ -751,6 +751,30 @@ def test_graphs_with_functions_that_a_trace_records_run(what: str) -> None:
     assert (counts.num_ours, counts.num_torch) == (2, 0)
 
 
+class Strict(type):
+    """Forbids changes of its classes."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise AttributeError(f"{cls.__name__} is closed")
+
+
+class Closed(metaclass=Strict):
+    """As some settings are."""
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
+def test_an_object_that_cannot_tell_is_not_captured() -> None:
+    plain: Any = Block(lambda block, x: x * block.closed.scale)
+    plain.closed = Closed()
+    model: Any = bnrewrite.convert(copy.deepcopy(plain))
+    assert "whose class cannot change, a Closed" in bnrewrite.report(model).skipped[0].reason
+    plain.closed.scale = model.closed.scale = 3.0
+    x = torch.randn(4, 4, 5, 5)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
 def test_mere_memory_is_not_captured() -> None:
     model: Any = Block(lambda block, x: x * float(block.memory[0]))
     model.memory = memoryview(b"12")

@@ -13,6 +13,7 @@ from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 from bnrewrite.capture.seen import MISSING, is_configuration, is_library
+from bnrewrite.capture.unreadable import is_fixed
 
 _SPEAKS_OF_CLASSES = frozenset((
     "__getattribute__", "__getattr__", "__init__", "__new__", "__del__", "__init_subclass__",
@@ -63,7 +64,9 @@ class Objects:
         """Has objects of ``cls`` tell, until the end of the trace."""
         self.classes.add(cls)
         look_up = getattr(cls, "__getattr__", None)
-        self._replace(cls, "__getattribute__", self._telling(cls.__getattribute__, look_up))
+        told = self._replace(cls, "__getattribute__", self._telling(cls.__getattribute__, look_up))
+        if not told and not is_fixed(cls):
+            self._tracer.refuse(f"reads an object whose class cannot change, a {cls.__name__}")
         # To be copied or pickled an object is not asked for its attributes.
         self._replace(cls, "__reduce_ex__", self._refusing(cls.__reduce_ex__, _COPIES))
         if not is_configuration(cls):
@@ -79,17 +82,19 @@ class Objects:
                 ):
                     self._replace(cls, name, self._refusing(method, _DOES_MORE))
 
-    def _replace(self, cls: type, name: str, new: Any) -> None:
+    def _replace(self, cls: type, name: str, new: Any) -> bool:
+        """Puts ``new`` in place of a method until the end of the trace; whether it could be."""
         own = vars(cls).get(name, MISSING)
         try:
             setattr(cls, name, new)
-        except TypeError:
-            # A class in C.
-            return
+        except (TypeError, AttributeError):
+            # A class in C, or a metaclass that forbids it.
+            return False
         if own is MISSING:
             self._restore.callback(delattr, cls, name)
         else:
             self._restore.callback(setattr, cls, name, own)
+        return True
 
     def _is_told(self, value: Any) -> bool:
         """Whether it is traced code that does something with ``value``."""

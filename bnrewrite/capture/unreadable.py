@@ -55,8 +55,13 @@ def _is_of_c(cls: type) -> bool:
     anybody keeps, and tuples like ``sys.version_info`` never change.
     """
     return not (hasattr(cls, "__get__") or issubclass(cls, tuple)) and any(
-        (not base.__flags__ & _HEAP or base.__flags__ & _IMMUTABLE)
+        is_fixed(base)
         and str(base.__module__).partition(".")[0] not in _COMPUTES
         and (is_library(base.__module__) or "__call__" not in vars(base))
         for base in cls.__mro__
     )
+
+
+def is_fixed(cls: type) -> bool:
+    """Whether nobody can change ``cls``, as those in C."""
+    return not cls.__flags__ & _HEAP or bool(cls.__flags__ & _IMMUTABLE)
