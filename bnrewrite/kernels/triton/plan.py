@@ -21,6 +21,10 @@ _REDUCTION_CHANNELS = 32
 """Neighbouring channels that a tile of a reduction keeps together in channels-last: the fewer there
 are, the fewer partial sums has the program that adds them, and the more programs do so."""
 
+_WIDE_ROW = 64
+"""The same of a reduction of several tensors, where rows start so unevenly that accesses are
+narrow: pieces of rows share sectors of memory at both of their ends."""
+
 _NARROW = 8
 """Bytes of an access below which small images are taken in groups."""
 
@@ -246,7 +250,11 @@ def plan(
     tiles_each = N * C * S // values // multiprocessors
     is_many = reads == 1 and tiles_each >= {2: _MANY, 4: 5 * _MANY}.get(itemsize, math.inf)
     whole = _whole(N, C, S, reads, multiprocessors) if itemsize <= 4 and not last else None
-    row = _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize
+    is_uneven = last and C * itemsize % 16 != 0
+    if reads == 0:
+        row = _PASS_ROW // itemsize
+    else:
+        row = _WIDE_ROW if is_uneven and reads > 1 and C > _WIDE_ROW else _REDUCTION_CHANNELS
     tile = _tile(N, C, S, itemsize, last, 2 * values if is_many else values, row, whole)
     block_s = tile.images * tile.SPAN
     num_blocks = -(-C // (tile.GROUP or tile.BLOCK_C))
@@ -260,7 +268,10 @@ def plan(
         return None
     is_wide = is_many and itemsize == 2
     is_deep = is_wide and tile.LAST and tile.VEC == 8 and not tile.GROUP
-    if reads == 0:
+    if reads == 0 and is_uneven and itemsize == 4:
+        # Copies to shared memory, which loads of later tiles are, are slow if they are narrow.
+        each = 1
+    elif reads == 0:
         total = num_tiles * num_blocks
         busy = -(-total // (multiprocessors * _BUSY))
         each = max(-(-total // _PASS_PROGRAMS), min(busy, _AHEAD))
