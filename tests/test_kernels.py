@@ -48,6 +48,7 @@ SHAPES = [
     (2, 5, 3, 4, 5),
     (3, 4, 52, 48),
     (2, 65, 17, 3),
+    (2, 70, 17, 3),
     (5, 24, 7, 7),
     (70, 20, 2, 5),
 ]
@@ -102,6 +103,20 @@ def test_the_shapes_are_cut_in_every_way(itemsize: int, reads: int) -> None:
         ("channels-last", "shared", "one tile"),
         ("several images", "alone", "one tile"),
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize"), [((2, 70, 17, 3), 4), ((3, 4, 52, 48), 4), ((2, 65, 17, 3), 2)], ids=str
+)
+def test_rows_that_start_unevenly_are_cut_otherwise(shape: tuple[int, ...], itemsize: int) -> None:
+    N, C, *rest = shape
+    access = math.gcd(C * itemsize, 16)
+    reduction = plan(N, C, math.prod(rest), itemsize, True, reads=2)
+    tiles = plan(64 * N, C, 64 * math.prod(rest), itemsize, True)
+    assert reduction is not None
+    assert tiles is not None
+    assert (reduction.BLOCK_C == 64) == (access == 8)
+    assert (tiles.num_splits == tiles.num_tiles) == (access == 8)
 
 
 def _on_a_small_device(check: Callable[..., None], *args: Any) -> None:

@@ -175,6 +175,8 @@ QUICK = [
     Variant((32, 512, 7, 7), False, torch.float32, "gelu", True),
     Variant((128, 64, 56, 56), True, torch.float16, "relu", False),
     Variant((32, 64, 2050), False, torch.float32, "gelu", True),
+    # Rows that start at odd multiples of 8 bytes.
+    Variant((2, 270, 128, 256), True, torch.float32, "relu", True),
     # Every argument that may be missing is.
     Variant((32, 2048), False, torch.float16, "relu", False, affine=False, tracks=False),
 ]
@@ -188,6 +190,7 @@ ALL = [
             (32, 3, 224, 224),
             (16, 128, 14, 14),
             (128, 64, 112, 112),
+            (2, 270, 128, 256),
         ],
         [False, True],
         [torch.float16, torch.bfloat16, torch.float32, torch.float64],

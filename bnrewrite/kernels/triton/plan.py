@@ -22,8 +22,8 @@ _REDUCTION_CHANNELS = 32
 are, the fewer partial sums has the program that adds them, and the more programs do so."""
 
 _WIDE_ROW = 64
-"""The same of a reduction of several tensors, where rows start so unevenly that accesses are
-narrow: pieces of rows share sectors of memory at both of their ends."""
+"""The same of a reduction of several tensors whose rows start at odd multiples of 8 bytes, if there
+are more channels: pieces of rows then share sectors of memory at both of their ends."""
 
 _NARROW = 8
 """Bytes of an access below which small images are taken in groups."""
@@ -46,7 +46,7 @@ _MANY = 8
 reads nothing else; five times as many of 32 bits."""
 
 _PASS_PROGRAMS = 4096
-"""Programs of a pass, at most: a multiple of what a device runs at a time."""
+"""Programs of a pass that loads ahead, at most: a multiple of what a device runs at a time."""
 
 _BUSY = 8
 """Programs of a pass per multiprocessor from which on each of them gets more than one tile ..."""
@@ -250,11 +250,10 @@ def plan(
     tiles_each = N * C * S // values // multiprocessors
     is_many = reads == 1 and tiles_each >= {2: _MANY, 4: 5 * _MANY}.get(itemsize, math.inf)
     whole = _whole(N, C, S, reads, multiprocessors) if itemsize <= 4 and not last else None
-    is_uneven = last and C * itemsize % 16 != 0
-    if reads == 0:
-        row = _PASS_ROW // itemsize
-    else:
-        row = _WIDE_ROW if is_uneven and reads > 1 and C > _WIDE_ROW else _REDUCTION_CHANNELS
+    row_access = math.gcd(C * itemsize, 16) if last else 16
+    row = _REDUCTION_CHANNELS if reads else _PASS_ROW // itemsize
+    if reads > 1 and row_access == 8 and C > _WIDE_ROW:
+        row = _WIDE_ROW
     tile = _tile(N, C, S, itemsize, last, 2 * values if is_many else values, row, whole)
     block_s = tile.images * tile.SPAN
     num_blocks = -(-C // (tile.GROUP or tile.BLOCK_C))
@@ -268,8 +267,8 @@ def plan(
         return None
     is_wide = is_many and itemsize == 2
     is_deep = is_wide and tile.LAST and tile.VEC == 8 and not tile.GROUP
-    if reads == 0 and is_uneven and itemsize == 4:
-        # Copies to shared memory, which loads of later tiles are, are slow if they are narrow.
+    if reads == 0 and 4 <= row_access < 16 and tile.VEC <= 2:
+        # Asynchronous copies, by which tiles are loaded ahead, are slow with so few values each.
         each = 1
     elif reads == 0:
         total = num_tiles * num_blocks
