@@ -269,7 +269,7 @@ def plan(
     is_deep = is_wide and tile.LAST and tile.VEC == 8 and not tile.GROUP
     if reads == 0 and 4 <= row_access < 16 and tile.VEC <= 2:
         # Asynchronous copies, by which tiles are loaded ahead, are slow with so few values each.
-        each = 1
+        each = -(-num_tiles // 65535)
     elif reads == 0:
         total = num_tiles * num_blocks
         busy = -(-total // (multiprocessors * _BUSY))
