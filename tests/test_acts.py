@@ -40,7 +40,7 @@ FOLDER = Path(TEMPORARY.name)
 POOL = concurrent.futures.ThreadPoolExecutor(1)
 DIGITS = re.compile("[0-9]")
 FIRST = operator.itemgetter(0)
-STARTED: list[int] = []
+STARTED = threading.Semaphore(0)
 
 
 class Pair(NamedTuple):
@@ -114,8 +114,8 @@ ACTS: dict[str, tuple[Callable[[Net], Any], str]] = {
     "a semaphore": (lambda net: SEMAPHORE.acquire(), "that other threads may wait for"),
     "an event": (lambda net: net.stop.set(), "that other threads may wait for"),
     "a lock": (_locked, "reads a lock"),
-    "a thread": (lambda net: threading.Thread(target=STARTED.append, args=(1,)).start(), "thread"),
-    "a pool": (lambda net: POOL.submit(STARTED.append, 1), "reads a ThreadPoolExecutor"),
+    "a thread": (lambda net: threading.Thread(target=STARTED.release).start(), "thread"),
+    "a pool": (lambda net: POOL.submit(STARTED.release), "reads a ThreadPoolExecutor"),
     "a process": (lambda net: subprocess.run(["true"]), "starts a process"),
     "a socket": (lambda net: socket.socket().close(), "opens a socket"),
     "a path": (_file, "opens a file"),
@@ -146,7 +146,7 @@ ACTS: dict[str, tuple[Callable[[Net], Any], str]] = {
 def _state(net: Any) -> list[Any]:
     return [
         QUEUE.qsize(), SIMPLE.qsize(), SEMAPHORE._value, os.environ.get("BNREWRITE_ACTS"),  # pyright: ignore
-        _number_of("*"), net.count, getattr(net.bn, "count", 0), net.stop.is_set(), len(STARTED),
+        _number_of("*"), net.count, getattr(net.bn, "count", 0), net.stop.is_set(), STARTED._value,  # pyright: ignore
         "loud" in net.__dict__, net.conv.weight.grad is None,
     ]  # fmt: skip
 
@@ -177,6 +177,9 @@ def test_what_a_forward_does_happens_at_its_calls_only(what: str) -> None:
             net(X)
     if what in ("a queue", "a simple queue", "a semaphore", "the environment", "a count"):
         assert _state(net) != before
+    if what in ("a thread", "a pool"):  # Neither goes on into the next test.
+        assert all(STARTED.acquire(timeout=60) for _ in range(2))
+        assert _state(net) == before
 
 
 def _imports(_: Net) -> None:
