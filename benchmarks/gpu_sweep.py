@@ -66,26 +66,26 @@ class Way:
 
     def of(self, plan: Plan, multiprocessors: int) -> Plan | None:
         """The plan with these changes; None where they are not possible."""
-        block_c = self.columns if self.columns and plan.LAST else plan.BLOCK_C
-        values = int((self.values or 1) * plan.BLOCK_C * plan.BLOCK_S)
-        if plan.LAST:
-            block_s = span = max(values // block_c, 1)
+        tile = plan.tile
+        block_c = self.columns if self.columns and tile.LAST else tile.BLOCK_C
+        values = int((self.values or 1) * tile.BLOCK_C * tile.BLOCK_S)
+        if tile.LAST:
+            span = max(values // block_c, 1)
         else:
-            block_s, span = plan.BLOCK_S, plan.SPAN
-            block_c = max(values // block_s, 1)
-        if plan.GROUP and block_c != plan.BLOCK_C:
+            span = tile.SPAN
+            block_c = max(values // tile.BLOCK_S, 1)
+        if tile.has_parts and block_c != tile.BLOCK_C:
             return None
-        num_blocks = -(-plan.C // (plan.GROUP or block_c))
-        num_tiles = -(-plan.N // (block_s // span)) * -(-plan.S // span)
+        tile = tile._replace(BLOCK_C=block_c, SPAN=span)
+        num_blocks = -(-plan.C * tile.P // block_c) if not tile.GROUP else plan.num_blocks
+        num_tiles = -(-tile.N // tile.images) * -(-tile.S // span)
         num_splits = plan.num_splits
         if self.programs:
             num_splits = max(1, int(multiprocessors * self.programs) // num_blocks)
         each = -(-num_tiles // num_splits)
         changed = dataclasses.replace(
             plan,
-            BLOCK_C=block_c,
-            BLOCK_S=block_s,
-            SPAN=span,
+            tile=tile,
             num_blocks=num_blocks,
             num_tiles=num_tiles,
             num_splits=-(-num_tiles // each),

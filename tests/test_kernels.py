@@ -55,8 +55,16 @@ SHAPES = [
 """Odd sizes: masks everywhere, accesses of one to eight values, one program and many, tiles of
 several images."""
 
-MANY = [(9, 4, 52, 48), (257, 8, 7, 7), (70, 20, 2, 5), (70, 24, 3, 3)]
-"""With :data:`FEW` multiprocessors: programs with many tiles, small images in groups."""
+MANY = [
+    (9, 4, 52, 48),
+    (257, 8, 7, 7),
+    (70, 20, 2, 5),
+    (70, 24, 3, 3),
+    (21, 3, 25, 8),
+    (7, 37, 24, 16),
+]
+"""With :data:`FEW` multiprocessors: programs with many tiles, small images in groups, folded rows,
+those of the last one in several blocks."""
 
 FEW = 2
 SLOPE = 0.25
@@ -90,13 +98,14 @@ def test_the_shapes_are_cut_in_every_way(itemsize: int, reads: int) -> None:
     for ((N, C, *rest), multiprocessors), last in itertools.product(cases, (False, True)):
         cut = plan(N, C, math.prod(rest), itemsize, last, reads, multiprocessors)
         assert cut is not None
-        layout = "channels-last" if last else "group" if cut.GROUP else "contiguous"
+        layout = "channels-last" if last else "group" if cut.tile.GROUP else "contiguous"
+        layout = "folded" if cut.tile.FOLD else layout
         each = "one tile" if cut.num_tiles == cut.num_splits else "several"
         programs = "shared" if cut.num_splits > 1 else "alone"
         ways.add((layout, programs, each))
-        if cut.BLOCK_S > cut.SPAN:
+        if cut.tile.BLOCK_S > cut.tile.SPAN:
             ways.add(("several images", programs, each))
-    layouts = ("channels-last", "group", "contiguous")
+    layouts = ("channels-last", "folded", "group", "contiguous")
     assert ways >= set(itertools.product(layouts, ["shared"], ["several"]))
     assert ways >= set(itertools.product(["channels-last", "contiguous"], ["alone"], ["several"]))
     assert ways >= {
@@ -105,18 +114,35 @@ def test_the_shapes_are_cut_in_every_way(itemsize: int, reads: int) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("shape", "itemsize"), [((2, 70, 17, 3), 4), ((3, 4, 52, 48), 4), ((2, 65, 17, 3), 2)], ids=str
-)
-def test_rows_that_start_unevenly_are_cut_otherwise(shape: tuple[int, ...], itemsize: int) -> None:
-    N, C, *rest = shape
-    access = math.gcd(C * itemsize, 16)
-    reduction = plan(N, C, math.prod(rest), itemsize, True, reads=2)
-    tiles = plan(64 * N, C, 64 * math.prod(rest), itemsize, True)
-    assert reduction is not None
-    assert tiles is not None
-    assert (reduction.BLOCK_C == 64) == (access == 8)
-    assert (tiles.num_splits == tiles.num_tiles) == (access == 8)
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_rows_that_start_unevenly_are_folded(itemsize: int) -> None:
+    """So that each access has 16 bytes; by reductions, where it would have 2 or 4 at most."""
+    for C, reads in itertools.product([3, 18, 58, 64, 127, 270], range(4)):
+        cut = plan(8, C, 16 * 16, itemsize, True, reads)
+        assert cut is not None
+        access = math.gcd(C * itemsize, 16)
+        is_odd = access == itemsize
+        is_folded = is_odd or (access < 16 and (reads == 0 or (C == 18 and access == 4)))
+        assert is_folded == cut.tile.FOLD
+        assert cut.tile.VEC * itemsize == (16 if is_folded else access)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_one_channel_is_one_image(last: bool) -> None:
+    for reads in range(4):
+        cut = plan(64, 1, 112 * 112, 2, last, reads)
+        assert cut is not None
+        assert (cut.tile.N, cut.tile.S) == (1, 64 * 112 * 112)
+        assert cut.tile.BLOCK_S >= 2048
+
+
+@pytest.mark.parametrize(("C", "num_rows"), [(65, 51), (3, 1), (5, 2)])
+@pytest.mark.parametrize("reads", range(4))
+def test_no_more_rows_are_folded_than_there_are(C: int, num_rows: int, reads: int) -> None:
+    cut = plan(1, C, num_rows, 4, True, reads)
+    assert cut is not None
+    assert num_rows % cut.tile.P == 0
+    assert (num_rows == 2) == cut.tile.FOLD
 
 
 def _on_a_small_device(check: Callable[..., None], *args: Any) -> None:
@@ -741,18 +767,26 @@ def _check_addresses(cut: Plan, C: int, t: int, block: int, least: int) -> None:
 
     t %= cut.num_tiles
     block %= cut.num_blocks
-    shape = (cut.BLOCK_C, cut.BLOCK_S)
+    shape = (cut.tile.BLOCK_C, cut.tile.BLOCK_S)
     result = torch.empty(shape, dtype=torch.int64, device=harness.device())
-    options = (cut.BLOCK_C, cut.BLOCK_S, cut.SPAN, cut.VEC, cut.LAST, cut.GROUP)
+    options = (
+        cut.tile.BLOCK_C,
+        cut.tile.BLOCK_S,
+        cut.tile.SPAN,
+        cut.tile.VEC,
+        cut.tile.LAST,
+        cut.tile.GROUP,
+        cut.tile.FOLD,
+    )
     kernel[(1,)](result, *cut.sizes, t, block, *options)
-    n, part = divmod(t, -(-cut.S // cut.SPAN))
-    width, num_columns = cut.GROUP * cut.P or cut.BLOCK_C, cut.C * cut.P
-    column = torch.arange(cut.BLOCK_C).unsqueeze(1)
+    n, part = divmod(t, -(-cut.tile.S // cut.tile.SPAN))
+    width, num_columns = cut.tile.GROUP * cut.tile.P or cut.tile.BLOCK_C, cut.C * cut.tile.P
+    column = torch.arange(cut.tile.BLOCK_C).unsqueeze(1)
     c = block * width + column
-    n = n * (cut.BLOCK_S // cut.SPAN) + torch.arange(cut.BLOCK_S) // cut.SPAN
-    s = part * cut.SPAN + torch.arange(cut.BLOCK_S) % cut.SPAN
-    expected = s * num_columns + c if cut.LAST else (n * C + c) * cut.S + s
-    is_outside = (s >= cut.S) | (n >= cut.N) | (column >= width) | (c >= num_columns)
+    n = n * (cut.tile.BLOCK_S // cut.tile.SPAN) + torch.arange(cut.tile.BLOCK_S) // cut.tile.SPAN
+    s = part * cut.tile.SPAN + torch.arange(cut.tile.BLOCK_S) % cut.tile.SPAN
+    expected = s * num_columns + c if cut.tile.LAST else (n * C + c) * cut.tile.S + s
+    is_outside = (s >= cut.tile.S) | (n >= cut.tile.N) | (column >= width) | (c >= num_columns)
     expected[is_outside] = -1
     assert expected.max() > least
     assert torch.equal(result.cpu(), expected)
@@ -821,7 +855,7 @@ class TestAddresses:
     ) -> None:
         cut = plan(N, C, S, 2, False, reads=1)
         assert cut is not None
-        assert cut.BLOCK_S > cut.SPAN or S == 5000
+        assert cut.tile.BLOCK_S > cut.tile.SPAN or S == 5000
         run(_check_addresses, cut, C, t, block, -1)
 
 

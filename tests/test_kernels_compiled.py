@@ -175,7 +175,10 @@ QUICK = [
     Variant((32, 512, 7, 7), False, torch.float32, "gelu", True),
     Variant((128, 64, 56, 56), True, torch.float16, "relu", False),
     Variant((32, 64, 2050), False, torch.float32, "gelu", True),
-    # Rows that start at odd multiples of 8 bytes.
+    # Rows that start unevenly, folded or not.
+    Variant((8, 18, 128, 128), True, torch.bfloat16, "relu", True),
+    Variant((32, 58, 56, 56), True, torch.float16, "gelu", True),
+    Variant((64, 3, 224, 224), True, torch.float32, "relu", True),
     Variant((2, 270, 128, 256), True, torch.float32, "relu", True),
     # Every argument that may be missing is.
     Variant((32, 2048), False, torch.float16, "relu", False, affine=False, tracks=False),
@@ -191,6 +194,8 @@ ALL = [
             (16, 128, 14, 14),
             (128, 64, 112, 112),
             (2, 270, 128, 256),
+            (2, 18, 512, 1024),
+            (32, 58, 56, 56),
         ],
         [False, True],
         [torch.float16, torch.bfloat16, torch.float32, torch.float64],
@@ -228,7 +233,7 @@ def _check(variant: Variant, target: int, folder: Path) -> None:
         assert made.stack == 0, f"{name} spills: {made}"
         assert made.registers <= 255
         is_empty = one.constants["BLOCK_C"] * one.constants["BLOCK_S"] == 1
-        if along * itemsize % 16 or is_empty:
+        if (along * itemsize % 16 and not one.plan.tile.has_parts) or is_empty:
             continue
         wide = ("v4.b32", "v2.b64")
         assert any(a.startswith("ld.") and a.endswith(wide) for a in made.accesses), (name, made)
@@ -288,26 +293,26 @@ class TestPlan:
 
     @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
     @pytest.mark.parametrize("itemsize", [2, 4, 8])
-    @pytest.mark.parametrize("C", [1, 3, 64, 1000, 8192])
+    @pytest.mark.parametrize("C", [1, 3, 18, 58, 64, 270, 1000, 8192])
     @pytest.mark.parametrize("S", [1, 2, 49, 196, 3136, 50176, 1 << 22])
     def test_tiles_cover_everything_once(self, S: int, C: int, itemsize: int, last: bool) -> None:
         for reads in range(4):
             cut = plan(7, C, S, itemsize, last, reads)
             assert cut is not None
+            tile = cut.tile
             is_whole = cut.num_splits == 1 and reads > 0 and not last
-            assert cut.BLOCK_C * cut.BLOCK_S * itemsize <= (
-                16384 if is_whole or reads == 1 else 8192
-            )
-            width = cut.GROUP or cut.BLOCK_C
-            assert (cut.num_blocks - 1) * width < C <= cut.num_blocks * width
-            assert cut.GROUP * cut.P <= cut.BLOCK_C
-            per_image, images = -(-cut.S // cut.SPAN), cut.BLOCK_S // cut.SPAN
-            assert cut.num_tiles == -(-cut.N // images) * per_image
-            assert (per_image - 1) * cut.SPAN < cut.S <= per_image * cut.SPAN
-            assert images == 1 or (images < 2 * cut.N and not cut.LAST)
-            assert cut.N * cut.S * cut.P == 7 * S
+            most = 16384 if is_whole or reads == 1 else 8192
+            assert tile.BLOCK_C * tile.BLOCK_S * itemsize <= most
+            width = tile.GROUP * tile.P or tile.BLOCK_C
+            assert (cut.num_blocks - 1) * width < C * tile.P <= cut.num_blocks * width
+            assert width <= tile.BLOCK_C
+            per_image, images = -(-tile.S // tile.SPAN), tile.BLOCK_S // tile.SPAN
+            assert cut.num_tiles == -(-tile.N // images) * per_image
+            assert (per_image - 1) * tile.SPAN < tile.S <= per_image * tile.SPAN
+            assert images == 1 or (images < 2 * tile.N and not tile.LAST)
+            assert tile.N * tile.S * tile.P == 7 * S
             N, units_c, units_s, columns = cut.sizes
-            units = 1 if cut.GROUP else cut.VEC
+            units = 1 if tile.has_parts else tile.VEC
             assert N * units_c * units_s * columns * units == 7 * C * S
             assert 1 <= cut.num_splits <= min(cut.num_tiles, 65535)
             if reads and cut.num_splits > 1:
@@ -315,7 +320,7 @@ class TestPlan:
                 assert cut.num_blocks * cut.num_splits <= 2 * 132
             name, merge, *_ = cut.of_sums
             assert name == "MERGE"
-            assert (merge > 0) == (cut.num_splits > 1)
+            assert (merge > 0) == (cut.num_splits > 1 or tile.FOLD)
 
     @pytest.mark.parametrize(
         ("N", "C", "S", "last"),

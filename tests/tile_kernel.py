@@ -24,9 +24,10 @@ def addresses_kernel(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
 ) -> None:
     """Addresses of tile ``t`` of a channel block, -1 where there is nothing."""
-    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     start, offsets, mask, _ = tile(
         t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
     )

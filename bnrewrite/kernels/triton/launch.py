@@ -146,7 +146,7 @@ def normalize_backward_reduce(
     # Several accumulators and operands and what an activation needs: half as many per thread.
     num_warps = plan.num_warps if is_light else min(2 * plan.num_warps, 8)
     bound = _for_partials(plan, num_warps)
-    if other is not None and plan.VEC == 2:
+    if other is not None and plan.tile.VEC == 2:
         # Pairs of two branches would spill on capability 10.
         bound = _MOST_REGISTERS
     return Launch(

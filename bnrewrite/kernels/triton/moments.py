@@ -10,12 +10,29 @@ import triton.language as tl
 from bnrewrite.kernels.triton.tiles import (
     count_tiles,
     gdc_wait,
+    is_last_to_store,
+    merged,
     of_channels,
-    over_splits,
     sizes,
     sums_of,
     tile,
 )
+
+
+@triton.jit
+def _store(
+    packed: tl.tensor,
+    pairs: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    C: tl.tensor,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Stores both sums of the channels from ``first`` to ``end``."""
+    sum_x, sum_xx = tl.split(pairs)
+    c = first + tl.arange(0, WIDTH)
+    tl.store(packed + 1 + c, sum_x, mask=c < end)
+    tl.store(packed + 1 + C + c, sum_xx, mask=c < end)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "P"])
@@ -34,6 +51,7 @@ def moments_kernel(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDE: tl.constexpr,
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
@@ -46,9 +64,9 @@ def moments_kernel(
     that the program sums, so its mean is less than sqrt(k) standard deviations from theirs, and
     cancellation costs less than a factor k + 1, whatever the mean of x: usually about 1.
 
-    Grid: channel blocks, splits. MERGE is 0 if there is one split.
+    Grid: blocks of columns, splits. MERGE is 0 if one program has all columns of a channel.
     """
-    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:
         gdc_wait()
     block = tl.program_id(0)
@@ -82,14 +100,21 @@ def moments_kernel(
     sum_x = of_channels(total, P, BLOCK_C, GROUP, WIDE)
     sum_xx = of_channels(square, P, BLOCK_C, GROUP, WIDE)
     pairs = tl.join(sum_x, sum_xx)
-    first, end, c = sums_of(block, C, BLOCK_C, GROUP, WIDE)
-    pairs, _, done = over_splits(
-        pairs, pairs, partials, arrivals, first, end, C, block, split, num_splits, c.shape[0],
-        False, MERGE,
-    )  # fmt: skip
-    if done:
-        sum_x, sum_xx = tl.split(pairs)
-        tl.store(packed + 1 + c, sum_x, mask=c < end)
-        tl.store(packed + 1 + C + c, sum_xx, mask=c < end)
+    WIDTH: tl.constexpr = sum_x.shape[0]
+    COLUMNS = C * P if FOLD else C
+    first, end = sums_of(block, COLUMNS, BLOCK_C, GROUP)
+    if MERGE:
+        if is_last_to_store(
+            pairs, pairs, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, False
+        ):
+            if FOLD:
+                for c in range(0, C, WIDE):
+                    merge = merged(partials, c, C, C, num_splits * P, WIDE, MERGE)
+                    _store(packed, merge, c, C, C, WIDE)
+            else:
+                merge = merged(partials, first, end, C, num_splits, WIDTH, MERGE)
+                _store(packed, merge, first, end, C, WIDTH)
+    else:
+        _store(packed, pairs, first, end, C, WIDTH)
     if (block == 0) & (split == 0):
         tl.store(packed, (N * S * P).to(tl.float64))

@@ -68,7 +68,7 @@ def _keep_books(
         else:
             factor = 0.0
     for block in range(first, tl.cdiv(C, BOOK).to(tl.int32), step):
-        c, mask = channels(block, C, 1, BOOK, 0)
+        c, mask = channels(block, C, 1, BOOK, 0, False)
         mean, var = mean_and_var(totals, c, mask, C)
         tl.store(stats + c, mean.to(stats.dtype.element_ty), mask=mask)
         tl.store(stats + C + c, rstd_of(var, eps, stats.dtype.element_ty), mask=mask)
@@ -141,6 +141,7 @@ def normalize_kernel(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -159,7 +160,7 @@ def normalize_kernel(
     Grid: ``num_books`` programs for what happens once per channel, then one for each of the splits
     of each of the ``num_blocks`` channel blocks.
     """
-    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:
         gdc_wait()
     program = tl.program_id(0)
@@ -178,7 +179,7 @@ def normalize_kernel(
         program -= num_books
         block = program % num_blocks
         num_splits = (tl.num_programs(0) - num_books) // num_blocks
-        c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
+        c, c_mask = channels(block, C, P, BLOCK_C, GROUP, FOLD)
         mean, scale, shift = _affine(totals, weight, bias, eps, c, c_mask, C, ACC)
         if other_totals is not None:
             other_mean, other_scale, other_shift = _affine(

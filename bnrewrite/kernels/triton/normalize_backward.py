@@ -71,6 +71,7 @@ def normalize_backward_kernel(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -88,11 +89,11 @@ def normalize_backward_kernel(
 
     Grid: the splits of each of the ``num_blocks`` channel blocks.
     """
-    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:
         gdc_wait()
     block = tl.program_id(0) % num_blocks
-    c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
+    c, c_mask = channels(block, C, P, BLOCK_C, GROUP, FOLD)
     mean, scale, mean_g, slope_x = _coefficients(stats, totals, weight, sums, c, c_mask, C, ACC)
     shift = per_channel(bias, c, c_mask, ACC, 0.0)
     if other is not None:

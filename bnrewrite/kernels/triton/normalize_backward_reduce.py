@@ -14,8 +14,9 @@ from bnrewrite.kernels.triton.tiles import (
     channels,
     count_tiles,
     gdc_wait,
+    is_last_to_store,
+    merged,
     of_channels,
-    over_splits,
     per_channel,
     sizes,
     sums_of,
@@ -27,18 +28,41 @@ from bnrewrite.kernels.triton.tiles import (
 def _store(
     sums: tl.tensor,
     gradients: tl.tensor | None,
-    total: tl.tensor,
-    total_x: tl.tensor,
-    c: tl.tensor,
-    mask: tl.tensor,
+    pairs: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
     C: tl.tensor,
+    WIDTH: tl.constexpr,
 ) -> None:
-    """Stores both sums of channels ``c``, and again as gradients of bias and weight."""
+    """Stores both sums of the channels from ``first`` to ``end``.
+
+    Again as gradients of bias and weight, if these are wanted.
+    """
+    total, total_x = tl.split(pairs)
+    c = first + tl.arange(0, WIDTH)
+    mask = c < end
     tl.store(sums + c, total, mask=mask)
     tl.store(sums + C + c, total_x, mask=mask)
     if gradients is not None:
         tl.store(gradients + c, total.to(gradients.dtype.element_ty), mask=mask)
         tl.store(gradients + C + c, total_x.to(gradients.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_other(
+    sums: tl.tensor,
+    gradients: tl.tensor | None,
+    pairs: tl.tensor,
+    third: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    C: tl.tensor,
+    WIDTH: tl.constexpr,
+) -> None:
+    """The same of the other branch, whose first sum is that of the first."""
+    total, _ = tl.split(pairs)
+    total_x, _ = tl.split(third)
+    _store(sums, gradients, tl.join(total, total_x), first, end, C, WIDTH)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "P"])
@@ -71,6 +95,7 @@ def normalize_backward_reduce_kernel(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDE: tl.constexpr,
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
@@ -87,15 +112,15 @@ def normalize_backward_reduce_kernel(
     ``grad_residual``, the gradient of that, is written where it is given, and so are
     ``gradients``: the sums again, as the gradients of bias and weight.
 
-    Grid: channel blocks, splits. MERGE is 0 if there is one split.
+    Grid: blocks of columns, splits. MERGE is 0 if one program has all columns of a channel.
     """
-    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP)
+    C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:
         gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
-    c, c_mask = channels(block, C, P, BLOCK_C, GROUP)
+    c, c_mask = channels(block, C, P, BLOCK_C, GROUP, FOLD)
     mean = per_channel(stats, c, c_mask, ACC, 0.0)
     rstd = per_channel(stats + C, c, c_mask, ACC, 0.0)
     scale = rstd * per_channel(weight, c, c_mask, ACC, 1.0)
@@ -144,14 +169,28 @@ def normalize_backward_reduce_kernel(
         total_o = (tl.sum(sum_go, 1) * tl.sum(other_rstd, 1)).to(tl.float64)
         sum_of_go = of_channels(total_o, P, BLOCK_C, GROUP, WIDE)
         third = tl.join(sum_of_go, sum_of_go)
-    first, end, c = sums_of(block, C, BLOCK_C, GROUP, WIDE)
-    pairs, third, done = over_splits(
-        pairs, third, partials, arrivals, first, end, C, block, split, num_splits, c.shape[0],
-        other is not None, MERGE,
-    )  # fmt: skip
-    if done:
-        sum_of_g, sum_of_gx = tl.split(pairs)
-        _store(sums, gradients, sum_of_g, sum_of_gx, c, c < end, C)
+    WIDTH: tl.constexpr = sum_of_g.shape[0]
+    COLUMNS = C * P if FOLD else C
+    first, end = sums_of(block, COLUMNS, BLOCK_C, GROUP)
+    if MERGE:
+        if is_last_to_store(
+            pairs, third, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, other is not None
+        ):
+            thirds = partials + num_splits * 2 * COLUMNS
+            if FOLD:
+                for low in range(0, C, WIDE):
+                    both = merged(partials, low, C, C, num_splits * P, WIDE, MERGE)
+                    _store(sums, gradients, both, low, C, C, WIDE)
+                    if other is not None:
+                        others = merged(thirds, low, C, C, num_splits * P, WIDE, MERGE)
+                        _store_other(other_sums, other_gradients, both, others, low, C, C, WIDE)
+            else:
+                both = merged(partials, first, end, C, num_splits, WIDTH, MERGE)
+                _store(sums, gradients, both, first, end, C, WIDTH)
+                if other is not None:
+                    others = merged(thirds, first, end, C, num_splits, WIDTH, MERGE)
+                    _store_other(other_sums, other_gradients, both, others, first, end, C, WIDTH)
+    else:
+        _store(sums, gradients, pairs, first, end, C, WIDTH)
         if other is not None:
-            sum_of_go, _ = tl.split(third)
-            _store(other_sums, other_gradients, sum_of_g, sum_of_go, c, c < end, C)
+            _store_other(other_sums, other_gradients, pairs, third, first, end, C, WIDTH)

@@ -22,6 +22,7 @@ def sizes(
     VEC: tl.constexpr,
     LAST: tl.constexpr,
     GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
 ) -> tl.tuple:
     """C, S, P and the length of a row from what a kernel was given; see ``Plan.sizes``.
 
@@ -29,7 +30,7 @@ def sizes(
     """
     C = tl.cast(C, tl.int64)
     S = tl.cast(S, tl.int64)
-    if GROUP:
+    if GROUP or FOLD:
         return C, S, tl.cast(P, tl.int32), C * P // VEC * VEC
     elif LAST:
         return C * VEC, S, 1, C * VEC
@@ -40,13 +41,23 @@ def sizes(
 
 @triton.jit
 def channels(
-    block: tl.tensor, C: tl.tensor, P: tl.tensor, BLOCK_C: tl.constexpr, GROUP: tl.constexpr
+    block: tl.tensor,
+    C: tl.tensor,
+    P: tl.tensor,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
 ) -> tl.tuple:
     """Channel numbers (BLOCK_C,) of the columns of a block, int64, and which columns exist."""
     column = tl.arange(0, BLOCK_C)
     if GROUP:
         c = tl.cast(block, tl.int64) * GROUP + column // P
         return c, (column < GROUP * P) & (c < C)
+    elif FOLD:
+        # Columns of all blocks have numbers of 32 bits, as the host has checked.
+        column += block * BLOCK_C
+        channel_count = C.to(tl.int32)
+        return tl.cast(column % channel_count, tl.int64), column < channel_count * P
     else:
         c = tl.cast(block, tl.int64) * BLOCK_C + column
         return c, c < C
@@ -118,26 +129,13 @@ def tile(
 def of_channels(
     values: tl.tensor, P: tl.tensor, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr
 ) -> tl.tensor:
-    """What the columns of each channel add up to: (WIDE,) from (BLOCK_C,), or ``values``."""
+    """What the columns of each channel of a group add up to: (WIDE,), or ``values`` (BLOCK_C,)."""
     if GROUP:
         channel = tl.arange(0, BLOCK_C) // P
         mine = channel[None, :] == tl.arange(0, WIDE)[:, None]
         return tl.sum(tl.where(mine, values[None, :], 0.0), 1)
     else:
         return values
-
-
-@triton.jit
-def sums_of(
-    block: tl.tensor, C: tl.tensor, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr
-) -> tl.tuple:
-    """The channels of what :func:`of_channels` gives, int64: the first, the end, one for each."""
-    if GROUP:
-        first = tl.cast(block, tl.int64) * GROUP
-        return first, tl.minimum(first + GROUP, C), first + tl.arange(0, WIDE)
-    else:
-        first = tl.cast(block, tl.int64) * BLOCK_C
-        return first, tl.minimum(first + BLOCK_C, C), first + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
@@ -186,80 +184,85 @@ def per_channel(
 
 
 @triton.jit
-def over_splits(
+def sums_of(
+    block: tl.tensor, COLUMNS: tl.tensor, BLOCK_C: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tuple:
+    """The first of what :func:`of_channels` gives, of COLUMNS for all blocks, and the end."""
+    width = GROUP if GROUP else BLOCK_C
+    first = tl.cast(block, tl.int64) * width
+    return first, tl.minimum(first + width, COLUMNS)
+
+
+@triton.jit
+def is_last_to_store(
     pairs: tl.tensor,
     third: tl.tensor,
     partials: tl.tensor,
     arrivals: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
-    C: tl.tensor,
-    block: tl.tensor,
-    split: tl.tensor,
-    num_splits: tl.tensor,
+    COLUMNS: tl.tensor,
     WIDTH: tl.constexpr,
+    FOLD: tl.constexpr,
     THIRD: tl.constexpr,
-    MERGE: tl.constexpr,
-) -> tl.tuple:
-    """The sums of ``pairs`` and ``third`` over all splits, and whether this program has them.
+) -> tl.tensor:
+    """Stores ``pairs`` and ``third``; whether all others with which they are added have, too.
 
-    Both are (WIDTH, 2), of the channels from ``first`` to ``end``; only THIRD says whether there is
-    a ``third``. The program that has the sums is the one that is the last to store its partial
-    sums. MERGE is 0 if there is one split.
+    Both are (WIDTH, 2), of the columns from ``first`` to ``end``; only THIRD says whether there is
+    a ``third``. They are added to those of the other splits, if rows are folded of all blocks: the
+    columns of a channel are C apart then.
     """
-    if MERGE:
-        # Each pair is next to its neighbours': one wide access, and one sum in place of two.
-        place = first * 2 + tl.arange(0, 2 * WIDTH)
-        exists = place < end * 2
-        row = partials + split * 2 * C + place
-        tl.store(row, tl.reshape(pairs, (2 * WIDTH,)), mask=exists)
-        if THIRD:
-            row += num_splits * 2 * C
-            tl.store(row, tl.reshape(third, (2 * WIDTH,)), mask=exists)
-        last = _is_last(arrivals, block, num_splits)
-        if last:
-            pairs = _merged(partials, place, exists, C, num_splits, WIDTH, MERGE)
-            if THIRD:
-                thirds = partials + num_splits * 2 * C
-                third = _merged(thirds, place, exists, C, num_splits, WIDTH, MERGE)
-        return pairs, third, last
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    # Each pair is next to its neighbours': one wide access, and one sum in place of two.
+    place = first * 2 + tl.arange(0, 2 * WIDTH)
+    exists = place < end * 2
+    row = partials + split * 2 * COLUMNS + place
+    tl.store(row, tl.reshape(pairs, (2 * WIDTH,)), mask=exists)
+    if THIRD:
+        row += num_splits * 2 * COLUMNS
+        tl.store(row, tl.reshape(third, (2 * WIDTH,)), mask=exists)
+    if FOLD:
+        return _is_last(arrivals, num_splits * tl.num_programs(0))
     else:
-        return pairs, third, True
+        return _is_last(arrivals + tl.program_id(0), num_splits)
 
 
 @triton.jit
-def _is_last(arrivals: tl.tensor, block: tl.tensor, num_splits: tl.tensor) -> tl.tensor:
-    """Whether all other splits of a channel block have stored their partial sums.
+def _is_last(counter: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """Whether so many programs, this one included, have stored their partial sums.
 
     The counter is back at zero afterwards, for the next launch on the stream.
     """
     # All threads have stored before the one that announces it.
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu")
-    last = arrived == num_splits - 1
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = arrived == number - 1
     if last:
-        tl.store(arrivals + block, 0)
+        tl.store(counter, 0)
     return last
 
 
 @triton.jit
-def _merged(
+def merged(
     partials: tl.tensor,
-    place: tl.tensor,
-    exists: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
     C: tl.tensor,
-    num_splits: tl.tensor,
+    num_rows: tl.tensor,
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
 ) -> tl.tensor:
-    """Sums over splits of partials (splits, 2C), in a fixed order: (WIDTH, 2)."""
+    """Sums over rows of partials (num_rows, C, 2), in a fixed order: (WIDTH, 2)."""
+    place = first * 2 + tl.arange(0, 2 * WIDTH)[None, :]
+    exists = place < end * 2
     total = tl.zeros((MERGE, 2 * WIDTH), tl.float64)
-    for first in range(0, num_splits, MERGE):
-        k = first + tl.arange(0, MERGE)[:, None]
+    for row in range(0, num_rows, MERGE):
+        k = row + tl.arange(0, MERGE)[:, None]
         # Other programs wrote them: not from the cache of this multiprocessor.
         total += tl.load(
-            partials + k * 2 * C + place[None, :],
-            mask=(k < num_splits) & exists[None, :],
+            partials + k * 2 * C + place,
+            mask=(k < num_rows) & exists,
             other=0.0,
             cache_modifier=".cg",
         )

@@ -63,11 +63,11 @@ _RESERVES: dict[int, _Reserve] = {}
 
 
 def workspace(plan: Plan, x: Tensor, num_sums: int) -> tuple[Tensor, Tensor]:
-    """Room for partial sums, so many of a channel and split; a zero for each block or more."""
-    if plan.num_splits == 1:
+    """Room for partial sums, each of so many numbers; a zero for each block or more."""
+    if plan.num_partials == 0:
         unused = x.new_empty(0, dtype=torch.float64)
         return unused, unused
-    partials = x.new_empty(plan.num_splits * num_sums * plan.C, dtype=torch.float64)
+    partials = x.new_empty(plan.num_partials * num_sums * plan.C, dtype=torch.float64)
     arrivals = _arrivals(x.get_device(), plan.num_blocks) if x.is_cuda else None
     if arrivals is None:
         arrivals = x.new_zeros(plan.num_blocks, dtype=torch.int32)
