@@ -36,6 +36,9 @@ _AHEAD = 3
 _MERGE = 2048
 """Partial sums that the last program loads at a time."""
 
+_POWERS = [1 << power for power in range(_MERGE.bit_length())]
+"""Numbers of channels that these may be of."""
+
 _STAGES = 3
 """See :attr:`Plan.STAGES`; of a program with several tiles."""
 
@@ -103,11 +106,16 @@ class Plan:
         partial sums are merged at a time.
         """
         if self.tile.FOLD:
-            wide = min(power_of_two(self.C), self.tile.BLOCK_C)
+            # The widest of the best, whose loads are next to each other.
+            wide = min(reversed(_POWERS), key=self._turns)
             return "MERGE", _MERGE // wide, "WIDE", wide
         wide = power_of_two(self.tile.GROUP)
         merge = max(1, _MERGE // (wide if self.tile.GROUP else self.tile.BLOCK_C))
         return "MERGE", merge if self.num_splits > 1 else 0, "WIDE", wide
+
+    def _turns(self, wide: int) -> int:
+        """How often a program loads that merges the partial sums of ``wide`` channels at a time."""
+        return -(-self.C // wide) * -(-self.num_partials * wide // _MERGE)
 
     @functools.cached_property
     def num_partials(self) -> int:
