@@ -40,7 +40,8 @@ _POWERS = [1 << power for power in range(_MERGE.bit_length())]
 """Numbers of channels that these may be of."""
 
 _STAGES = 3
-"""See :attr:`Plan.STAGES`; of a program with several tiles."""
+"""See :attr:`Plan.STAGES`; of a program with several tiles. One more pays in reductions of 16 bits,
+if they have large tiles, or read several contiguous tensors, whose images waste parts of tiles."""
 
 _DEEP_STAGES = 6
 """The same of the moments of many 16-bit values in channels-last, where one program loads as far
@@ -210,10 +211,13 @@ def plan(
         # Rounded down: one more than run at a time makes a second round of them.
         each = -(-num_tiles // max(1, multiprocessors * programs // num_blocks))
     num_splits = -(-num_tiles // each)
+    is_long = reads > 1 and itemsize == 2 and not tile.LAST
     if num_splits == num_tiles:
         stages = 1
+    elif is_deep:
+        stages = _DEEP_STAGES
     else:
-        stages = _DEEP_STAGES if is_deep else _STAGES + (is_wide and num_splits > 1)
+        stages = _STAGES + (num_splits > 1 and (is_wide or is_long))
     # Registers: single accesses take a mask and an address each, unless a tile is all of a channel.
     needs_many = tile.BLOCK_S > WHOLE or reads > 1 if tile.is_whole else tile.VEC == 1
     return Plan(
