@@ -53,7 +53,7 @@ def stand_for_a_gpu() -> None:
     counters = torch.zeros(1 << 12, dtype=torch.int32)
 
     def workspace(plan: Plan, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        size = plan.num_splits * num_rows * plan.C
+        size = plan.num_partials * num_rows * plan.C
         return x.new_empty(size, dtype=torch.float64), counters
 
     for op, (_, cuda) in library.KERNELS.items():

@@ -32,7 +32,7 @@ def _for_partials(plan: Plan, num_warps: int) -> int:
     if plan.is_tight:
         return _MOST_REGISTERS
     each = _REGISTERS // (2 * 32 * num_warps)
-    return min(_MOST_REGISTERS, each) if plan.num_splits > 1 else 0
+    return min(_MOST_REGISTERS, each) if plan.num_partials else 0
 
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:

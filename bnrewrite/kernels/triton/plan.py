@@ -34,10 +34,10 @@ _AHEAD = 3
 """... up to this many, so that the next ones are loaded while one is used."""
 
 _MERGE = 2048
-"""Partial sums that the last program loads at a time."""
+"""Partial sums that the last program loads at a time, if it has four warps."""
 
-_POWERS = [1 << power for power in range(_MERGE.bit_length())]
-"""Numbers of channels that these may be of."""
+_MERGED_CHANNELS = 256
+"""Channels that these may be of; those of more would need too many registers."""
 
 _STAGES = 3
 """See :attr:`Plan.STAGES`; of a program with several tiles. One more pays in reductions of 16 bits,
@@ -107,16 +107,23 @@ class Plan:
         partial sums are merged at a time.
         """
         if self.tile.FOLD:
+            most = min(power_of_two(self.C), _MERGED_CHANNELS)
             # The widest of the best, whose loads are next to each other.
-            wide = min(reversed(_POWERS), key=self._turns)
-            return "MERGE", _MERGE // wide, "WIDE", wide
+            wide = min([most >> k for k in range(most.bit_length())], key=self._turns)
+            merge = min(self._at_a_time(wide), power_of_two(self.num_partials))
+            return "MERGE", merge, "WIDE", wide
         wide = power_of_two(self.tile.GROUP)
         merge = max(1, _MERGE // (wide if self.tile.GROUP else self.tile.BLOCK_C))
         return "MERGE", merge if self.num_splits > 1 else 0, "WIDE", wide
 
-    def _turns(self, wide: int) -> int:
-        """How often a program loads that merges the partial sums of ``wide`` channels at a time."""
-        return -(-self.C // wide) * -(-self.num_partials * wide // _MERGE)
+    def _at_a_time(self, wide: int) -> int:
+        """Partial sums of each of ``wide`` channels that a program loads at a time; 0 if none."""
+        return _MERGE * min(self.num_warps, 4) // 4 // wide
+
+    def _turns(self, wide: int) -> float:
+        """How often it loads until it has all of them, which it does one after another."""
+        merge = self._at_a_time(wide)
+        return -(-self.C // wide) * -(-self.num_partials // merge) if merge else math.inf
 
     @functools.cached_property
     def num_partials(self) -> int:
