@@ -50,18 +50,18 @@ SHAPES = [
     (2, 65, 17, 3),
     (2, 70, 17, 3),
     (5, 24, 7, 7),
-    (70, 20, 2, 5),
+    (36, 20, 2, 5),
 ]
 """Odd sizes: masks everywhere, accesses of one to eight values, one program and many, tiles of
 several images."""
 
 MANY = [
     (9, 4, 52, 48),
-    (257, 8, 7, 7),
-    (70, 20, 2, 5),
+    (131, 8, 7, 7),
+    (44, 20, 2, 5),
     (70, 24, 3, 3),
     (21, 3, 25, 8),
-    (7, 37, 24, 16),
+    (3, 37, 24, 16),
 ]
 """With :data:`FEW` multiprocessors: programs with many tiles, small images in groups, folded rows,
 those of the last one in several blocks."""
