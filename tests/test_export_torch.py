@@ -75,6 +75,7 @@ def test_train_mode_exports_with_the_eager_numbers_and_running_statistics(model,
         torch.testing.assert_close(state[name], value, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # By torch 2.11.
 @pytest.mark.parametrize("training", [False, True])
 def test_a_program_that_was_saved_is_the_same(training):
     model = bnrewrite.convert(ResidualNet()).train(training)

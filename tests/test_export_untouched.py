@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bnrewrite
+from tests import IS_TORCH_211
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -162,6 +163,8 @@ TRACED = [name for name in CASES if not any(one in name for one in ("tens", "dat
 
 @pytest.mark.parametrize("name", TRACED)
 def test_what_a_forward_changes_is_put_back(name: str) -> None:
+    if IS_TORCH_211 and name == "generator":
+        pytest.skip("torch.export takes none there")
     make, change, look = CASES[name]
     held = make()
     before = look(held)
@@ -288,6 +291,8 @@ class ClosingModule(nn.Module):
 def test_what_closes_a_file_when_it_goes_does_so_once(
     kind: str, fails: bool, tmp_path: Any
 ) -> None:
+    if IS_TORCH_211 and fails:
+        pytest.skip("torch.export itself keeps what it cannot trace there")
     file = (tmp_path / "log.txt").open("w")
     model = ClosingModule(kind, file)
     classes = list(Registered.classes)

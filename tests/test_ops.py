@@ -30,6 +30,7 @@ from bnrewrite.ops.normalize_keep_sum import NORMALIZE_KEEP_SUM
 from bnrewrite.ops.normalize_two import NORMALIZE_TWO
 from bnrewrite.ops.normalize_two_backward import NORMALIZE_TWO_BACKWARD
 from bnrewrite.ops.normalize_two_backward_reduce import NORMALIZE_TWO_BACKWARD_REDUCE
+from tests import IS_TORCH_211
 
 EPS = 1e-3
 SHAPES = [(5, 3), (2, 1), (7, 3, 5), (2, 3, 4, 5), (3, 1, 1, 2), (2, 3, 2, 3, 2)]
@@ -715,7 +716,9 @@ class TestErrors:
             x = DTensor.from_local(torch.randn(4, 3), mesh, [Replicate()])
             with pytest.raises(UnsupportedBatchNorm, match=r"^0: .*DTensor.*to_local\(\)"):
                 model(x)
-            assert isinstance(model.eval()(x), DTensor)
+            if not IS_TORCH_211:
+                # There, torch has no rule for its own batch_norm.
+                assert isinstance(model.eval()(x), DTensor)
         finally:
             dist.destroy_process_group()
 
