@@ -830,6 +830,26 @@ class TestManyTiles:
         run(_on_a_small_device, _check_backward, shape, layout, dtype, options)
 
 
+class TestFoldedRows:
+    """The last program adds up the partial sums of all channels, a part of them at a time."""
+
+    @pytest.mark.parametrize("shape", [(4, 257), (16, 129)], ids=str)
+    def test_partial_sums_are_added_in_several_turns(
+        self, run: Interpreter, shape: tuple[int, int]
+    ) -> None:
+        dtype = torch.float32
+        for reads in (1, 2, 3):
+            cut = plan(*shape, 1, dtype.itemsize, True, reads)
+            assert cut is not None
+            assert cut.tile.FOLD
+            _, merge, _, wide = cut.of_sums
+            assert wide < cut.C if shape == (4, 257) else cut.num_partials > merge
+        options = {"affine": ("weight", "bias"), "residual": True, "activation": "relu"}
+        run(_check_moments, shape, "channels-last", dtype, 1.0)
+        run(_check_backward, shape, "channels-last", dtype, options)
+        run(_check_two_backward, shape, "channels-last", dtype, {})
+
+
 class TestAddresses:
     """Where tiles are, also in tensors of more than 2^31 values, which no memory holds."""
 
