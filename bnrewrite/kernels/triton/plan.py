@@ -117,13 +117,12 @@ class Plan:
         return "MERGE", merge if self.num_splits > 1 else 0, "WIDE", wide
 
     def _at_a_time(self, wide: int) -> int:
-        """Partial sums of each of ``wide`` channels that a program loads at a time; 0 if none."""
+        """Partial sums of each of ``wide`` channels that a program loads at a time."""
         return _MERGE * min(self.num_warps, 4) // 4 // wide
 
-    def _turns(self, wide: int) -> float:
+    def _turns(self, wide: int) -> int:
         """How often it loads until it has all of them, which it does one after another."""
-        merge = self._at_a_time(wide)
-        return -(-self.C // wide) * -(-self.num_partials // merge) if merge else math.inf
+        return -(-self.C // wide) * -(-self.num_partials // self._at_a_time(wide))
 
     @functools.cached_property
     def num_partials(self) -> int:
