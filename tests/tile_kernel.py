@@ -26,7 +26,7 @@ def addresses_kernel(
     GROUP: tl.constexpr,
     FOLD: tl.constexpr,
 ) -> None:
-    """Addresses of tile ``t`` of a channel block, -1 where there is nothing."""
+    """Addresses of tile ``t`` of a block of columns, -1 where there is nothing."""
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     start, offsets, mask, _ = tile(
         t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP

@@ -158,7 +158,7 @@ def normalize_kernel(
     Bytes: x, and the residual if there is one, read once; y written once, and so is ``total``.
 
     Grid: ``num_books`` programs for what happens once per channel, then one for each of the splits
-    of each of the ``num_blocks`` channel blocks.
+    of each of the ``num_blocks`` blocks of columns.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:

@@ -87,7 +87,7 @@ def normalize_backward_kernel(
     reduction has written the gradient of what was activated, that is ``grad``, and the activation
     is "identity".
 
-    Grid: the splits of each of the ``num_blocks`` channel blocks.
+    Grid: the splits of each of the ``num_blocks`` blocks of columns.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
     if PDL:

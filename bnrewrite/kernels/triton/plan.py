@@ -65,7 +65,7 @@ class Plan:
         STAGES: tiles of a program that are on their way or used: what comes next does not wait.
         is_tight: whether ptxas is known to spill, for some target and activation, where it has the
             choice. Wide values take registers, and so do single ones, each of which has an
-            address and a mask, and columns that are parts of channels, which have statistics each.
+            address and a mask, and blocks of groups, whose many columns have statistics each.
     """
 
     C: int
