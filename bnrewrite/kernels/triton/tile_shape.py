@@ -45,8 +45,8 @@ _SECTOR = 32
 """Bytes of memory that are read together."""
 
 _FOLDED_ACCESS = 4
-"""Bytes of an access up to which a reduction folds rows of fewer channels than a tile has columns.
-Where each access is one value, rows of any number are folded."""
+"""Bytes of an access up to which a reduction folds rows of fewer channels than a tile has columns,
+if there are many. Where each access is one value, rows of any length are folded."""
 
 _FOLDED_COLUMNS = 8192
 """Columns of all blocks of such a reduction, at most, so that these are not too many."""
@@ -141,7 +141,8 @@ def _of_rows(
     S: int, C: int, itemsize: int, reads: int, values: int, multiprocessors: int
 ) -> TileShape:
     """The same of channels-last, S rows of C channels."""
-    is_uneven = C > _REDUCTION_ROW and C * itemsize % _SECTOR > 0
+    is_narrow = C <= _REDUCTION_ROW
+    is_uneven = not is_narrow and C * itemsize % _SECTOR > 0
     tiles_each = S * C // (values * multiprocessors)
     if reads == 0:
         row = _PASS_ROW // itemsize
@@ -155,7 +156,10 @@ def _of_rows(
     elif reads == 0:
         # As many as a block has columns: then every block is full.
         P = math.gcd(S, row)
-    elif access == itemsize or (access <= _FOLDED_ACCESS and row >= C):
+    elif S * min(power_of_two(C), row) <= FEW * values:
+        # One program has all of a channel, and no partial sums to add.
+        P = 1
+    elif access == itemsize or (access <= _FOLDED_ACCESS and is_narrow and tiles_each > SMALL):
         P = _rows_together(S, C, row, access)
     else:
         P = 1
