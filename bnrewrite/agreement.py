@@ -310,8 +310,8 @@ def _conclude(place: _Group) -> bool:
     place.round += 1
     raise ScheduleError(
         f"the ranks of {place} are about to run different collectives and would wait for each "
-        f"other forever. {difference(texts)} Give all ranks the same model, conversion, flags "
-        "and version of bnrewrite; bnrewrite.check(model) compares them."
+        f"other forever. {difference(texts)} Give all ranks the same model, conversion, flags, "
+        "hooks and version of bnrewrite; bnrewrite.check(model) compares them."
     )
 
 

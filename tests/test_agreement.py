@@ -177,7 +177,15 @@ def _on_the_floor(rank: int) -> nn.Module:
     return model
 
 
+def _hook(rank: int) -> nn.Module:
+    model = _net()
+    if rank == 1:
+        model.get_submodule("layer2.bn1").register_forward_hook(lambda *_: None)
+    return model
+
+
 CASES: dict[str, tuple[Callable[[int], nn.Module], str, str]] = {
+    "hook": (_hook, r"the graph of layer2", "rank 1: its own forward runs, because a hook"),
     "width": (_another_width, "bn", r"rank 0: Sync\(.*4 channels; rank 1: Sync\(.*5 channels"),
     "layer": (_another_layer, r"layer1\.0\.bn1", "rank 0: there is none; rank 1: Sync"),
     "mode": (_another_mode, "bn", r"rank 0: Sync\(.*; rank 1: Local\(.* communicates nothing"),
@@ -220,6 +228,7 @@ def _assert_all_heard(outcomes: list[Outcome], subject: str, said: str) -> None:
         assert kind == "ScheduleError", message
         assert re.search(rf"First difference: {subject}\. ", message), message
         assert re.search(said, message), message
+        assert "flags, hooks and version" in message
         assert "bnrewrite.check(model)" in message
         assert seconds < SECONDS
 
