@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import logging
 import warnings
+import weakref
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -39,6 +40,7 @@ from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_no
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
+from bnrewrite.sites.local_statistics import LocalStatistics
 from bnrewrite.sites.schedule import Schedule
 from bnrewrite.sites.undo import all_or_nothing
 
@@ -215,7 +217,9 @@ def _put_on(
 ) -> Conversion:
     sites = tuple(name for name, _ in found if wanted.modes.find(name) is not None)
     conversion = dataclasses.replace(wanted, reports={}, sites=sites, skipped=[], unanswered=[])
-    schedule = Schedule(conversion.passes)
+    model = modules[""]
+    local = LocalStatistics(weakref.ref(model), wanted.modes)
+    schedule = Schedule(conversion.passes, local)
     for name, module in found:
         mode = wanted.modes.find(name)
         if mode is None:
@@ -250,10 +254,10 @@ def _put_on(
             note_reports(captured[name], conversion)
     for one in answer_questions(modules, captured, schedule):
         note_unanswered(one, conversion)
-    modules[""].__dict__[CONVERSION] = conversion
+    model.__dict__[CONVERSION] = conversion
     log.info(
         "%s: %d BatchNorm modules, %d sites in graphs, %d places left",
-        type(modules[""]).__name__,
+        type(model).__name__,
         len(found),
         len(settled(conversion)),
         len(conversion.skipped),

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,60 @@ class Counted(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         self.num_computed += 1
         return weight * 2
+
+
+def _warnings(model: nn.Module) -> list[str]:
+    """What two epochs warn of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            _step(model.train())
+            model.eval()
+    return [str(one.message) for one in caught]
+
+
+def _added(rank: int, world_size: int, mode: Any, when: str) -> list[str]:
+    """Warnings of two epochs, if a BatchNorm layer was put in after the conversion."""
+    torch.manual_seed(0)
+    model: Any = bnrewrite.convert(nn.Sequential(ResidualNet(), nn.Identity()), mode)
+    if when == "later":
+        _step(model)
+        model.eval()
+    # No module above it runs a graph.
+    model[1] = nn.BatchNorm1d(3)
+    if when == "copied":
+        model = copy.deepcopy(model)
+    if when == "compiled":
+        model.compile(backend="eager", fullgraph=True)
+    return _warnings(model)
+
+
+@pytest.mark.parametrize("when", ["at once", "later", "copied", "compiled"])
+def test_a_layer_added_after_the_conversion_is_a_warning(ranks: RankPool, when: str) -> None:
+    """Its statistics are those of one rank, which nothing else would say."""
+    for messages in ranks.run(_added, 2, "sync", when):
+        (message,) = messages
+        assert message.startswith("1: put in after convert()")
+        assert "Call bnrewrite.convert(model) once more" in message
+
+
+@pytest.mark.parametrize("mode", ["local", {"0.*": "sync"}], ids=str)
+def test_a_layer_that_shall_not_communicate_may_be_added(ranks: RankPool, mode: object) -> None:
+    assert ranks.run(_added, 2, mode, "at once") == [[], []]
+
+
+def test_one_process_may_add_what_it_likes() -> None:
+    assert _added(0, 1, "sync", "at once") == []
+
+
+def test_ranks_without_a_process_group_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher has started several, and their script has forgotten one line."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (message,) = _warnings(bnrewrite.convert(ResidualNet()))
+    assert message.startswith("WORLD_SIZE is 2, but torch.distributed is not initialized")
+    assert _warnings(bnrewrite.convert(ResidualNet(), "local")) == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert _warnings(bnrewrite.convert(ResidualNet())) == []
 
 
 def _computed(rank: int, world_size: int) -> tuple[list[int], list[bool]]:

@@ -4,6 +4,7 @@ All sites and owners of one conversion share a schedule. It notices when a flag 
 call has one identity to compare; only then are views made and exchanged.
 """
 
+import copy
 import hashlib
 import itertools
 import sys
@@ -25,6 +26,7 @@ from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
+from bnrewrite.sites.local_statistics import LocalStatistics
 
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
@@ -70,12 +72,16 @@ class Schedule:
 
     Attributes:
         passes: names of the passes that made the graphs.
+        local: what it warns of.
         number: of the conversion in this process; ranks that run one program count alike.
         key: of the schedule in this process.
     """
 
-    def __init__(self, passes: tuple[str, ...], number: int | None = None) -> None:
+    def __init__(
+        self, passes: tuple[str, ...], local: LocalStatistics, number: int | None = None
+    ) -> None:
         self.passes = passes
+        self.local = local
         self.number = next(_conversions) if number is None else number
         # A string, since compilers take a number that differs between copies for a dynamic size.
         self.key = str(next(_keys))
@@ -92,10 +98,10 @@ class Schedule:
         _living[self.key] = self
 
     def __deepcopy__(self, memo: dict) -> "Schedule":
-        return Schedule(self.passes, self.number)
+        return Schedule(self.passes, copy.deepcopy(self.local, memo), self.number)
 
     def __reduce__(self) -> tuple:
-        return (Schedule, (self.passes, self.number))
+        return (Schedule, (self.passes, self.local, self.number))
 
     def enter(self, module: nn.Module) -> None:
         """Makes ``module``, a site or an owner, a member."""
@@ -179,6 +185,11 @@ class Schedule:
         world = default_group()
         members = self.members()
         flags = _flags(members)
+        if world is None:
+            if any(_communicates(member) for member in members):
+                self.local.warn_without_group()
+        elif can_agree(world):
+            self.local.warn_of_added(lambda module: schedule_of(module) is not None)
         if world is not None and (by_hand or check_enabled()):
             group, known = self._agreed
             agreed = group() is world and known == flags
@@ -274,6 +285,11 @@ def _gradient_is_wanted(parameter: Tensor) -> bool:
 def _flags(members: list[Any]) -> list[Flags]:
     """What decides, of each member, about what it communicates."""
     return [(member.training, member.__dict__.get(LEFT, False)) for member in members]
+
+
+def _communicates(member: Any) -> bool:
+    """Whether a member would communicate now, if there were other ranks."""
+    return any(group not in (NO_GROUP, EVERY_GROUP) for group, _ in member._bnrewrite_lines())
 
 
 def _patience_s(view: View, by_hand: bool) -> float | None:
