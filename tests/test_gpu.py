@@ -259,7 +259,6 @@ def test_another_launch_is_not_compiled_again() -> None:
 
 
 def test_known_code_gives_what_code_just_compiled_gives() -> None:
-    """The first launch is Triton's, with tensors; others are given addresses."""
     x = torch.randn(5, 24, 9, device="cuda", dtype=torch.bfloat16)
     packed = gpu.moments(x)
     assert torch.equal(gpu.moments(x), packed)

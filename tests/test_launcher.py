@@ -9,6 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
 from bnrewrite.kernels.triton import launch, launcher
 from bnrewrite.kernels.triton.launcher import Launch
 from bnrewrite.kernels.triton.plan import plan_of
@@ -17,37 +19,44 @@ _STREAM = 7
 
 
 class _Compiled:
-    """A compiled kernel that notes its calls."""
+    """A compiled kernel that notes its calls; it has registers once it is loaded for one."""
 
-    def __init__(self) -> None:
+    def __init__(self, needed: int, bound: int | None) -> None:
+        self._registers = min(needed, 64 if bound is None else bound)
+        self._spills = max(needed - self._registers, 0)
         self.calls: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        self.n_regs, self.n_spills = self._registers, self._spills
         return lambda *args, stream: self.calls.append((grid, args, stream))
 
 
 class _Triton:
-    """Compiles whatever it is given."""
+    """Compiles whatever it is given; ptxas takes 64 registers if it may choose."""
 
     def __init__(self) -> None:
+        self.needed = 64
         self.compiled: list[_Compiled] = []
+        self.options: list[dict[str, Any]] = []
 
-    def run(self, _: Launch, device: int) -> _Compiled:
-        assert device == 0
-        self.compiled.append(_Compiled())
+    def warmup(self, *_: Any, grid: tuple[int, int, int], **options: Any) -> _Compiled:
+        assert len(grid) == 3
+        self.options.append(options)
+        self.compiled.append(_Compiled(self.needed, options.get("maxnreg")))
         return self.compiled[-1]
 
 
 @pytest.fixture(name="triton")
 def _triton() -> Any:
-    triton = _Triton()
+    fake = _Triton()
     raw_stream = mock.Mock(return_value=_STREAM)
     with (
-        mock.patch.object(Launch, "_run_by_triton", lambda one, device: triton.run(one, device)),
+        mock.patch.object(type(launch.normalize_kernel), "warmup", fake.warmup),
+        mock.patch.object(knobs.runtime, "interpret", False),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", raw_stream, create=True),
         mock.patch.dict(launcher._COMPILED, clear=True),
     ):
-        yield triton
+        yield fake
 
 
 def _normalize(x: Tensor, weight: Tensor | None, momentum: float | None = 0.1) -> Launch:
@@ -65,11 +74,12 @@ def test_known_code_gets_addresses_numbers_and_constants_in_the_order_of_its_arg
     triton: _Triton,
 ) -> None:
     x, weight = torch.randn(3, 8, 5), torch.ones(8)
-    _normalize(x, weight)._run_on(0)
     one = _normalize(x, weight)
-    one._run_on(0)
+    for _ in range(2):
+        one._run_on(0)
     (compiled,) = triton.compiled
-    ((grid, args, stream),) = compiled.calls
+    first, (grid, args, stream) = compiled.calls
+    assert first == (grid, args, stream)
     assert grid == one.grid
     assert stream == _STREAM
     given = dict(zip(one.kernel.arg_names, args, strict=True))
@@ -105,3 +115,20 @@ def test_other_sizes_run_the_same_code(triton: _Triton) -> None:
     for N in (3, 4):
         _normalize(torch.randn(N, 8, 5), torch.ones(8))._run_on(0)
     assert len(triton.compiled) == 1
+
+
+def test_code_that_spills_is_not_run(triton: _Triton) -> None:
+    """It gets as many more registers as it needs, and what is found once is kept."""
+    triton.needed = 75
+    one = _normalize(torch.randn(4, 64, 64), torch.ones(64))
+    for _ in range(2):
+        one._run_on(0)
+    assert [options.get("maxnreg") for options in triton.options] == [None, 72, 80]
+    assert [len(compiled.calls) for compiled in triton.compiled] == [0, 0, 2]
+
+
+def test_code_that_spills_with_all_registers_runs(triton: _Triton) -> None:
+    triton.needed = 300
+    _normalize(torch.randn(3, 8, 5), torch.ones(8))._run_on(0)
+    assert len(triton.compiled[-1].calls) == 1
+    assert triton.options[-1]["maxnreg"] <= 255

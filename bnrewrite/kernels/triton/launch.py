@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnrewrite.kernels.triton.launcher import Launch
+from bnrewrite.kernels.triton.launcher import MOST_REGISTERS, Launch
 from bnrewrite.kernels.triton.moments import moments_kernel
 from bnrewrite.kernels.triton.normalize import BOOK, normalize_kernel
 from bnrewrite.kernels.triton.normalize_backward import normalize_backward_kernel
@@ -16,9 +16,6 @@ from bnrewrite.kernels.triton.workspace import workspace
 
 _LIGHT = ("identity", "relu", "relu6", "leaky_relu")
 """Activations whose derivative is a choice."""
-
-_MOST_REGISTERS = 255
-"""Of a thread, on every GPU that Triton compiles for with ptxas."""
 
 _REGISTERS = 65536
 """Of a multiprocessor."""
@@ -30,9 +27,9 @@ def _for_partials(plan: Plan, num_warps: int) -> int:
     Two programs of a multiprocessor run at a time, as a plan expects, unless ptxas would spill.
     """
     if plan.is_tight:
-        return _MOST_REGISTERS
+        return MOST_REGISTERS
     each = _REGISTERS // (2 * 32 * num_warps)
-    return min(_MOST_REGISTERS, each) if plan.num_partials else 0
+    return min(MOST_REGISTERS, each) if plan.num_partials else 0
 
 
 def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
@@ -106,7 +103,7 @@ def normalize(
             "OTHER_CUMULATIVE", second.cumulative, "BOOK", BOOK,
         ),
         plan.num_warps,
-        _MOST_REGISTERS if plan.is_tight or other is not None else 0,
+        MOST_REGISTERS if plan.is_tight or other is not None else 0,
     )  # fmt: skip
 
 
@@ -148,7 +145,7 @@ def normalize_backward_reduce(
     bound = _for_partials(plan, num_warps)
     if other is not None and plan.tile.VEC == 2:
         # Pairs of two branches would spill on capability 10.
-        bound = _MOST_REGISTERS
+        bound = MOST_REGISTERS
     return Launch(
         normalize_backward_reduce_kernel,
         (plan.num_blocks, plan.num_splits, 1),
@@ -157,7 +154,7 @@ def normalize_backward_reduce(
         plan,
         ("ACTIVATION", activation, *plan.of_sums),
         num_warps,
-        bound or (0 if is_light else _MOST_REGISTERS),
+        bound or (0 if is_light else MOST_REGISTERS),
     )  # fmt: skip
 
 
@@ -203,5 +200,5 @@ def normalize_backward(
         ("ACTIVATION", activation),
         # What derivatives compute in float64 takes most registers of all.
         min(2 * plan.num_warps, 8) if is_wide and activation != "identity" else plan.num_warps,
-        _MOST_REGISTERS if plan.is_tight or other is not None else 0,
+        MOST_REGISTERS if plan.is_tight or other is not None else 0,
     )

@@ -1,8 +1,8 @@
 """One launch of a kernel, as cheap for the host as Triton allows."""
 
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -11,6 +11,14 @@ from torch import Tensor
 
 from bnrewrite import reference
 from bnrewrite.kernels.triton.plan import Plan
+
+T = TypeVar("T")
+
+MOST_REGISTERS = 255
+"""Of a thread, on every GPU that Triton compiles for with ptxas."""
+
+_UNIT = 8
+"""Registers that a thread gets more or less of at a time."""
 
 _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -43,8 +51,8 @@ class Launch(NamedTuple):
         more: names and values, in turn, of the constants that do not follow from it.
         num_warps: warps of a program.
         most_registers: of a thread, which it gets if it needs them, however few programs then run
-            at a time. With 0 ptxas weighs one against the other, and may spill some bytes or have
-            loads wait for each other.
+            at a time. With 0 ptxas weighs one against the other, and may have loads wait for each
+            other. None are spilled, whatever is given: see :meth:`without_spills`.
     """
 
     kernel: Any
@@ -100,9 +108,9 @@ class Launch(NamedTuple):
             with torch.cuda.device(device):
                 self._run_on(device)
 
-    def _run_by_triton(self, device: int) -> Any:
+    def _run_by_triton(self, device: int) -> None:
         with torch.cuda.device(device):
-            return self.kernel[self.grid](*self.args, **self.constants, **self.options)
+            self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
     def _run_on(self, device: int) -> None:
         # Triton takes longer to find the code of known arguments than the device to run it, and
@@ -110,16 +118,42 @@ class Launch(NamedTuple):
         addresses = [None if t is None else t.data_ptr() for t in self.tensors]
         variant = self._variant(device, addresses)
         found = _COMPILED.get(variant)
-        if found is not None:
-            compiled, values = found
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled[self.grid](*addresses, *self.numbers, *values, stream=stream)
-            return
-        compiled, constants = self._run_by_triton(device), self.constants
-        # The interpreter compiles nothing, on a GPU either.
-        if compiled is not None:
-            names = self.kernel.arg_names[len(self.args) :]
-            _COMPILED[variant] = compiled, tuple([constants[name] for name in names])
+        if found is None:
+            if triton.knobs.runtime.interpret:
+                # On a GPU, too, there is nothing to compile.
+                self._run_by_triton(device)
+                return
+            found = _COMPILED[variant] = self._compiled()
+        compiled, values = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled[self.grid](*addresses, *self.numbers, *values, stream=stream)
+
+    def _compiled(self) -> tuple[Any, tuple[Any, ...]]:
+        """The code for the current device, and the constants that it is called with, too."""
+
+        def make(one: Launch) -> tuple[Any, int, int]:
+            made = one.kernel.warmup(*one.args, grid=one.grid, **one.constants, **one.options)
+            # The driver tells how many registers there are when it loads the code for a launch.
+            _ = made[one.grid]
+            return made, made.n_regs, made.n_spills
+
+        constants = self.constants
+        names = self.kernel.arg_names[len(self.args) :]
+        return self.without_spills(make), tuple([constants[name] for name in names])
+
+    def without_spills(self, make: Callable[["Launch"], tuple[T, int, int]]) -> T:
+        """The code for this launch, with as many registers as ptxas needs not to spill any.
+
+        Left to choose, it may spill some bytes to have one more program run at a time.
+
+        Args:
+            make: compiles a launch; gives the code, its registers and how much of them it spills.
+        """
+        made, registers, spills = make(self)
+        while spills and registers + _UNIT <= MOST_REGISTERS:
+            registers += _UNIT
+            made, _, spills = make(self._replace(most_registers=registers))
+        return made
 
     def _variant(self, device: int, addresses: Sequence[int | None]) -> Hashable:
         """What decides about the code of the kernel: all but sizes, other numbers and addresses.
