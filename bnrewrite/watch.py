@@ -155,8 +155,8 @@ def peer_error(
     sites = sites or sites_of(site)
     return PeerError(
         f"{sites}: the {what} over {describe_group(group.group_name)} (ranks {ranks}, "
-        f"this is rank {this}) failed after {waited_s:.1f} s: another rank died, stalled or left. "
-        "The group can no longer be used, but the model can: call "
+        f"this is rank {this}) failed after {waited_s:.1f} s: another rank died, stalled or left, "
+        "or runs other layers. The group can no longer be used, but the model can: call "
         "torch.distributed.destroy_process_group(), form a new group of the remaining ranks and "
         f"continue. The backend says: {error}"
     )
