@@ -37,6 +37,7 @@ from bnrewrite.modes import Frozen, ModeTable
 from bnrewrite.naming import ITSELF
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
+from bnrewrite.passes.each_sample import EACH_SAMPLE
 from bnrewrite.passes.inline_children import inline_children
 from bnrewrite.passes.replace_batch_norm import replace_batch_norm
 from bnrewrite.sites.floor import convert_site, is_site, revert_site
@@ -124,7 +125,7 @@ def convert(
         calls = (*report.rewritten, *report.skipped)
         sites = dict.fromkeys([*(name for name, _ in found), *(one.name for one in calls)])
         wanted.modes.check_patterns(list(sites))
-        left = [skip for skip in conversion.skipped if skip.reason != UNMATCHED]
+        left = [skip for skip in conversion.skipped if skip.reason not in (UNMATCHED, EACH_SAMPLE)]
         if strict and left:
             lines = "\n  ".join(f"{skip.name}: {skip.reason}" for skip in left)
             raise CaptureError(

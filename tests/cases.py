@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 
@@ -664,6 +665,50 @@ class InstanceNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.norm(self.conv(x)))
+
+
+@case(num_other=1)
+class AdaptiveInstanceNorm(nn.Module):
+    """Spelled as a BatchNorm over samples times channels, as in MUNIT and FUNIT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.style = nn.Linear(3, 8)
+        self.bn = nn.BatchNorm2d(4)
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.style(x.mean((2, 3))).chunk(2, dim=1)
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        mean, var = self.mean.repeat(n), self.var.repeat(n)
+        samples = x.contiguous().view(1, n * c, h, w)
+        samples = F.batch_norm(
+            samples, mean, var, weight.reshape(-1), bias.reshape(-1), True, 0.1, 1e-5
+        )
+        return self.bn(samples.view(n, c, h, w))
+
+
+class StandardizedRows(nn.Module):
+    """Of a weight with four."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.reshape(1, 4, -1)
+        return F.batch_norm(rows, None, None, training=True).reshape_as(weight)
+
+
+@case(num_other=1)
+class StandardizesByParametrization(Simple):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrize.register_parametrization(self.conv, "weight", StandardizedRows())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
 
 
 @case(compiles=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bnrewrite.capture.seen import routines
 from bnrewrite.sites.classes import original_class
@@ -30,8 +31,13 @@ def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
                 found.add(name)
             if name:
                 found.add(_holder(modules, name))
-        elif not isinstance(module, _BatchNorm) and mentions_batch_norm(module):
+        elif (
             # A BatchNorm module that is no site was left alone by the user's patterns.
+            not isinstance(module, _BatchNorm)
+            # What a parametrization is given is a weight.
+            and not isinstance(modules[name.rpartition(".")[0]], ParametrizationList)
+            and mentions_batch_norm(module)
+        ):
             found.add(name)
     return {
         name: module for name, module in modules.items() if name in found and has_forward(module)

@@ -6,12 +6,13 @@
 Sites of mode ``Shuffle`` become ``shuffle_batch_norm``, with its additional arguments.
 Flags and numbers of a BatchNorm module (``training``, ``momentum``, ``eps``) become attribute reads
 in the graph, so changing them on the module still works. ``F.batch_norm`` on values that do not
-depend on an argument of the forward standardizes weights; it is not a site and stays as it is.
+depend on an argument of the forward standardizes weights; it is not a site and stays as it is. So
+does what normalizes each sample by itself, see :mod:`bnrewrite.passes.each_sample`.
 """
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import fx
@@ -30,6 +31,7 @@ from bnrewrite.passes.base import (
     Skip,
     where,
 )
+from bnrewrite.passes.each_sample import EACH_SAMPLE, is_of_each_sample
 from bnrewrite.passes.nodes import call_function
 from bnrewrite.sites.classes import below
 from bnrewrite.sites.evaluate import shuffle_options
@@ -49,8 +51,9 @@ from bnrewrite.sites.intercept import FUNCTIONS, functional_arguments
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     """Replaces the BatchNorm calls of one owner's graph."""
     num_functional: Counter[int] = Counter()
-    report.skipped.extend(_other_functions(target))
-    for node in _candidates(target):
+    activations = _depends_on_arguments(target.graph)
+    report.skipped.extend(_other_functions(target, activations))
+    for node in _candidates(target, activations):
         scope = node.meta.get("scope", "")
         home = below(target.owner, scope)
         if node.op == "call_module":
@@ -62,7 +65,7 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
         else:
             # A forward that runs again makes the same calls again.
             call = node.meta.get("call", 0)
-            match = _match_functional(target, node, scope, num_functional[call])
+            match = _match_functional(target, node, scope, num_functional[call], activations)
             num_functional[call] += 1
         if isinstance(match, Skip):
             report.skipped.append(match)
@@ -102,9 +105,8 @@ class _Site:
         self.index = index
 
 
-def _candidates(target: OwnerGraph) -> list[fx.Node]:
+def _candidates(target: OwnerGraph, activations: Collection[fx.Node]) -> list[fx.Node]:
     """BatchNorm calls; a subclass with its own forward is an owner itself and stays a call."""
-    activations = _depends_on_arguments(target.graph)
     functional = (*FUNCTIONS, own_batch_norm)
     return [
         node
@@ -114,9 +116,8 @@ def _candidates(target: OwnerGraph) -> list[fx.Node]:
     ]
 
 
-def _other_functions(target: OwnerGraph) -> Iterator[Skip]:
+def _other_functions(target: OwnerGraph, activations: Collection[fx.Node]) -> Iterator[Skip]:
     """Calls on activations of other functions that evaluate BatchNorm than those that are sites."""
-    activations = _depends_on_arguments(target.graph)
     for node in target.graph.nodes:
         name = getattr(node.target, "__name__", "")
         if (
@@ -157,15 +158,17 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     return _Site(state.name, path, state.mode, state.group)
 
 
-def _match_functional(target: OwnerGraph, node: fx.Node, scope: str, index: int) -> _Site | Skip:
+def _match_functional(
+    target: OwnerGraph, node: fx.Node, scope: str, index: int, activations: Collection[fx.Node]
+) -> _Site | Skip:
     name = functional_name(target.qualified(scope), index)
     mode = target.modes.find(name)
     if mode is None:
         return target.skip(name, UNMATCHED, node, None)
-    if (
-        isinstance(mode, Frozen)
-        and functional_arguments(node.target, node.args, node.kwargs)[1] is None
-    ):
+    input, *vectors = functional_arguments(node.target, node.args, node.kwargs)[:5]
+    if is_of_each_sample(input, vectors, activations):
+        return target.skip(name, EACH_SAMPLE, node, None)
+    if isinstance(mode, Frozen) and vectors[0] is None:
         return target.skip(name, "it has no running statistics to freeze", node, None)
     return _Site(name, None, mode, target.group, scope, index)
 
