@@ -39,7 +39,7 @@ class PeerError(BnRewriteError, RuntimeError):
 
 
 class BackwardError(BnRewriteError, RuntimeError):
-    """A backward pass reached sites that share a collective and that an earlier pass has freed."""
+    """What a backward pass needs of a site was freed by an earlier one, or written to."""
 
 
 class ExportError(BnRewriteError, ValueError):

@@ -557,3 +557,55 @@ def test_a_second_backward_of_one_loss_is_refused_by_torch() -> None:
     with pytest.raises(RuntimeError, match="a second time") as error:
         loss.backward()
     assert not isinstance(error.value, bnrewrite.BackwardError)
+
+
+class _Frozen(nn.Module):
+    """An encoder, and a target whose parameters are frozen, in one forward without ``no_grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = Block(3, 4, 1)
+        self.target = Block(3, 4, 1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.online(x), self.target(x)
+
+
+def _of_a_frozen_branch(rank: int, world_size: int, form: str) -> tuple[list[bool], list[Any]]:
+    """Whether results need gradients, and those of a loss that keeps targets for the next step."""
+    torch.manual_seed(0)
+    passes = () if form == "apart" else None
+    model = bnrewrite.convert(_Frozen(), passes=passes)
+    call = torch.compile(model, backend="aot_eager") if form == "compiled" else model
+    kept, needed = torch.zeros(2, 4, 4, 4), []
+    for step in range(2):
+        torch.manual_seed(2 * step + rank)
+        online, target = call(torch.randn(2, 3, 4, 4))
+        needed += [online.requires_grad, target.requires_grad]
+        (online * (target + kept)).sum().backward()
+        kept[:] = target
+    return needed, [p.grad for p in model.online.parameters()]
+
+
+def test_a_frozen_branch_needs_no_gradient_because_another_shares_with_it(ranks: RankPool) -> None:
+    _, expected = zip(*ranks.run(_of_a_frozen_branch, 2, "apart"), strict=True)
+    for form in ("shared", "compiled"):
+        needed, found = zip(*ranks.run(_of_a_frozen_branch, 2, form), strict=True)
+        assert needed == ([True, False] * 2,) * 2
+        torch.testing.assert_close(found, expected)
+
+
+def _written_to(rank: int, world_size: int) -> str:
+    model = bnrewrite.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    x = model[0](torch.randn(3, 3))
+    y = model[1](x)
+    x.mul_(2)
+    with pytest.raises(bnrewrite.BackwardError) as error:
+        y.square().sum().backward()
+    return str(error.value)
+
+
+def test_an_input_that_was_written_to_names_the_site(ranks: RankPool) -> None:
+    for message in ranks.run(_written_to, 2):
+        assert message.startswith("1: ")
+        assert "modified by an inplace operation" in message

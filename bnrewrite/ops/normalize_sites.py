@@ -141,6 +141,12 @@ class _BatchNorm(torch.autograd.Function):
         ctx.keepers = keepers
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.set_materialize_grads(False)
+        ctx.needed = _needed(ctx)
+        if not all(ctx.needed):
+            # Sites of a frozen branch: its results need no gradient because others share with it.
+            ctx.mark_non_differentiable(
+                *[y for y, needed in zip(ys, ctx.needed, strict=True) if not needed]
+            )
         return (*ys, *[kept[i] for i in keepers]) if keepers else tuple(ys)
 
     @staticmethod
@@ -163,23 +169,44 @@ class _BatchNorm(torch.autograd.Function):
         return _backward(ctx, grads, (xs, stats, parts, weights, biases, kept), None)
 
 
+def _needed(ctx) -> Sequence[bool]:
+    """For each site whether a gradient goes through it; not so where nothing before it has one."""
+    num = len(ctx.scalars)
+    if num == 1:
+        return (True,)
+    needs = ctx.needs_input_grad[-TENSORS * num :]
+    found: list[bool] = []
+    for i, (_, from_site, _) in enumerate(ctx.scalars):
+        own = any(needs[TENSORS * i : TENSORS * (i + 1)])
+        found.append(own or (from_site is not None and found[from_site]))
+    return found
+
+
 def _saved(ctx) -> tuple[Tensor, ...]:
     """What the forward has saved for the backward.
 
     Raises:
-        BackwardError: a backward from another of the sites has come here before, and freed it.
+        BackwardError: a backward from another of the sites has come here before, and freed it; or
+            somebody has written to it.
     """
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
-        if len(ctx.scalars) == 1 or "a second time" not in str(error):
+        said = str(error)
+        if "inplace" in said:
+            raise BackwardError(
+                f"{sites_of(ctx.call.named)}: the gradient needs the input and the parameters as "
+                "the forward read them, but one of them has been modified by an inplace operation "
+                f"since. Write y = y * 2 instead of y.mul_(2) after the layer. torch says: {said}"
+            ) from error
+        if len(ctx.scalars) == 1 or "a second time" not in said:
             raise
         raise BackwardError(
             f"{sites_of(ctx.call.named)}: these BatchNorm layers share a collective, so a backward "
             "pass from one of them goes through all of them, and an earlier backward pass has "
             "freed their saved tensors. Run backward on the sum of their losses, "
             "(a + b).backward(), or use backward(retain_graph=True) for all but the last. Without "
-            f"the pass share_collectives, each layer has its own backward. torch says: {error}"
+            f"the pass share_collectives, each layer has its own backward. torch says: {said}"
         ) from error
 
 
@@ -224,6 +251,8 @@ def _backward(ctx, grads, columns, between):
     grads = list(grads[:num])
     others = list(zip(*columns, strict=True))
     for i in reversed(range(num)):
+        if not ctx.needed[i]:
+            continue
         _, from_site, act = ctx.scalars[i]
         first = TENSORS * i
         # Of what nobody reads, the parameters get no gradient, as if the site were alone.
