@@ -85,7 +85,7 @@ def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion
             f"{name or ITSELF} ({type(module).__name__}) {captured.refused}, and "
             "its class mentions batch_norm. If its forward calls "
             "torch.nn.functional.batch_norm on activations, that call uses local statistics. "
-            "Use a BatchNorm module there, or make the forward traceable.",
+            "To share them, use a BatchNorm module there, or make the forward traceable.",
             stacklevel=4,
         )
 

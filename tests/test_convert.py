@@ -712,7 +712,7 @@ class TestWarnings:
                 return x
 
         model = nn.Sequential(nn.BatchNorm1d(3), Hidden())
-        with pytest.warns(UserWarning, match=r"1 \(Hidden\).*local statistics.*Use a BatchNorm"):
+        with pytest.warns(UserWarning, match=r"1 \(Hidden\).*local statistics.*use a BatchNorm"):
             bnrewrite.convert(model)
 
     @pytest.mark.parametrize("mode", ["frozen", "sync", "local"])

@@ -44,7 +44,8 @@ def read_dynamic_shapes(model: nn.Module, example: Example, given: object) -> Ax
         if len(given) != len(example.names):
             raise ExportError(
                 f"dynamic_shapes has {len(given)} entries, but there are {len(example.names)} "
-                f"inputs: {', '.join(example.names)}. Give one entry for each, None if static."
+                f"inputs: {', '.join(example.names)}. Give one entry for each, None if static; "
+                "arguments that are no tensors are constants of the file and have none."
             )
         entries = list(given)
     else:
