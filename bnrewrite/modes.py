@@ -186,18 +186,32 @@ class ModeTable:
                 return mode
         return None
 
+    @property
+    def communicate(self) -> bool:
+        """Whether any mode does in training."""
+        return any(mode.communicates for _, mode in self.entries)
+
     def check_patterns(self, sites: list[str]) -> None:
-        """Refuses patterns that match no site.
+        """Refuses patterns that match no site, or only such as have another mode by then.
 
         A lone mode (pattern ``*``) may match nothing, because there may be nothing to convert.
 
         Raises:
-            ValueError: a pattern matches no site; the message lists some sites that exist.
+            ValueError: a pattern says nothing; the message lists some sites that exist, or names
+                the pattern before.
         """
-        for pattern, _ in self.entries:
-            if pattern != "*" and not any(fnmatchcase(site, pattern) for site in sites):
+        for pattern, mode in self.entries:
+            matched = [site for site in sites if fnmatchcase(site, pattern)]
+            if not matched and pattern != "*":
                 known = ", ".join(sites[:5]) + (", ..." if len(sites) > 5 else "")
                 raise ValueError(
                     f"the pattern {pattern!r} in mode matches none of the {len(sites)} BatchNorm "
                     f"sites ({known or 'the model has none'}). Correct the pattern or remove it."
+                )
+            if matched and all(self.find(site) != mode for site in matched):
+                before = next(one for one, _ in self.entries if fnmatchcase(matched[0], one))
+                raise ValueError(
+                    f"the pattern {pattern!r} in mode has no effect: the first pattern that "
+                    f"matches a site wins, and {before!r} matches {matched[0]} before it. Put it "
+                    f"in front of {before!r}, or remove it."
                 )

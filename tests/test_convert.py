@@ -510,6 +510,11 @@ class TestErrors:
                 ValueError,
                 r"'layer9\.\*' in mode matches none of the 7 .*bn, layer1\.bn1.*Correct",
             ),
+            (
+                {"mode": {"*": "sync", "layer1.*": "local"}},
+                ValueError,
+                r"'layer1\.\*' in mode has no effect.*'\*' matches layer1\.bn1 before.*front",
+            ),
             ({"process_group": "0"}, TypeError, r"process_group must be .*str \('0'\)"),
             ({"keep": "layer1"}, TypeError, r"keep must be a sequence.*str \('layer1'\)"),
             ({"keep": [3]}, TypeError, r"keep must hold strings.*int"),
