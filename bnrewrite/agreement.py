@@ -17,10 +17,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import threading
 import time
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bnrewrite.differences import Line, difference, first_site
 from bnrewrite.errors import PeerError, ScheduleError
+from bnrewrite.groups import timeout_s
 
 _GRACE_S = 1.5
 """How long a view with collectives outlives one of the same model without: the rank may be late."""
@@ -110,8 +111,10 @@ class _Group:
         self.name = group.group_name
         self.rank = group.rank()
         self.size = group.size()
-        self.timeout_s = _timeout_s(group)
+        self.timeout_s = timeout_s(group)
         self.round = 0
+        # Threads of this process take their turns.
+        self.lock = threading.RLock()
         self.last: View | None = None
         # The last view of each model, since ranks may ask about another one than the last.
         self.views: weakref.WeakKeyDictionary[Shared, View] = weakref.WeakKeyDictionary()
@@ -162,15 +165,6 @@ def _place(name: str) -> _Group:
     return known
 
 
-def _timeout_s(group: dist.ProcessGroup) -> float:
-    """After how many seconds collectives of ``group`` give up."""
-    # A group that is written in Python has no backends.
-    backends = [group._get_backend(device) for device in group._device_types[:1]]
-    options = getattr(backends[0], "options", None) if backends else None
-    found = getattr(options, "_timeout", None)
-    return (found or timedelta(minutes=30)).total_seconds()
-
-
 def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bool = False) -> bool:
     """Compares ``view`` with those of the other ranks of the group called ``name``.
 
@@ -190,17 +184,18 @@ def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bo
     """
     place = _place(name)
     try:
-        if place.last is not None and place.has("verdict"):
-            # This rank gave up waiting in the round; the others have ended it since.
-            _conclude(place)
-        place.last = view
-        shared = view.shared()
-        if shared is not None:
-            place.views[shared] = view
-        place.set(f"{place.rank}/text", view.text())
-        place.set(place.rank, view.record(place, final=by_hand or not view.empty))
-        place.set("open", b"1")
-        return _settle(place, view, patience_s, by_hand=by_hand)
+        with place.lock:
+            if place.last is not None and place.has("verdict"):
+                # This rank gave up waiting in the round; the others have ended it since.
+                _conclude(place)
+            place.last = view
+            shared = view.shared()
+            if shared is not None:
+                place.views[shared] = view
+            place.set(f"{place.rank}/text", view.text())
+            place.set(place.rank, view.record(place, final=by_hand or not view.empty))
+            place.set("open", b"1")
+            return _settle(place, view, patience_s, by_hand=by_hand)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise PeerError(
             f"the store of {place} does not answer, so the ranks cannot compare "
@@ -223,6 +218,9 @@ def join_open_round(name: str, *, may_take_over: bool = True) -> None:
         ScheduleError: the others follow another schedule.
     """
     place = _place(name)
+    # Another thread of this process may be asking the others.
+    if not place.lock.acquire(blocking=False):
+        return
     try:
         if place.last is not None and place.has("open") and not place.has(place.rank):
             view = _view_asked_about(place, may_take_over=may_take_over) or place.last
@@ -230,6 +228,8 @@ def join_open_round(name: str, *, may_take_over: bool = True) -> None:
     except (dist.DistStoreError, dist.DistNetworkError):
         # The collective will fail by itself, with a better message.
         return
+    finally:
+        place.lock.release()
 
 
 def _view_asked_about(place: _Group, *, may_take_over: bool) -> View | None:
@@ -307,11 +307,11 @@ def _conclude(place: _Group) -> bool:
         place.close_round(len(tensors))
         return True
     texts = {rank: place.get(f"{rank}/text") for rank in sorted(verdict)}
-    place.round += 1
+    place.close_round()
     raise ScheduleError(
         f"the ranks of {place} are about to run different collectives and would wait for each "
         f"other forever. {difference(texts)} Give all ranks the same model, conversion, flags, "
-        "hooks and version of bnrewrite; bnrewrite.check(model) compares them."
+        "hooks, arguments and version of bnrewrite; bnrewrite.check(model) compares them."
     )
 
 

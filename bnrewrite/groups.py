@@ -6,6 +6,7 @@ that gathers, and all ranks must choose alike, whether they compile or not.
 """
 
 import weakref
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -191,3 +192,12 @@ def _guarded_place_in(group: str) -> tuple[int, int]:
 def world_size() -> int:
     """Ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def timeout_s(group: dist.ProcessGroup) -> float:
+    """After how many seconds collectives of ``group`` give up."""
+    # A group that is written in Python has no backends.
+    backends = [group._get_backend(device) for device in group._device_types[:1]]
+    options = getattr(backends[0], "options", None) if backends else None
+    found = getattr(options, "_timeout", None)
+    return (found or timedelta(minutes=30)).total_seconds()

@@ -88,11 +88,16 @@ def test_the_buffers_of_rank_0_win_before_the_next_step(
             assert torch.equal(buffers[name], buffer), name
 
 
-def _put_back(rank: int, world_size: int) -> list[int]:
-    """Agreements and time after rank 0 has tried the best state so far and put its own back."""
+def _put_back(rank: int, world_size: int, form: str) -> list[int]:
+    """Agreements after rank 0 has tried the best state so far and put its own back."""
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(bnrewrite.convert(ResidualNet()))
+    model: Any = bnrewrite.convert(ResidualNet())
+    if form == "compiled":
+        model.compile(backend="aot_eager", fullgraph=True)
+    ddp = DistributedDataParallel(model)
     _step(ddp, 0, rank)
+    if form == "not a number":
+        model.bn.running_var[0] = float("nan")
     counts = []
     with pytest.MonkeyPatch.context() as patch:
         calls = []
@@ -104,17 +109,18 @@ def _put_back(rank: int, world_size: int) -> list[int]:
             with torch.no_grad():
                 ddp.module.eval()(torch.randn(2, 3, 8, 8))
             ddp.module.train().load_state_dict(own)
-        for step in range(1, 3):
+        for step in range(1, 4):
             _step(ddp, step, rank)
             counts.append(len(calls))
         ddp.module.load_state_dict(ddp.module.state_dict())
-        _step(ddp, 3, rank)
+        _step(ddp, 4, rank)
         counts.append(len(calls))
     return counts
 
 
-def test_a_state_that_was_put_back_asks_nobody(ranks: RankPool) -> None:
-    assert ranks.run(_put_back, 2) == [[0, 0, 0]] * 2
+@pytest.mark.parametrize("form", ["eager", "compiled", "not a number"])
+def test_a_state_that_was_put_back_asks_nobody(ranks: RankPool, form: str) -> None:
+    assert ranks.run(_put_back, 2, form) == [[0, 0, 0, 0]] * 2
 
 
 def _two_models(rank: int, world_size: int) -> list[dict[str, Tensor]]:

@@ -81,6 +81,19 @@ def test_other_transforms_are_those_of_the_plain_model(training: bool) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
+def _evaluates_in_a_group(rank: int, world_size: int) -> list[Any]:
+    torch.manual_seed(0)
+    model = _net(track_running_stats=True)
+    x = torch.randn(6, 3, 5, dtype=torch.float64)
+    return [_transformed(one.eval(), x) for one in (model, bnrewrite.convert(model))]
+
+
+@OF_TORCH
+def test_evaluation_can_be_transformed_where_there_is_a_group(ranks: RankPool) -> None:
+    for plain, ours in ranks.run(_evaluates_in_a_group, 2):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
 def test_sites_in_one_round_are_batched_without_a_group() -> None:
     x = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64)
     plain = Block(3, 4, 2).double()

@@ -4,19 +4,21 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured, warn_of_functions
+from bnrewrite.capture.errors import named_error
 from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.guards import is_compiling
 from bnrewrite.modes import Frozen
-from bnrewrite.naming import ITSELF, holds, keeps_none
+from bnrewrite.naming import ITSELF
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import (
@@ -30,13 +32,23 @@ from bnrewrite.sites.classes import (
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import call_in_trace, floor_recipe, is_site, site_state
 from bnrewrite.sites.intercept import Intercept
-from bnrewrite.sites.schedule import EVALUATES, EVERY_GROUP, LEFT, SCHEDULE, Schedule
+from bnrewrite.sites.schedule import (
+    EVALUATES,
+    EVERY_GROUP,
+    LEFT,
+    SCHEDULE,
+    Schedule,
+    living_schedule,
+)
 from bnrewrite.sites.tracing import Tracing, tracer_here
 from bnrewrite.torch_versions import is_fx_tracing
 
 _STATE = "_bnrewrite_owner"
 
-_LEFT_ALONE = "its own forward runs, because a hook or another change rules out the graph"
+_LEFT_ALONE = (
+    "its own forward runs, because an argument of the call, a hook or another change rules out the "
+    "graph; ranks may differ in this after a conversion with passes=()"
+)
 
 
 class OwnerState:
@@ -51,6 +63,7 @@ class OwnerState:
         self.number = site_number(recipe.name)
         self.train = train
         self.eval = eval
+        self.shares = any(form.shares for form in train.forms)
         read = [form.assumptions for one in (train, eval) for form in one.forms]
         self.has_functions = bool(train.functional_sites())
         self.asked = {path: place for one in read for path, place in one.asked.items()}
@@ -148,7 +161,7 @@ class OwnerForward(Converted):
         training = module.training and not frozen
         captured, values = self._bnrewrite_choose(training, args, kwargs)
         if training:
-            self._bnrewrite_note(captured is not None and captured.shares and values is None)
+            self._bnrewrite_note(captured, values)
             self._bnrewrite_schedule.before_collectives()
         if captured is not None and values is not None:
             result = _run(captured, module, values)
@@ -191,11 +204,17 @@ class OwnerForward(Converted):
                 fits = captured
         return fits, None
 
-    def _bnrewrite_note(self, left: bool) -> None:
+    def _bnrewrite_note(self, captured: Captured | None, values: tuple[Any, ...] | None) -> None:
         """Notes whether the module leaves a graph whose collectives its own forward has not."""
-        attributes = self.__dict__
-        if attributes.get(LEFT, False) is not left and not is_compiling():
-            attributes[LEFT] = left
+        state = self._bnrewrite_owner
+        if state is None or not state.shares:
+            return
+        # A call that no form stands for may be one of those on other ranks.
+        left = values is None and (captured is None or captured.shares)
+        if is_compiling():
+            _leave_while_compiling(self._bnrewrite_schedule.key, state.recipe.name, left)
+        elif self.__dict__.get(LEFT, False) is not left:
+            self.__dict__[LEFT] = left
             self._bnrewrite_schedule.change()
 
     def _bnrewrite_own_forward(
@@ -259,6 +278,17 @@ def _are_symbols(args: Any, kwargs: Any) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def _leave_while_compiling(key: str, name: str, left: bool) -> None:
+    """Notes, when a graph is compiled, whether the owner of this name leaves its own there."""
+    schedule = living_schedule(key)
+    for member in [] if schedule is None else schedule.members():
+        state = owner_state(member) if is_owner(member) else None
+        if state is not None and state.recipe.name == name:
+            member.__dict__[LEFT] = left
+            schedule.change()  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     """The state of an owner from a capture; None if there is no graph."""
     if captured.train is None or captured.eval is None:
@@ -298,32 +328,9 @@ def _run(captured: Captured, owner: nn.Module, values: tuple[Any, ...]) -> Any:
     try:
         return captured.run(owner, values)
     except UnsupportedBatchNorm as error:
-        named = _named(owner, captured, error)
+        state = owner_state(owner)
+        functional = [] if state is None else state.functional_names(captured)
+        named = named_error(error, owner, captured, functional)
         if named is error:
             raise
         raise named from error
-
-
-def _named(
-    owner: nn.Module, captured: Captured, error: UnsupportedBatchNorm
-) -> UnsupportedBatchNorm:
-    """The error with the name of the site whose parameters the failed op was given.
-
-    Without such, every site of the graph may be it that keeps none where they can be found.
-    """
-    if not error.tensors:
-        # It has a name already.
-        return error
-    if is_site(owner):
-        return site_state(owner).named(error)
-    sites = {path: below(owner, path) for path in captured.sites}
-    for site in sites.values():
-        if holds(site, error.tensors):
-            return site_state(site).named(error)
-    state: OwnerState = owner_state(owner)  # pyright: ignore[reportAssignmentType]
-    names = [
-        *(site_state(site).name for site in sites.values() if keeps_none(site)),
-        *state.functional_names(captured),
-    ]
-    said = f"{'one of ' if len(names) > 1 else ''}{', '.join(names)}"
-    return UnsupportedBatchNorm(f"{said}: {error}") if names else error

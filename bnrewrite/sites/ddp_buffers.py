@@ -98,10 +98,17 @@ class DDPBuffers(Shared):
         """Whether buffers, of ``group`` or any, differ from before a load that others may lack."""
         if not self._before or group not in (None, self._group):
             return False
-        # A state that was put back has changed nothing.
         pairs = zip(self.tensors(self._group), self._before, strict=False)
-        return not all(torch.equal(now, before) for now, before in pairs)
+        if all(_have_same_bits(now, before) for now, before in pairs):
+            # A state that was put back has changed nothing; what changes from now on is no load.
+            self._before = []
+        return bool(self._before)
 
     def forget_load(self) -> None:
         """Notes that all ranks have the same again."""
         self._before = []
+
+
+def _have_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two buffers of one shape and dtype are equal, NaN for NaN."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -47,8 +47,8 @@ _PATIENCE_IN_BACKWARD_S = 8.0
 """The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
 
 
-Flags = tuple[bool, bool]
-"""Whether a member trains, and whether it has left its graph."""
+Flags = bytes
+"""A number for each member: 1 if it trains, and 2 more if it has left its graph."""
 
 
 def _changed() -> object:
@@ -89,10 +89,12 @@ class Schedule:
         self._members: list[weakref.ref[Any]] = []
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
-        # Flags with which all ranks agreed, and the default group then.
-        self._agreed: tuple[Callable[[], object], list[Flags]] = (_alone, [])
+        # All flags with which ranks agreed, and the default group then.
+        self._agreed: tuple[Callable[[], object], set[Flags]] = (_alone, set())
         # Flags with which gradients of evaluations were asked for, and the default group then.
-        self._evaluated: tuple[Callable[[], object], list[list[Flags]]] = (_alone, [])
+        self._evaluated: tuple[Callable[[], object], set[Flags]] = (_alone, set())
+        # The backward that was last looked at.
+        self._backward = -1
         # The DDP instance that was running then.
         self._told: Callable[[], object] = _alone
         _living[self.key] = self
@@ -136,7 +138,12 @@ class Schedule:
         A rank may evaluate by itself while others wait. One that goes backward through it trains,
         and if others train with batch statistics meanwhile, they wait for it for ever.
         """
-        if is_compiling() or not torch.is_grad_enabled():
+        if (
+            is_compiling()
+            or not torch.is_grad_enabled()
+            # A transform of torch.func has gradients of its own, of which no step consists.
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
             return
         if self._told() is not None and DistributedDataParallel._active_ddp_module is None:
             # A gradient that the DDP instance of the model does not reduce is none of a step.
@@ -150,15 +157,23 @@ class Schedule:
 
     def _before_backward(self, _: Tensor) -> None:
         world = default_group()
-        if world is None or self._seen() is world or not check_enabled():
+        number = torch._C._current_graph_task_id()
+        if (
+            world is None
+            or self._seen() is world
+            or number == self._backward
+            or not check_enabled()
+        ):
             return
+        # What one result of this backward tells, the others tell, too.
+        self._backward = number
         members = self.members()
         if not _gradients_are_wanted(members):
             # A saliency map or an attack asks for that of an input: nobody trains.
             return
         flags = _flags(members)
         group, known = self._evaluated
-        known = known if group() is world else []
+        known = known if group() is world else set()
         if flags not in known:
             views = list(self._views(members))
             evaluates = any(said == EVALUATES for _, view in views for _, said in view.others)
@@ -167,7 +182,7 @@ class Schedule:
                 return
             for name, view in views:
                 agree(name, view, patience_s=_PATIENCE_IN_BACKWARD_S)
-            self._evaluated = weakref.ref(world), [*known, flags]
+            self._evaluated = weakref.ref(world), known | {flags}
         self._seen = weakref.ref(world)
 
     def is_news(self) -> bool:
@@ -192,8 +207,11 @@ class Schedule:
             self.local.warn_of_added(lambda module: schedule_of(module) is not None)
         if world is not None and (by_hand or check_enabled()):
             group, known = self._agreed
-            agreed = group() is world and known == flags
-            if by_hand or not agreed or self.ddp_buffers.loaded():
+            known = known if group() is world else set()
+            # What never communicates asks once, lest others wait for it.
+            agreed = flags in known
+            asks = not agreed and (self.local.modes.communicate or not known)
+            if by_hand or asks or self.ddp_buffers.loaded():
                 # Every group is asked, whatever the others answered.
                 answers = [
                     agree(name, view, patience_s=_patience_s(view, by_hand), by_hand=by_hand)
@@ -202,8 +220,9 @@ class Schedule:
                 agreed = all(answers)
                 if agreed:
                     self.ddp_buffers.forget_load()
+            if agreed or not self.local.modes.communicate:
+                self._agreed = (weakref.ref(world), known | {flags})
             if agreed:
-                self._agreed = (weakref.ref(world), flags)
                 self._tell_ddp(members)
         # Weak: a group that is destroyed shall let go of its connections.
         self._seen = _alone if world is None else weakref.ref(world)
@@ -268,7 +287,7 @@ def _gradients_are_wanted(members: list[Any]) -> bool:
 
     Where none of them can have one, others may train all the same.
     """
-    parameters = [p for member in members for p in member.parameters() if p.requires_grad]
+    parameters = {p for member in members for p in member.parameters() if p.requires_grad}
     return not parameters or any(map(_gradient_is_wanted, parameters))
 
 
@@ -282,9 +301,11 @@ def _gradient_is_wanted(parameter: Tensor) -> bool:
         return True
 
 
-def _flags(members: list[Any]) -> list[Flags]:
+def _flags(members: list[Any]) -> Flags:
     """What decides, of each member, about what it communicates."""
-    return [(member.training, member.__dict__.get(LEFT, False)) for member in members]
+    return bytes(
+        [bool(member.training) + 2 * member.__dict__.get(LEFT, False) for member in members]
+    )
 
 
 def _communicates(member: Any) -> bool:
@@ -294,6 +315,11 @@ def _communicates(member: Any) -> bool:
 
 def _patience_s(view: View, by_hand: bool) -> float | None:
     return _PATIENCE_S if view.empty and not by_hand else None
+
+
+def living_schedule(key: str) -> Schedule | None:
+    """The schedule with this key, while it lives."""
+    return _living.get(key)
 
 
 def schedule_of(module: nn.Module) -> Schedule | None:
