@@ -6,7 +6,7 @@ import gc
 import logging
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from bnrewrite.conversion import (
 from bnrewrite.errors import BnRewriteError, CaptureError, UnsupportedBatchNorm
 from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.guards import is_compiling, runs_in_python
-from bnrewrite.modes import Frozen, ModeTable
+from bnrewrite.modes import Frozen, Mode, ModeTable
 from bnrewrite.naming import ITSELF
 from bnrewrite.passes import optimising_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
@@ -53,11 +53,11 @@ M = TypeVar("M", bound=nn.Module)
 @runs_in_python
 def convert(
     model: M,
-    mode: object = "sync",
+    mode: str | Mode | Mapping[str, str | Mode] = "sync",
     *,
     process_group: dist.ProcessGroup | DeviceMesh | None = None,
-    keep: tuple[str, ...] | list[str] = (),
-    passes: tuple[str, ...] | list[str] | None = None,
+    keep: Collection[str] = (),
+    passes: Collection[str] | None = None,
     strict: bool = False,
 ) -> M:
     """Makes the BatchNorm layers of ``model`` distributed, in place, and returns the same object.
@@ -78,7 +78,9 @@ def convert(
             one-dimensional ``DeviceMesh``, or None. None means the default group or, for a
             ``torch.nn.SyncBatchNorm``, the group it was made with. Modules store only its name.
         keep: qualified names, or patterns of them, of modules that must stay callable units.
-        passes: names of the optimizing passes to run; None for all. They do not change results.
+        passes: names of the optimizing passes to run; None for all: ``inline_children``,
+            ``share_collectives``, ``overlap_collectives``, ``fuse_epilogue``, ``overlap_backward``.
+            They do not change results.
         strict: raise if something cannot be rewritten, instead of listing it in the report.
 
     Returns:
