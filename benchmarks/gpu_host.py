@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises and activates ``x`` (N, C, H, W)."""
+        """Normalizes and activates ``x`` (N, C, H, W)."""
         return self.relu(self.bn(x))
 
 

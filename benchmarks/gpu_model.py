@@ -2,7 +2,7 @@
 
 Ours against ``nn.SyncBatchNorm`` and local BatchNorm, in bfloat16 autocast and channels-last. The
 process is one of two ranks of a group that answers without communicating, so that both
-synchronised models do all of their work but for the collectives themselves. Beside each difference
+synchronized models do all of their work but for the collectives themselves. Beside each difference
 stands the prediction: the bytes that our kernels move less, over the bandwidth of a large copy.
 
 Bar: faster than ``nn.SyncBatchNorm`` in each of the three forms.

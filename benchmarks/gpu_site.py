@@ -121,7 +121,7 @@ class Case:
         return self._backward(F.relu(y + self.residual, inplace=True))
 
     def sync(self) -> tuple[Tensor, ...]:
-        """As :meth:`ours`, by torch's synchronised BatchNorm."""
+        """As :meth:`ours`, by torch's synchronized BatchNorm."""
         group = torch.distributed.group.WORLD
         y = SyncBatchNorm.apply(
             self.x, self.weight, self.bias, self.mean, self.var, EPS, 0.1, group, 1
@@ -166,7 +166,7 @@ class Case:
         }
 
 
-def assert_no_synchronisation(case: Case) -> None:
+def assert_no_synchronization(case: Case) -> None:
     """Raises where our op waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -179,7 +179,7 @@ def measured(cases: list[Case], bandwidth: float, rounds: int) -> dict[str, Any]
     """Times, predictions and shares of the copy bandwidth of one shape."""
     case = cases[0]
     assert_close(case.ours(), case.exact(), case.plain())
-    assert_no_synchronisation(case)
+    assert_no_synchronization(case)
     num_bytes = case.x.numel() * case.x.element_size()
     times = {
         name: milliseconds([getattr(one, name) for one in cases], repeats=rounds)

@@ -30,7 +30,7 @@ from models import torchvision_model
 from torch import Tensor, nn
 
 import bnrewrite
-from bnrewrite.passes import OPTIMISING
+from bnrewrite.passes import OPTIMIZING
 from bnrewrite.passes.overlap_backward import overlap_backward
 
 WORLD_SIZE = 2
@@ -62,7 +62,7 @@ def step(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> C
 
 def variants(name: str, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """The models to compare."""
-    others = tuple(one.__name__ for one in OPTIMISING if one is not overlap_backward)
+    others = tuple(one.__name__ for one in OPTIMIZING if one is not overlap_backward)
     models = {
         "local": make(name),
         "each": bnrewrite.convert(make(name), passes=()),

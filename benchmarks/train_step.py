@@ -1,7 +1,7 @@
 """A training step of ResNet-18 on two ranks: sync against local BatchNorm and a Python peer.
 
 64x64 images, batch 8 on each rank, DistributedDataParallel, gloo, one thread per rank. Bars: at
-most 1.25 times the step with local BatchNorm, and faster than the peer: the usual synchronised
+most 1.25 times the step with local BatchNorm, and faster than the peer: the usual synchronized
 BatchNorm in Python, which averages mean and mean of squares in a differentiable all-reduce.
 """
 
@@ -43,10 +43,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class PeerBatchNorm(nn.BatchNorm2d):
-    """Synchronised BatchNorm as it is usually written in Python, for equal batches on all ranks."""
+    """Synchronized BatchNorm as it is usually written in Python, for equal batches on all ranks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises with the averages over ranks of mean and mean of squares."""
+        """Normalizes with the averages over ranks of mean and mean of squares."""
         own = torch.cat((input.mean((0, 2, 3)), (input * input).mean((0, 2, 3))))
         mean, square = (_SumOverRanks.apply(own) / dist.get_world_size()).chunk(2)  # pyright: ignore
         var = square - mean * mean
@@ -75,12 +75,12 @@ def _resnet18() -> nn.Module:
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
     ddp = DistributedDataParallel(model)
-    optimiser = torch.optim.SGD(ddp.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(ddp(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -35,7 +35,7 @@ from bnrewrite.groups import DEFAULT_GROUP, group_name
 from bnrewrite.guards import is_compiling, runs_in_python
 from bnrewrite.modes import Frozen, Mode, ModeTable
 from bnrewrite.naming import ITSELF
-from bnrewrite.passes import optimising_names
+from bnrewrite.passes import optimizing_names
 from bnrewrite.passes.base import UNMATCHED, PassReport, Skip, with_attribute_nodes
 from bnrewrite.passes.each_sample import EACH_SAMPLE
 from bnrewrite.passes.inline_children import inline_children
@@ -114,7 +114,7 @@ def convert(
         modes=ModeTable.parse(mode),
         group=group_name(process_group),
         keep=_patterns(keep, model),
-        passes=optimising_names(passes),
+        passes=optimizing_names(passes),
     )
     modules = dict(model.named_modules())
     found = [(name, one) for name, one in modules.items() if isinstance(one, _BatchNorm)]

@@ -80,7 +80,7 @@ def active_group(name: str, training: bool) -> str:
     """The argument ``group`` of an op now: ``NO_GROUP`` if there is nothing to communicate.
 
     Nothing is communicated outside training, without a process group, and in groups of one rank.
-    A compiler specialises on the answer, and asks again before each call.
+    A compiler specializes on the answer, and asks again before each call.
 
     Returns:
         For ops, and for the functions of :mod:`bnrewrite.collectives`: the name, and after a slash

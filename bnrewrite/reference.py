@@ -224,8 +224,8 @@ def normalize_backward(
     mean_grad, mean_grad_xhat = (sums / totals[:1].clamp_min(1)).to(acc).chunk(2)
     scale = rstd if weight is None else rstd * weight
     xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
-    centred = grad - per_channel(mean_grad, x) - xhat * per_channel(mean_grad_xhat, x)
-    return (centred * per_channel(scale, x)).to(x.dtype)
+    centered = grad - per_channel(mean_grad, x) - xhat * per_channel(mean_grad_xhat, x)
+    return (centered * per_channel(scale, x)).to(x.dtype)
 
 
 def batch_norm_local(

@@ -25,7 +25,7 @@ def disabled_passes(known: tuple[str, ...]) -> frozenset[str]:
         if name not in known:
             raise ValueError(
                 f"BNREWRITE_DISABLE names {name!r}, which is not an optimizing pass. "
-                f"Known passes: {', '.join(known) or 'none yet'}."
+                f"Known passes: {', '.join(known)}."
             )
     return frozenset(names)
 

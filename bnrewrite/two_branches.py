@@ -30,7 +30,7 @@ def normalize_two(
     activation: str = "identity",
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``normalize`` of ``x`` with the normalised ``other`` as its residual.
+    """``normalize`` of ``x`` with the normalized ``other`` as its residual.
 
     Returns:
         y, as ``x``; stats (2, C) of ``x`` and of ``other``.

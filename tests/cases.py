@@ -1,7 +1,7 @@
 """Small models, each with one kind of trouble that real models give to graph capture.
 
 A case is a model factory, a maker of call arguments, and what to expect of it: how many BatchNorm
-evaluations per training step go past the ops by right (standardised weights, instance norm,
+evaluations per training step go past the ops by right (standardized weights, instance norm,
 scripted code), and whether the model branches on data.
 """
 
@@ -810,7 +810,7 @@ class ScriptedChild(nn.Module):
 
 
 @case(compiles=False, double=False, rtol=1e-4, splits=False)
-class QuantisationAware(nn.Module):
+class QuantizationAware(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = torch.ao.quantization.get_default_qat_qconfig("fbgemm")

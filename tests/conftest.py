@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def _settings() -> Iterator[None]:
-    """One thread, a fixed seed, NaN in uninitialised memory, and no state of a compiler left."""
+    """One thread, a fixed seed, NaN in uninitialized memory, and no state of a compiler left."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     harness.fill_with_nan()

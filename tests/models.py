@@ -53,7 +53,7 @@ class ResidualNet(nn.Module):
 
 
 class Functional(nn.Module):
-    """An owner whose forward calls ``F.batch_norm`` on an activation and standardises a weight."""
+    """An owner whose forward calls ``F.batch_norm`` on an activation and standardizes a weight."""
 
     def __init__(self, num_channels: int = 3) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class FunctionalNorm(nn.BatchNorm2d):
 
 
 def perturb(model: nn.Module, seed: int = 1) -> nn.Module:
-    """``model`` with parameters and statistics that no default initialisation gives."""
+    """``model`` with parameters and statistics that no default initialization gives."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():

@@ -197,5 +197,5 @@ def _wait_for_all(rank: int, world_size: int) -> None:
 
 
 def fill_with_nan() -> None:
-    """Makes torch fill memory that it does not initialise with NaN, so that reading it shows."""
+    """Makes torch fill memory that it does not initialize with NaN, so that reading it shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 class Net(nn.Module):
-    """Does something, and normalises."""
+    """Does something, and normalizes."""
 
     def __init__(self, act: Callable[["Net"], Any]) -> None:
         super().__init__()

@@ -128,7 +128,7 @@ def test_ranks_without_a_process_group_are_a_warning(monkeypatch: pytest.MonkeyP
 
 
 def _computed(rank: int, world_size: int) -> tuple[list[int], list[bool]]:
-    """How often two training steps compute a parametrised weight, and what is said of it."""
+    """How often two training steps compute a parametrized weight, and what is said of it."""
     bn = nn.BatchNorm1d(3)
     register_parametrization(bn, "weight", counted := Counted(), unsafe=True)
     model = bnrewrite.convert(nn.Sequential(nn.Linear(3, 3), bn))
@@ -143,7 +143,7 @@ def _computed(rank: int, world_size: int) -> tuple[list[int], list[bool]]:
     return counts, said
 
 
-def test_agreement_computes_no_parametrised_weight(ranks: RankPool) -> None:
+def test_agreement_computes_no_parametrized_weight(ranks: RankPool) -> None:
     assert ranks.run(_computed, 2) == [([1, 2], [False, True])] * 2
 
 
@@ -654,7 +654,7 @@ def _alone(rank: int, world_size: int) -> list[float]:
     alone_s = time.monotonic() - start
     _step(model)
     if rank == 1:
-        # Of the backbone only, as a nearest-neighbour evaluation does, while the rest trains.
+        # Of the backbone only, as a nearest-neighbor evaluation does, while the rest trains.
         model.get_submodule("layer1").eval()(torch.randn(2, 8, 8, 8))
         model.get_submodule("layer1").train()
     _step(model)

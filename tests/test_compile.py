@@ -52,7 +52,7 @@ def _x(num_samples: int, seed: int = 0) -> Tensor:
 
 
 def _train(model: Any, batches: list[Tensor], parameters: Any = None) -> list[Tensor]:
-    """Outputs, gradients and state over some optimiser steps."""
+    """Outputs, gradients and state over some optimizer steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     for x in batches:
@@ -219,7 +219,7 @@ def _compiled_before_the_group(rank: int, world_size: int, store: str) -> list[T
     return [bn.running_mean - 0.9 * first]
 
 
-def test_a_model_that_was_compiled_before_the_group_synchronises_after(
+def test_a_model_that_was_compiled_before_the_group_synchronizes_after(
     ranks: RankPool, tmp_path: Path
 ) -> None:
     results = ranks.run(_compiled_before_the_group, 2, f"file://{tmp_path}/again")

@@ -694,8 +694,8 @@ class TestWarnings:
                 bnrewrite.convert(model)
             bnrewrite.revert(model)
 
-    def test_standardised_weights_are_no_site(self) -> None:
-        class Standardised(nn.Module):
+    def test_standardized_weights_are_no_site(self) -> None:
+        class Standardized(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.weight = nn.Parameter(torch.randn(4, 3, 3))
@@ -704,7 +704,7 @@ class TestWarnings:
                 rows = self.weight.reshape(1, 4, -1)
                 return F.conv1d(x, F.batch_norm(rows, None, None, training=True).view(4, 3, 3))
 
-        model = nn.Sequential(Standardised())
+        model = nn.Sequential(Standardized())
         with pytest.warns(UserWarning, match="nothing to convert"):
             bnrewrite.convert(model)
         assert bnrewrite.report(model).sites == ()

@@ -92,7 +92,7 @@ def test_buffers_that_ranks_update_by_themselves_stay_in_the_broadcast(
         assert len(result["left"]) == 3 * ResidualNet.NUM_SITES
 
 
-def test_with_mixed_modes_only_synchronised_sites_leave(ranks: RankPool) -> None:
+def test_with_mixed_modes_only_synchronized_sites_leave(ranks: RankPool) -> None:
     for result in ranks.run(_steps, 2, {"layer1.*": "local", "*": "sync"}):
         assert result["broadcasts"] == (True, True)
         assert {name.rpartition(".")[0] for name in result["left"]} == {"layer1.bn1", "layer1.bn2"}

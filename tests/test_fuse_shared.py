@@ -15,13 +15,13 @@ import bnrewrite
 from bnrewrite.activations import activate
 from bnrewrite.ops import epilogue, input_gradients, normalize_sites, sites
 from bnrewrite.ops.library import argument
-from bnrewrite.passes import OPTIMISING
+from bnrewrite.passes import OPTIMIZING
 from tests.models import perturb
 from tests.parity import assert_same_training
 from tests.ranks import RankPool
 
 FINISH = torch.ops.bnrewrite.finish_batch_norm.default
-WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "fuse_epilogue")
+WITHOUT = tuple(one.__name__ for one in OPTIMIZING if one.__name__ != "fuse_epilogue")
 
 Tail = Callable[["Pair", Tensor, Tensor, Tensor], Any]
 

@@ -161,7 +161,7 @@ def test_half_precision_buffers_with_counts_beyond_their_range(ranks: RankPool) 
         torch.testing.assert_close(var.double(), x.var().view(1), rtol=2**-11, atol=0)
 
 
-def _normalised(rank: int, world_size: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(rank: int, world_size: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bn: Any = bnrewrite.convert(nn.BatchNorm2d(x.size(1), momentum=1.0, dtype=x.dtype))
     part = x[_rows(rank)].contiguous()
     return bn(part).detach(), bn.running_mean, bn.running_var
@@ -184,7 +184,7 @@ def test_large_means(ranks: RankPool, ratio: float, dtype: torch.dtype) -> None:
     own = nn.BatchNorm2d(2, momentum=1.0, dtype=dtype)
     theirs = (own(x).detach().double() - y).abs().max().item()
     assert exact.running_var is not None
-    results = ranks.run(_normalised, 2, x)
+    results = ranks.run(_normalized, 2, x)
     # Packed in float64, the sum of squares costs some 1e-16 * (mean / std)^2.
     tiny = 1e-15 * (1 + ratio) ** 2
     for rank, (ours, mean, var) in enumerate(results):
@@ -206,7 +206,7 @@ def test_small_variances(ranks: RankPool, std: float) -> None:
     x = _images(0.0, torch.float64) * std + 1.0
     exact = nn.BatchNorm2d(2, momentum=1.0, dtype=torch.float64)
     y = exact(x).detach()
-    for rank, (ours, _, var) in enumerate(ranks.run(_normalised, 2, x)):
+    for rank, (ours, _, var) in enumerate(ranks.run(_normalized, 2, x)):
         # The variance is off by some 1e-16 * mean^2, which eps = 1e-5 hides in the output.
         torch.testing.assert_close(ours, y[_rows(rank)], rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(var, exact.running_var, rtol=1e-9, atol=1e-15)

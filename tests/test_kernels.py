@@ -379,7 +379,7 @@ class TestPerChannel:
 def _check_two(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Against the reference for y, and against two normalisations for all that moves."""
+    """Against the reference for y, and against two normalizations for all that moves."""
     first, second = (
         case(shape, layout, dtype, harness.device(), offset=offset) for offset in (1.0, -2.0)
     )
@@ -431,7 +431,7 @@ def _check_two_empty() -> None:
 
 
 class TestNormalizeTwo:
-    """The residual is normalised on the way, and both running statistics move."""
+    """The residual is normalized on the way, and both running statistics move."""
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)

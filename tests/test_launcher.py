@@ -91,7 +91,7 @@ def test_known_code_gets_addresses_numbers_and_constants_in_the_order_of_its_arg
     assert {name: given[name] for name in one.constants} == one.constants
 
 
-def test_code_is_compiled_anew_for_what_triton_specialises_on(triton: _Triton) -> None:
+def test_code_is_compiled_anew_for_what_triton_specializes_on(triton: _Triton) -> None:
     memory = torch.randn(3 * 8 * 5 + 1)
     x, weight = memory[:-1].view(3, 8, 5), torch.ones(8)
     variants = [

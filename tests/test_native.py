@@ -229,7 +229,7 @@ class TestNumbers:
             assert torch.equal(inner.nan_to_num(3.5), expected.nan_to_num(3.5))
 
     def test_bfloat16_is_rounded_as_torch_rounds_it(self) -> None:
-        """Ties, their neighbours, denormals and overflow, each of them the bias of a channel."""
+        """Ties, their neighbors, denormals and overflow, each of them the bias of a channel."""
         halves = torch.arange(-(1 << 15), 1 << 15, 5, dtype=torch.int32) << 16
         bits = torch.cat([halves + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
         bias = bits.view(torch.float32)

@@ -665,7 +665,7 @@ class TestRunningStatistics:
         assert count.item() == 4
 
     def test_batch_statistics_in_evaluation_count_no_batch(self) -> None:
-        """A layer whose running statistics were taken away normalises by the batch in eval."""
+        """A layer whose running statistics were taken away normalizes by the batch in eval."""
         count = torch.tensor(3)
         BATCH_NORM(torch.randn(4, 3), *[None] * 4, count, False, True, 0.1, EPS, "")
         assert count.item() == 3

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 import bnrewrite
 from bnrewrite.ops import sites
 from bnrewrite.ops.hand_over import HandOver
-from bnrewrite.passes import OPTIMISING
+from bnrewrite.passes import OPTIMIZING
 from tests.models import ResidualNet, perturb
 from tests.ranks import SUMS, CountCollectives, RankPool
 from tests.test_fuse_shared import FORMS, Pair
 
-WITHOUT = tuple(one.__name__ for one in OPTIMISING if one.__name__ != "overlap_backward")
+WITHOUT = tuple(one.__name__ for one in OPTIMIZING if one.__name__ != "overlap_backward")
 
 
 class _Trace(TorchDispatchMode):

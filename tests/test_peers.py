@@ -1,4 +1,4 @@
-"""What the test-suites of other synchronised BatchNorms check, as far as no test here did yet.
+"""What the test-suites of other synchronized BatchNorms check, as far as no test here did yet.
 
 tests/PEERS.md lists them all, with the test here that proves each.
 """

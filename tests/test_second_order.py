@@ -26,7 +26,7 @@ def _x() -> Tensor:
     return x + torch.randn(6, 3, 1, 1, generator=generator, dtype=torch.float64)
 
 
-def _penalise(critic: Any, x: Tensor) -> Tensor:
+def _penalize(critic: Any, x: Tensor) -> Tensor:
     """The mean score and a penalty on its gradient, summed over the samples of the rank."""
     x = x.clone().requires_grad_()
     score = critic(x).tanh()
@@ -41,7 +41,7 @@ def _penalise(critic: Any, x: Tensor) -> Tensor:
 def _rank(rank: int, world_size: int, sizes: list[int], passes: Any) -> dict[str, Any]:
     critic = bnrewrite.convert(_critic(), passes=passes)
     start = sum(sizes[:rank])
-    grad = _penalise(critic, _x()[start : start + sizes[rank]])
+    grad = _penalize(critic, _x()[start : start + sizes[rank]])
     grads = {}
     for name, parameter in critic.named_parameters():
         assert parameter.grad is not None
@@ -56,7 +56,7 @@ def test_a_gradient_penalty_equals_one_process(
     ranks: RankPool, sizes: list[int], passes: Any
 ) -> None:
     critic = _critic()
-    expected = _penalise(critic, _x())
+    expected = _penalize(critic, _x())
     start = 0
     for size, result in zip(sizes, ranks.run(_rank, len(sizes), sizes, passes), strict=True):
         _assert_close(result["input"], expected[start : start + size])
@@ -77,7 +77,7 @@ def _assert_close(ours: Tensor, theirs: Tensor) -> None:
 def _compiled(rank: int, world_size: int) -> str:
     critic: Any = torch.compile(bnrewrite.convert(_critic()), backend="aot_eager", fullgraph=True)
     try:
-        _penalise(critic, _x()[3 * rank : 3 * rank + 3])
+        _penalize(critic, _x()[3 * rank : 3 * rank + 3])
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"

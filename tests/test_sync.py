@@ -194,7 +194,7 @@ def _one_process(model: str, sizes: list[int]) -> list[dict[str, Any]]:
 
 
 class TestTraining:
-    """Several optimiser steps under DDP."""
+    """Several optimizer steps under DDP."""
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_residual_network_equals_one_process(self, ranks: RankPool, split: str) -> None:
@@ -286,8 +286,8 @@ def _forward_in_group(rank: int, world_size: int, kind: str) -> dict[str, Any]:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
         group = None
     if kind == "not that of SyncBatchNorm":
-        neighbours: Any = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, neighbours[rank // 2])
+        neighbors: Any = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, neighbors[rank // 2])
     bnrewrite.convert(model, process_group=group)
     if kind == "copied":
         model = copy.deepcopy(model)
@@ -605,7 +605,7 @@ def _critic() -> nn.Module:
     return perturb(model.double())
 
 
-def _penalise(critic: nn.Module, x: Tensor) -> None:
+def _penalize(critic: nn.Module, x: Tensor) -> None:
     """A gradient penalty as of WGAN-GP, summed over samples."""
     x = x.clone().requires_grad_()
     score = critic(x)
@@ -618,7 +618,7 @@ def _penalty_rank(rank: int, world_size: int, sizes: list[int]) -> dict[str, Any
     critic = bnrewrite.convert(_critic())
     x, _ = _data(sum(sizes))
     with CountCollectives() as comm:
-        _penalise(critic, x[0, sum(sizes[:rank]) : sum(sizes[: rank + 1])])
+        _penalize(critic, x[0, sum(sizes[:rank]) : sum(sizes[: rank + 1])])
     assert len(comm.seen) > 4
     grads = {}
     for name, parameter in critic.named_parameters():
@@ -635,7 +635,7 @@ def test_a_gradient_penalty_across_ranks_equals_one_process(
     """Second derivatives pass through the collectives of both directions."""
     critic = _critic()
     x, _ = _data(sum(sizes))
-    _penalise(critic, x[0])
+    _penalize(critic, x[0])
     expected = {
         "gradients": {n: p.grad for n, p in critic.named_parameters() if p.grad is not None},
         "buffers": dict(critic.named_buffers()),

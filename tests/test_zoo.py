@@ -47,8 +47,8 @@ COUNTED = {
         "repvgg_a0",
         "mobileone_s0",  # optional children
         "levit_128s",  # BatchNorm1d
-        "nfnet_f0",  # standardised weights only
-        "resnetv2_50x1_bit",  # standardised weights only
+        "nfnet_f0",  # standardized weights only
+        "resnetv2_50x1_bit",  # standardized weights only
         "mobilenetv4_conv_small",
         "xcit_nano_12_p16_224",
     ),

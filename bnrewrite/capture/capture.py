@@ -13,7 +13,7 @@ from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of, num_positional
 from bnrewrite.capture.splice import spliced
 from bnrewrite.capture.tracer import OwnerTracer
-from bnrewrite.passes import run_optimising, run_required
+from bnrewrite.passes import run_optimizing, run_required
 from bnrewrite.passes.base import OwnerGraph, PassReport, joined
 from bnrewrite.passes.nodes import copied
 from bnrewrite.sites.classes import (
@@ -62,9 +62,9 @@ def _capture_form(
         train, reports = _trace(module, recipe, flags, training=True, form=form)
         owns_site = any(report.rewritten for report in reports.values())
         calls = tuple(_calls_with_options(module, train.graph))
-        optimised, more = _optimise(module, recipe, flags, train, form, cache)
+        optimized, more = _optimize(module, recipe, flags, train, form, cache)
         reports |= more
-        gains = owns_site or optimised is not train
+        gains = owns_site or optimized is not train
         read = train.assumptions
         none = Capture(None, None, reports, assumptions=read, calls=calls, plain=train)
         if not gains and not may_ask(module) and not read.asked:
@@ -82,11 +82,11 @@ def _capture_form(
                 eval = train
         if not gains and not read.asked.keys() | eval.assumptions.asked.keys() - {""}:
             return none
-        for one in {id(one): one for one in (optimised, eval)}.values():
+        for one in {id(one): one for one in (optimized, eval)}.values():
             one.finish(module)
     except Refused as refused:
         return Capture(None, None, {}, str(refused), refused.assumptions)
-    return Capture(optimised, eval, reports, calls=calls, plain=train, only_asks=not gains)
+    return Capture(optimized, eval, reports, calls=calls, plain=train, only_asks=not gains)
 
 
 def _calls_with_options(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, Form]]:
@@ -199,7 +199,7 @@ def _target(module: nn.Module, recipe: Recipe, captured: Captured) -> OwnerGraph
     )
 
 
-def _optimise(
+def _optimize(
     module: nn.Module,
     recipe: Recipe,
     flags: dict[nn.Module, bool],
@@ -246,7 +246,7 @@ def _optimise(
     own = copied(plain.graph) if any(plain.site_calls()) else plain.graph
     target = _target(module, recipe, dataclasses.replace(plain, graph=own))
     target.retrace = retrace
-    reports = run_optimising(target, recipe.passes)
+    reports = run_optimizing(target, recipe.passes)
     gains = [name for name, report in reports.items() if name != "inline_children"]
     if not any(reports[name].rewritten for name in gains):
         if "inline_children" in reports:
@@ -257,13 +257,13 @@ def _optimise(
     assumptions.classes = {**assumptions.classes, **target.absorbed}
     placeholders = [node.name for node in target.graph.find_nodes(op="placeholder")]
     tensors = {placeholders.index(name) for name in target.tensors}
-    optimised = dataclasses.replace(
+    optimized = dataclasses.replace(
         latest,
         graph=target.graph,
         assumptions=assumptions,
         tensor_arguments=sorted({*latest.tensor_arguments, *tensors}),
     )
-    return optimised, reports
+    return optimized, reports
 
 
 def _without_owner(module: nn.Module) -> type:

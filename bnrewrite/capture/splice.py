@@ -201,7 +201,7 @@ def _takes(captured: Captured, args: tuple[fx.Node, ...]) -> bool:
     """Whether a trace with these arguments would give the same graph.
 
     Not if the code asks for types, or whether an argument or a part of one is None. Whether a
-    function call is a site depends on what is normalised, and its name on those before.
+    function call is a site depends on what is normalized, and its name on those before.
     """
     return (
         len(args) == len(captured.arguments) <= captured.num_positional

@@ -108,8 +108,8 @@ def _affine(
     var: Tensor,
     eps: float,
 ) -> Tensor:
-    """Normalises ``x`` into ``y``."""
-    if x.dtype == stats.dtype and _channels_vectorise(x):
+    """Normalizes ``x`` into ``y``."""
+    if x.dtype == stats.dtype and _channels_vectorize(x):
         scale = stats[1] if weight is None else stats[1] * weight
         offset = torch.mul(stats[0], scale).neg_()
         offset = offset if bias is None else offset.add_(bias)
@@ -171,7 +171,7 @@ def normalize_backward(
         dx = scale * (g - mean_g) - slope * (x - mean)
 
     In the dtype of the statistics the second one is a multiply-add on the result, once x is
-    centred or its mean is folded into the first one's offset. bfloat16 and float16 round both maps
+    centered or its mean is folded into the first one's offset. bfloat16 and float16 round both maps
     and the difference, which costs at most 1.4 times ATen's error (measured on ResNet-50's shapes).
     """
     if x.numel() == 0:
@@ -182,8 +182,8 @@ def normalize_backward(
     one, unused = ones(x.size(1), scale.dtype), ones(0, scale.dtype)
     if x.numel() <= _SMALL and x.dtype == stats.dtype:
         dx = torch.native_batch_norm(grad, scale, None, mean_grad, one, False, 0.0, 0.0)[0]
-        centred = x - reference.per_channel(mean, x)
-        return dx.addcmul_(centred, reference.per_channel(slope_x, x), value=-1)
+        centered = x - reference.per_channel(mean, x)
+        return dx.addcmul_(centered, reference.per_channel(slope_x, x), value=-1)
     dx = torch.empty_like(x)
     if x.dtype == stats.dtype:
         _apply_wide(grad, x, dx, mean, scale, mean_grad, slope_x)
@@ -220,14 +220,14 @@ def _apply_wide(
         ones(0, x.dtype),
     )
     offset = torch.mul(slope, mean).addcmul_(scale, mean_grad, value=-1)
-    vectorise = _channels_vectorise(x)
+    vectorize = _channels_vectorize(x)
     grad, x, dx = _images(grad), _images(x), _images(dx)
     slope_C1, scale_C1, offset_C1 = slope.unsqueeze(1), scale.unsqueeze(1), offset.unsqueeze(1)
     step = max(1, _PIECE * x.size(0) // x.numel())
     for start in range(0, x.size(0), step):
         rows = slice(start, start + step)
         out = dx[rows]
-        if vectorise:
+        if vectorize:
             torch.addcmul(offset_C1, grad[rows], scale_C1, out=out)
         else:
             torch.native_batch_norm(
@@ -246,10 +246,10 @@ def _images(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.size(1), 1)
 
 
-def _channels_vectorise(x: Tensor) -> bool:
-    """Whether neighbouring values belong to neighbouring channels.
+def _channels_vectorize(x: Tensor) -> bool:
+    """Whether neighboring values belong to neighboring channels.
 
-    Then ``addcmul`` with two per-channel operands is vectorised, and beats ATen's BatchNorm.
+    Then ``addcmul`` with two per-channel operands is vectorized, and beats ATen's BatchNorm.
     """
     return x.stride(1) == 1 and x.size(1) > 1
 
@@ -277,7 +277,7 @@ def walks_rows(x: Tensor) -> bool:
 
 
 def _moments_by_rows(x_NCS: Tensor) -> Tensor:
-    """Packed sums, from centred rows whose means and norms are merged."""
+    """Packed sums, from centered rows whose means and norms are merged."""
     N, C, S = x_NCS.shape
     rows_3NC = x_NCS.new_empty(3, N, C)
     mean_NC, rest_NC, norm_NC = rows_3NC.unbind()
@@ -286,9 +286,9 @@ def _moments_by_rows(x_NCS: Tensor) -> Tensor:
     for start in range(0, N, step):
         part = slice(start, start + step)
         rows = x_NCS[part]
-        centred = piece[: rows.size(0)]
+        centered = piece[: rows.size(0)]
         torch.mean(rows, 2, out=mean_NC[part])
-        torch.sub(rows, mean_NC[part].unsqueeze(2), out=centred)
-        torch.sum(centred, 2, out=rest_NC[part])
-        torch.linalg.vector_norm(centred, dim=2, out=norm_NC[part])
+        torch.sub(rows, mean_NC[part].unsqueeze(2), out=centered)
+        torch.sum(centered, 2, out=rest_NC[part])
+        torch.linalg.vector_norm(centered, dim=2, out=norm_NC[part])
     return channels.pack_rows(rows_3NC, S)

@@ -30,7 +30,7 @@ def pack(mean: np.ndarray, var: np.ndarray, count: int) -> Tensor:
 def pack_rows(rows: Tensor, size: int) -> Tensor:
     """Packed sums, (2C + 1,) float64, of N rows for each channel, merged by Chan's formula.
 
-    The mean of a row is rounded; what the centred row still sums to makes up for that, in the mean
+    The mean of a row is rounded; what the centered row still sums to makes up for that, in the mean
     and in the variance.
 
     Args:

@@ -63,10 +63,10 @@ def normalize_backward_reduce(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(2 * x.size(1), dtype=torch.float64, device=x.device)
     mean, rstd = stats.unbind()
-    sum_grad, sum_grad_centred, _, _ = torch.batch_norm_backward_reduce(
+    sum_grad, sum_grad_centered, _, _ = torch.batch_norm_backward_reduce(
         grad, x, mean, rstd, None, True, False, False
     )
-    return torch.cat((sum_grad, sum_grad_centred * rstd)).double()
+    return torch.cat((sum_grad, sum_grad_centered * rstd)).double()
 
 
 activation_backward_reduce = activation_backward_reduce_with(normalize_backward_reduce)

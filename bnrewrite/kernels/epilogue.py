@@ -1,4 +1,4 @@
-"""What follows a normalisation, as ATen calls: the residual and the activation.
+"""What follows a normalization, as ATen calls: the residual and the activation.
 
 Bytes: add_activation_ reads y and the residual and writes y, from and to the cache where the caller
 works in pieces; activation_backward reads g and what is kept and writes the result.

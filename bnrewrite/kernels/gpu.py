@@ -149,7 +149,7 @@ def normalized(
     eps: float,
     running: Running,
 ) -> "Normalized":
-    """What a kernel needs of a normalisation; running statistics that it cannot move have moved."""
+    """What a kernel needs of a normalization; running statistics that it cannot move have moved."""
     acc = reference.accumulate_dtype(x.dtype)
     running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite = running
     if (

@@ -1,6 +1,6 @@
 """The op ``batch_norm_act``: ``batch_norm``, then the sum with a residual, then an activation.
 
-Where it saves memory traffic all of it happens in the phases of the normalisation, and the
+Where it saves memory traffic all of it happens in the phases of the normalization, and the
 activation's derivative in those of its backward; elsewhere it is what its parts are.
 """
 

@@ -1,4 +1,4 @@
-"""The op ``normalize``: finalises the statistics, updates the running ones and normalises.
+"""The op ``normalize``: finalises the statistics, updates the running ones and normalizes.
 
 A residual and an activation are part of it.
 """

@@ -1,4 +1,4 @@
-"""The autograd of sites with batch statistics: normalisation forward, one collective backward.
+"""The autograd of sites with batch statistics: normalization forward, one collective backward.
 
 In eager mode the backward may be two nodes, so that other work runs while its collective does: see
 :mod:`bnrewrite.ops.end_collective`. For a compiler, which orders the graph by itself, where a graph
@@ -44,7 +44,7 @@ _NOBODY: set[int] = set()
 def normalize_sites(
     sites: Sequence[Site], xs: Sequence[Tensor], totals: Tensor, group: str
 ) -> tuple[Tensor, ...]:
-    """Normalises with totals that are there; the backward of all sites shares one collective.
+    """Normalizes with totals that are there; the backward of all sites shares one collective.
 
     Args:
         sites: with batch statistics, of one process group; their running statistics move.
@@ -78,7 +78,7 @@ class _Call(NamedTuple):
     Attributes:
         group: name of the process group, or "".
         has_backward: whether gradients may be asked for.
-        inside: sites that are normalised together with later ones.
+        inside: sites that are normalized together with later ones.
         between: what the backward leaves for the node that ends its collective, if there is one.
         named: tensors by which an error finds the names of the sites.
     """
@@ -91,10 +91,10 @@ class _Call(NamedTuple):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Normalisation of sites by the statistics of the global batch, and its gradient.
+    """Normalization of sites by the statistics of the global batch, and its gradient.
 
     The tensors are x, weight, bias and residual of each site in turn. A residual may also be the
-    result of an earlier site, which is ``inside`` if it is normalised together with the later one.
+    result of an earlier site, which is ``inside`` if it is normalized together with the later one.
 
     Results are y of each site, then what was activated, of the sites whose backward needs it: they
     are results so that derivatives of derivatives pass through them.
@@ -118,7 +118,7 @@ class _BatchNorm(torch.autograd.Function):
                 other = residual if from_site is None else ys[from_site]
                 total = None
                 if i in inside:
-                    # Nobody reads it, and it is normalised where its sum is.
+                    # Nobody reads it, and it is normalized where its sum is.
                     y, stat = x.new_empty(0), None
                 elif from_site is not None and from_site in inside:
                     y, stat, stats[from_site] = run(NORMALIZE_TWO, *ones[from_site], *one, *act)

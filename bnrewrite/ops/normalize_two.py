@@ -1,4 +1,4 @@
-"""The op ``normalize_two``: ``normalize`` whose residual is normalised as well, on the way."""
+"""The op ``normalize_two``: ``normalize`` whose residual is normalized as well, on the way."""
 
 from typing import Any
 

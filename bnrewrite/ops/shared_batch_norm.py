@@ -8,7 +8,7 @@ collective is under way.
     ...
     ys = finish_batch_norm(pending, inputs, ...)      wait -> normalize for every site
 
-What follows a site, a residual and an activation, is part of its normalisation, as in
+What follows a site, a residual and an activation, is part of its normalization, as in
 ``batch_norm_act``; the residual may be the result of another site.
 """
 
@@ -113,7 +113,7 @@ def _finish_batch_norm(
     slope: list[float],
     into: list[str],
 ) -> list[Tensor]:
-    """Normalises the sites of a :func:`start_batch_norm`; running statistics move in list order.
+    """Normalizes the sites of a :func:`start_batch_norm`; running statistics move in list order.
 
     Args:
         pending: what ``start_batch_norm`` returned for the same inputs and groups.

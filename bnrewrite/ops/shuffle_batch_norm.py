@@ -182,7 +182,7 @@ def _recomputes() -> bool:
 
 
 class _ShuffleBatchNorm(torch.autograd.Function):
-    """Own statistics, exchange, normalisation with the peer's; the gradient is the true one."""
+    """Own statistics, exchange, normalization with the peer's; the gradient is the true one."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, running, plan):

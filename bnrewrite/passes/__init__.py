@@ -20,7 +20,7 @@ from bnrewrite.settings import disabled_passes, dump_directory
 log = logging.getLogger(__name__)
 
 REQUIRED: tuple[Pass, ...] = (replace_batch_norm,)
-OPTIMISING: tuple[Pass, ...] = (
+OPTIMIZING: tuple[Pass, ...] = (
     inline_children,
     share_collectives,
     overlap_collectives,
@@ -29,7 +29,7 @@ OPTIMISING: tuple[Pass, ...] = (
 )
 
 
-def optimising_names(names: object) -> tuple[str, ...]:
+def optimizing_names(names: object) -> tuple[str, ...]:
     """Names of the optimizing passes to run, in order, from the ``passes`` argument of ``convert``.
 
     None stands for all of them. Passes in BNREWRITE_DISABLE are left out in any case.
@@ -38,7 +38,7 @@ def optimising_names(names: object) -> tuple[str, ...]:
         TypeError: it is not a sequence of names.
         ValueError: a name is not that of an optimizing pass.
     """
-    known = tuple(one.__name__ for one in OPTIMISING)
+    known = tuple(one.__name__ for one in OPTIMIZING)
     disabled = disabled_passes(known)
     if names is None:
         names = known
@@ -50,8 +50,7 @@ def optimising_names(names: object) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"unknown optimizing pass {name!r} in passes. "
-                f"Known passes: {', '.join(known) or 'none yet, so use passes=()'}."
+                f"unknown optimizing pass {name!r} in passes. Known passes: {', '.join(known)}."
             )
     return tuple(name for name in known if name in names and name not in disabled)
 
@@ -62,9 +61,9 @@ def run_required(target: OwnerGraph) -> dict[str, PassReport]:
     return _run(target, REQUIRED, 1)
 
 
-def run_optimising(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassReport]:
+def run_optimizing(target: OwnerGraph, names: tuple[str, ...]) -> dict[str, PassReport]:
     """Runs the named passes on one graph, in order, after the required ones."""
-    passes = tuple(one for one in OPTIMISING if one.__name__ in names)
+    passes = tuple(one for one in OPTIMIZING if one.__name__ in names)
     return _run(target, passes, 1 + len(REQUIRED))
 
 

@@ -53,7 +53,7 @@ class Attribute:
     """An attribute of the owner, as an argument of the node that reads it.
 
     Code of a graph spells it out. A site reads eight of them; as nodes of their own they would be
-    most of a graph. Parameters are nodes, since reading a parametrised one computes it.
+    most of a graph. Parameters are nodes, since reading a parametrized one computes it.
 
     Attributes:
         path: below the owner.

@@ -96,7 +96,7 @@ _METHODS: dict[str, Make] = {"relu": _relu, "relu_": _relu}
 
 
 def activation_of(owner: nn.Module, node: fx.Node) -> Activation | None:
-    """The activation that ``node`` is, if it is one that can be part of a normalisation."""
+    """The activation that ``node`` is, if it is one that can be part of a normalization."""
     if node.op == "call_module":
         module = below(owner, str(node.target))
         make = _MODULES.get(original_class(module))

@@ -41,7 +41,7 @@ from bnrewrite.sites.floor import (
     has_hooks,
     has_own_forward,
     is_site,
-    is_uninitialised,
+    is_uninitialized,
     own_batch_norm,
     site_state,
 )
@@ -148,7 +148,7 @@ def _match_module(target: OwnerGraph, node: fx.Node) -> _Site | Skip:
     path = str(node.target)
     module = below(target.owner, path)
     state = site_state(module)
-    if is_uninitialised(module):
+    if is_uninitialized(module):
         reason = "it is lazy and not initialized yet: run one batch, then convert again"
         return target.skip(state.name, reason, node, path)
     if has_hooks(module):

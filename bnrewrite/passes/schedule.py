@@ -18,7 +18,7 @@ def reorder(
     Args:
         graph: a graph, changed in place.
         before: for each node those that must run before it.
-        groups: nodes that shall become neighbours, in the order of the graph; what runs between
+        groups: nodes that shall become neighbors, in the order of the graph; what runs between
             two of a group must not have to.
         rank: of a node at a position of the graph; among those that may run, the lowest runs first.
 

@@ -68,7 +68,7 @@ def _alone(target: OwnerGraph, node: fx.Node) -> Skip:
 
 
 def merge(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
-    """Puts two nodes in place of neighbouring ``batch_norm`` nodes; returns the first."""
+    """Puts two nodes in place of neighboring ``batch_norm`` nodes; returns the first."""
     columns = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
     inputs, weight, bias, running_mean, running_var, *others, group, skip_nonfinite = columns
     checked = (inputs, weight, bias, running_mean, running_var)

@@ -262,7 +262,7 @@ def below(module: Any, path: str) -> Any:
 
 def has_frozen_weight(module: nn.Module) -> bool:
     """Whether the weight of a BatchNorm is there and gets no gradient."""
-    # Reading a parametrised weight computes it, which may change what it is made of.
+    # Reading a parametrized weight computes it, which may change what it is made of.
     weight = module._parameters.get("weight")
     if weight is not None or not parametrize.is_parametrized(module, "weight"):
         return weight is not None and not weight.requires_grad

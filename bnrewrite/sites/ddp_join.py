@@ -23,7 +23,7 @@ _SHADOW = "_bnrewrite_shadow"
 
 
 def shadow_when_done(ddp: DistributedDataParallel) -> None:
-    """Makes ``ddp.join()`` work with the synchronised BatchNorm of its module.
+    """Makes ``ddp.join()`` work with the synchronized BatchNorm of its module.
 
     It is called during a forward of ``ddp``, on every rank.
     """
@@ -72,9 +72,9 @@ class _Shadow:
     def _forward(self, is_joined_rank: bool) -> Any:
         """In place of DDP's method of this name: the last that happens before the forward."""
         check = DistributedDataParallel._check_global_requires_backward_grad_sync
-        synchronises = check(self._ddp, is_joined_rank)
+        synchronizes = check(self._ddp, is_joined_rank)
         if not is_joined_rank:
-            return synchronises
+            return synchronizes
         if self._inputs is None:
             raise BnRewriteError(
                 "a rank had no input at all, so it cannot shadow the BatchNorm collectives of the "
@@ -89,9 +89,9 @@ class _Shadow:
         self._outputs = [
             leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
-        if not synchronises:
+        if not synchronizes:
             self._run_backward()
-        return synchronises
+        return synchronizes
 
     def _backward(self) -> None:
         """In place of DDP's method of this name: a bucket as soon as its parameters are ready."""

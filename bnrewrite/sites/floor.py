@@ -138,7 +138,7 @@ class SiteForward(Converted):
             super()._check_input_dim(input)  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input`` (N, C, *) with the mode and group of the site."""
+        """Normalizes ``input`` (N, C, *) with the mode and group of the site."""
         if Tracing.tracer is not None and tracer_here() is not None:
             if not has_own_forward(self):  # pyright: ignore
                 return call_in_trace(self, (input,), {})
@@ -255,7 +255,7 @@ def note_own_statistics(module: nn.Module) -> None:
     module.__dict__[_STATE] = dataclasses.replace(site_state(module), by_itself=True)
 
 
-def is_uninitialised(module: nn.Module) -> bool:
+def is_uninitialized(module: nn.Module) -> bool:
     """Whether ``module`` is a lazy BatchNorm that has not seen its first batch."""
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 

@@ -23,7 +23,7 @@ def make_conv(num_in: int, num_out: int, num_dims: int, *, kernel: int, bias: bo
 
 
 class Standardized(nn.Module):
-    """A convolution with a kernel of one whose weight is standardised by ``F.batch_norm``."""
+    """A convolution with a kernel of one whose weight is standardized by ``F.batch_norm``."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()

@@ -268,7 +268,7 @@ class Net(nn.Module):
 
 
 def make_net(spec: Spec) -> nn.Module:
-    """The float64 network of ``spec``, with weights that no default initialisation gives."""
+    """The float64 network of ``spec``, with weights that no default initialization gives."""
     torch.manual_seed(spec["seed"])
     build = Builder(spec["num_dims"])
     trunk, num = build.make(spec["trunk"], spec["num_in"])

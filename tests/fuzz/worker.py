@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnrewrite
 from bnrewrite.modes import Mode
-from bnrewrite.passes import optimising_names
+from bnrewrite.passes import optimizing_names
 from tests.fuzz.layers import Functional, Switch
 from tests.fuzz.networks import make_net
 from tests.fuzz.norms import OwnForwardNorm
@@ -222,7 +222,7 @@ def convert(net: nn.Module, example: Example, passes: tuple[str, ...] | None) ->
 
 def passes_to_try(example: Example) -> list[tuple[str, ...] | None]:
     """All passes, none, and a subset of them."""
-    names = optimising_names(None)
+    names = optimizing_names(None)
     subset = tuple(name for i, name in enumerate(names) if example["subset"] >> i & 1)
     return [None, (), *([subset] if 0 < len(subset) < len(names) else [])]
 

@@ -69,7 +69,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.zoo",
         description="Converts models and counts BatchNorm evaluations of one training forward: "
-        "of the plain model (others: weight standardisation and InstanceNorm, which are no sites), "
+        "of the plain model (others: weight standardization and InstanceNorm, which are no sites), "
         "through our ops, and escaped. Models without BatchNorm are left out.",
     )
     parser.add_argument("--suite", action="append", choices=SUITES, help="default: all of them")

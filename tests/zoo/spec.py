@@ -44,7 +44,7 @@ class Spec:
 
     def build(self) -> nn.Module:
         """The model in training mode, on the device of the spec."""
-        with torch.device(self.device), _SkipInitialisation():
+        with torch.device(self.device), _SkipInitialization():
             return self.make().train()
 
     def call(self, model: nn.Module) -> Call:
@@ -53,8 +53,8 @@ class Spec:
             return self.arguments(model, self.batch_size)
 
 
-class _SkipInitialisation(TorchFunctionMode):
-    """Leaves tensors on the meta device alone, where initialising them takes seconds and says
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves tensors on the meta device alone, where initializing them takes seconds and says
     nothing.
     """
 
@@ -108,7 +108,7 @@ _NO_SITES = ("InstanceNorm", "StdConv", "WeightStandardizedConv")
 class CountOthers:
     """Counts calls of modules that evaluate BatchNorm once each and are no sites by right.
 
-    These are InstanceNorm, which does so in C++, and convolutions that standardise their weights.
+    These are InstanceNorm, which does so in C++, and convolutions that standardize their weights.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -69,7 +69,7 @@ def _classifier(name: str) -> nn.Module:
 
     options: dict[str, object] = {}
     if name.endswith(("googlenet", "inception_v3")):
-        # Their own initialisation draws through scipy for minutes, and warns when not told.
+        # Their own initialization draws through scipy for minutes, and warns when not told.
         options["init_weights"] = False
     if name in models.list_models(module=models.segmentation):
         options["weights_backbone"] = None

@@ -92,11 +92,11 @@ struct kernels {
 static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Adds `size` values to a sum and a sum of squares, given the sums of their distances to `centre`
+/* Adds `size` values to a sum and a sum of squares, given the sums of their distances to `center`
    and of the squares of those: the variance around the mean first, then what the mean adds. */
-static ALWAYS_INLINE void add_moments(int64_t size, double centre, double rest, double m2,
+static ALWAYS_INLINE void add_moments(int64_t size, double center, double rest, double m2,
                                       double *sum, double *square) {
-    double share = 1. / size, mean = centre + rest * share, total = size * mean;
+    double share = 1. / size, mean = center + rest * share, total = size * mean;
     *sum += total;
     *square += m2 - rest * rest * share + total * mean;
 }
@@ -145,7 +145,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 
 #define LOAD(p) (*(p))
 #define STORE(p, a) (*(p) = (a))
-#define CENTRE(a, m) ((a) - (m))
+#define CENTER(a, m) ((a) - (m))
 
 #define T float
 #define A float
@@ -176,7 +176,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #undef LOAD
 #undef LOAD_V
 #undef STORE
-#undef CENTRE
+#undef CENTER
 
 #define T uint16_t
 #define A float
@@ -186,7 +186,7 @@ static ALWAYS_INLINE void store_bfloat16(uint16_t *p, float value) {
 #define LOAD(p) load_bfloat16(p)
 #define LOAD_V(p) LOAD_BFLOAT16_V(p)
 #define STORE(p, a) store_bfloat16(p, a)
-#define CENTRE(a, m) ((void)(m), (a))
+#define CENTER(a, m) ((void)(m), (a))
 #include "typed.h"
 
 static const struct kernels *const KERNELS[] = {&kernels_float, &kernels_double, &kernels_bfloat16};

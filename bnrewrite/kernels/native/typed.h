@@ -7,7 +7,7 @@
      SUM(v)        of the lanes of a V
      LOAD(p)       one value as A
      LOAD_V(p)     LANES values as V
-     CENTRE(a, m)  a - m; or a, where T has so few digits that A loses none of them to a mean,
+     CENTER(a, m)  a - m; or a, where T has so few digits that A loses none of them to a mean,
                    unless a channel is nearly constant, as in ATen
      STORE(p, a)   one value
 
@@ -34,7 +34,7 @@ static ALWAYS_INLINE A NAME(mean_of)(const T *x, int64_t size) {
     return (SUM_OF(sum) + rest) / (A)size;
 }
 
-/* One pass over each chunk, centred by the mean of its first eighth. That can be no further from
+/* One pass over each chunk, centered by the mean of its first eighth. That can be no further from
    the mean of the chunk than some deviations of the chunk, so few digits are lost, whatever the
    values are. Of a chunk with an infinite value the mean is that, as it should be. */
 CLONES static void NAME(rows_moments)(const void *x_NCS, struct shape d, int64_t first, int64_t end,
@@ -45,19 +45,19 @@ CLONES static void NAME(rows_moments)(const void *x_NCS, struct shape d, int64_t
             for (int64_t start = 0; start < d.S; start += CHUNK) {
                 const T *x = row + start;
                 int64_t size = smaller(d.S - start, CHUNK), i = 0;
-                A centre = NAME(mean_of)(x, smaller(size, larger(size / 8, 2 * LANES)));
-                if (!isfinite(centre)) centre = 0;
+                A center = NAME(mean_of)(x, smaller(size, larger(size / 8, 2 * LANES)));
+                if (!isfinite(center)) center = 0;
                 V r0 = {0}, r1 = {0}, q0 = {0}, q1 = {0};
                 A r = 0, q = 0;
                 for (; i + 2 * LANES <= size; i += 2 * LANES) {
-                    V d0 = LOAD_V(x + i) - centre, d1 = LOAD_V(x + i + LANES) - centre;
+                    V d0 = LOAD_V(x + i) - center, d1 = LOAD_V(x + i + LANES) - center;
                     r0 += d0, r1 += d1, q0 += d0 * d0, q1 += d1 * d1;
                 }
                 for (; i < size; i++) {
-                    A distance = LOAD(x + i) - centre;
+                    A distance = LOAD(x + i) - center;
                     r += distance, q += distance * distance;
                 }
-                add_moments(size, centre, SUM_OF(r0 + r1) + r, SUM_OF(q0 + q1) + q,
+                add_moments(size, center, SUM_OF(r0 + r1) + r, SUM_OF(q0 + q1) + q,
                             sums + c, sums + d.C + c);
             }
         }
@@ -117,26 +117,26 @@ CLONES static void NAME(rows_gradients)(const void *g_NCS, const void *x_NCS, st
 CLONES static void NAME(chunk_moments)(const void *x_RC, struct block b, int64_t first, int64_t end,
                                        void *scratch, double *sums) {
     int64_t width = b.width, size = end - first, eighth = larger(size / 8, 1);
-    A *restrict centre = scratch, *restrict rest = centre + width, *restrict m2 = rest + width;
+    A *restrict center = scratch, *restrict rest = center + width, *restrict m2 = rest + width;
     memset(scratch, 0, 3 * width * sizeof(A));
     for (int64_t r = first; r < first + eighth; r++) {
         const T *restrict x = (const T *)x_RC + r * b.C + b.first;
-        for (int64_t c = 0; c < width; c++) centre[c] += LOAD(x + c);
+        for (int64_t c = 0; c < width; c++) center[c] += LOAD(x + c);
     }
     for (int64_t c = 0; c < width; c++) {
-        A mean = centre[c] / (A)eighth;
-        centre[c] = isfinite(mean) ? mean : 0;
+        A mean = center[c] / (A)eighth;
+        center[c] = isfinite(mean) ? mean : 0;
     }
     for (int64_t r = first; r < end; r++) {
         const T *restrict x = (const T *)x_RC + r * b.C + b.first;
         for (int64_t c = 0; c < width; c++) {
-            A distance = LOAD(x + c) - centre[c];
+            A distance = LOAD(x + c) - center[c];
             rest[c] += distance, m2[c] += distance * distance;
         }
     }
     double *restrict sum = sums, *restrict square = sums + b.C;
     for (int64_t c = 0; c < width; c++)
-        add_moments(size, centre[c], rest[c], m2[c], sum + c, square + c);
+        add_moments(size, center[c], rest[c], m2[c], sum + c, square + c);
 }
 
 CLONES static void NAME(chunk_gradients)(const void *g_RC, const void *x_RC, struct behind act,
@@ -169,7 +169,7 @@ static ALWAYS_INLINE A NAME(activate)(A z, struct activation act) {
 CLONES static void NAME(normalize)(const void *x_all, const void *residual_all, void *y_all,
                                    struct shape d, int64_t first, int64_t end, const void *table,
                                    struct activation act) {
-    const A *restrict centre = table, *restrict scale = centre + d.C, *restrict offset = scale + d.C;
+    const A *restrict center = table, *restrict scale = center + d.C, *restrict offset = scale + d.C;
     int64_t size = d.last ? d.C : d.S;
     for (int64_t row = first; row < end; row++) {
         const T *restrict x = (const T *)x_all + row * size;
@@ -183,17 +183,17 @@ CLONES static void NAME(normalize)(const void *x_all, const void *residual_all, 
     else if (!residual) EACH(NAME(activate)(Z, act));                                   \
     else EACH(NAME(activate)((Z) + LOAD(residual + i), act))
         if (d.last) {
-            FINISH(CENTRE(LOAD(x + i), centre[i]) * scale[i] + offset[i]);
+            FINISH(CENTER(LOAD(x + i), center[i]) * scale[i] + offset[i]);
         } else {
-            A m = centre[row % d.C], s = scale[row % d.C], o = offset[row % d.C];
-            FINISH(CENTRE(LOAD(x + i), m) * s + o);
+            A m = center[row % d.C], s = scale[row % d.C], o = offset[row % d.C];
+            FINISH(CENTER(LOAD(x + i), m) * s + o);
         }
 #undef FINISH
 #undef EACH
     }
 }
 
-/* dx = scale * g - slope * CENTRE(x, mean) + offset */
+/* dx = scale * g - slope * CENTER(x, mean) + offset */
 CLONES static void NAME(apply)(const void *g_all, const void *x_all, void *dx_all, struct shape d,
                                int64_t first, int64_t end, const void *means, const void *table) {
     const A *restrict mean = means;
@@ -206,12 +206,12 @@ CLONES static void NAME(apply)(const void *g_all, const void *x_all, void *dx_al
         if (d.last) {
             for (int64_t i = 0; i < size; i++)
                 STORE(dx + i,
-                      scale[i] * LOAD(g + i) - slope[i] * CENTRE(LOAD(x + i), mean[i]) + offset[i]);
+                      scale[i] * LOAD(g + i) - slope[i] * CENTER(LOAD(x + i), mean[i]) + offset[i]);
         } else {
             A m = mean[row % d.C];
             A s = scale[row % d.C], sl = slope[row % d.C], o = offset[row % d.C];
             for (int64_t i = 0; i < size; i++)
-                STORE(dx + i, s * LOAD(g + i) - sl * CENTRE(LOAD(x + i), m) + o);
+                STORE(dx + i, s * LOAD(g + i) - sl * CENTER(LOAD(x + i), m) + o);
         }
     }
 }
@@ -241,18 +241,18 @@ static void NAME(statistics)(const double *totals, int64_t C, double eps, void *
     }
 }
 
-/* The coefficients of `normalize`: centre, scale and offset, (3, C).
+/* The coefficients of `normalize`: center, scale and offset, (3, C).
 
-   centre = mean, rounded      scale = weight * rstd
-   offset = bias - scale * CENTRE(mean, centre), of the mean that is not rounded */
+   center = mean, rounded      scale = weight * rstd
+   offset = bias - scale * CENTER(mean, center), of the mean that is not rounded */
 static void NAME(normalize_coefficients)(const double *totals, int64_t C, const void *stats,
                                          const void *weight, const void *bias, void *table) {
     const A *mean = stats, *rstd = mean + C;
-    A *centre = table, *scale = centre + C, *offset = scale + C;
+    A *center = table, *scale = center + C, *offset = scale + C;
     double divisor = totals[0] > 1 ? totals[0] : 1;
     for (int64_t c = 0; c < C; c++) {
-        double rest = CENTRE(totals[1 + c] / divisor, mean[c]);
-        centre[c] = mean[c];
+        double rest = CENTER(totals[1 + c] / divisor, mean[c]);
+        center[c] = mean[c];
         scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
         offset[c] = (A)((bias ? ((const A *)bias)[c] : 0) - rest * scale[c]);
     }
@@ -261,7 +261,7 @@ static void NAME(normalize_coefficients)(const double *totals, int64_t C, const 
 /* The coefficients of `apply`: scale, slope and offset, (3, C).
 
    scale = weight * rstd      slope = scale * rstd * sum_g_xhat / n
-   offset = slope * CENTRE(mean, mean) - scale * sum_g / n */
+   offset = slope * CENTER(mean, mean) - scale * sum_g / n */
 static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
                                      const void *weight, const double *sums, void *table) {
     const A *mean = stats, *rstd = mean + C;
@@ -269,7 +269,7 @@ static void NAME(apply_coefficients)(const void *stats, double count, int64_t C,
     for (int64_t c = 0; c < C; c++) {
         scale[c] = weight ? rstd[c] * ((const A *)weight)[c] : rstd[c];
         slope[c] = (A)(sums[C + c] / count * rstd[c] * scale[c]);
-        offset[c] = (A)((double)slope[c] * CENTRE(mean[c], mean[c]) - scale[c] * sums[c] / count);
+        offset[c] = (A)((double)slope[c] * CENTER(mean[c], mean[c]) - scale[c] * sums[c] / count);
     }
 }
 

@@ -47,7 +47,7 @@ def moments(plan: Plan, x: Tensor, packed: Tensor) -> Launch:
 
 
 class Normalized(NamedTuple):
-    """What one normalisation follows from besides its input, and what it writes besides y.
+    """What one normalization follows from besides its input, and what it writes besides y.
 
     Attributes:
         tensors: totals (2C + 1,), float64, weight and bias, stats (2, C), which are to be filled,
@@ -85,7 +85,7 @@ def normalize(
     """Fills ``y`` and stats (2, C) and moves what is running; without a plan, all but ``y``.
 
     ``total`` is filled with what is activated, where it is given. With ``other`` the residual is
-    normalised, too.
+    normalized, too.
     """
     second = _NO_OTHER if other is None else other
     is_counted = own.cumulative or second.cumulative

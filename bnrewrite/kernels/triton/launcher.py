@@ -158,7 +158,7 @@ class Launch(NamedTuple):
     def _variant(self, device: int, addresses: Sequence[int | None]) -> Hashable:
         """What decides about the code of the kernel: all but sizes, other numbers and addresses.
 
-        As Triton specialises code: on absent arguments, dtypes, and whether an address is a
+        As Triton specializes code: on absent arguments, dtypes, and whether an address is a
         multiple of 16. The kernels' annotations keep it from doing so on numbers.
         """
         return (

@@ -77,18 +77,18 @@ def moments_kernel(
     )
     values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
     pivot = (tl.sum(values, 1) / count.to(ACC))[:, None]
-    centred = tl.where(mask, values - pivot, 0.0)
-    sums = centred
-    squares = centred * centred
+    centered = tl.where(mask, values - pivot, 0.0)
+    sums = centered
+    squares = centered * centered
     last = count_tiles(N, S, BLOCK_S, SPAN)
     for t in tl.range(split + num_splits, last, num_splits, num_stages=STAGES):
         start, offsets, mask, size = tile(
             t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
         )
         values = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC)
-        centred = tl.where(mask, values - pivot, 0.0)
-        sums += centred
-        squares += centred * centred
+        centered = tl.where(mask, values - pivot, 0.0)
+        sums += centered
+        squares += centered * centered
         count += size
     n = count.to(tl.float64)
     # One division: each takes a thread as long as all the rest that it does for its channels.

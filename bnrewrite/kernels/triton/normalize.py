@@ -1,4 +1,4 @@
-"""Normalisation with all that belongs to it: x (and the residual) is read, y is written."""
+"""Normalization with all that belongs to it: x (and the residual) is read, y is written."""
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
@@ -152,7 +152,7 @@ def normalize_kernel(
 ) -> None:
     """Y and stats, see :func:`bnrewrite.reference.normalize`; moves the running statistics.
 
-    With ``other_totals`` the residual is normalised as well, on the way. ``total``, what is
+    With ``other_totals`` the residual is normalized as well, on the way. ``total``, what is
     activated, is written where it is given.
 
     Bytes: x, and the residual if there is one, read once; y written once, and so is ``total``.

@@ -31,7 +31,7 @@ def _coefficients(
     C: tl.tensor,
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """Mean, scale, mean of g and the factor of the centred input, (BLOCK_C, 1) each, of ``c``."""
+    """Mean, scale, mean of g and the factor of the centered input, (BLOCK_C, 1) each, of ``c``."""
     mean = per_channel(stats, c, mask, ACC, 0.0)
     rstd = per_channel(stats + C, c, mask, ACC, 0.0)
     scale = rstd * per_channel(weight, c, mask, ACC, 1.0)
@@ -108,19 +108,19 @@ def normalize_backward_kernel(
             last - 1 - t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
         )
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
-        centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
+        centered = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
         if other is not None:
-            o_centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
+            o_centered = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
         if ACTIVATION != "identity":
             if kept is not None:
                 z = tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
             else:
-                z = centred * scale + shift
+                z = centered * scale + shift
                 if other is not None:
-                    z += o_centred * other_scale
+                    z += o_centered * other_scale
             g = activation_backward(g, z, slope, ACTIVATION)
-        gradient = scale * (g - mean_g - centred * slope_x)
+        gradient = scale * (g - mean_g - centered * slope_x)
         tl.store(dx + start + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
         if other is not None:
-            gradient = other_scale * (g - other_mean_g - o_centred * other_slope)
+            gradient = other_scale * (g - other_mean_g - o_centered * other_slope)
             tl.store(other_dx + start + offsets, gradient.to(other_dx.dtype.element_ty), mask=mask)

@@ -139,16 +139,16 @@ def normalize_backward_reduce_kernel(
             t, block, N, C, S, P, ROW, BLOCK_C, BLOCK_S, SPAN, VEC, LAST, GROUP
         )
         g = tl.load(grad + start + offsets, mask=mask, other=0.0).to(ACC)
-        centred = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
+        centered = tl.load(x + start + offsets, mask=mask, other=0.0).to(ACC) - mean
         if other is not None:
-            o_centred = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
+            o_centered = tl.load(other + start + offsets, mask=mask, other=0.0).to(ACC) - other_mean
         if ACTIVATION != "identity":
             if kept is not None:
                 z = tl.load(kept + start + offsets, mask=mask, other=0.0).to(ACC)
             else:
-                z = centred * scale + shift
+                z = centered * scale + shift
                 if other is not None:
-                    z += o_centred * other_scale
+                    z += o_centered * other_scale
             g = activation_backward(g, z, slope, ACTIVATION)
         if grad_residual is not None:
             tl.store(
@@ -156,9 +156,9 @@ def normalize_backward_reduce_kernel(
             )
         sum_g += g
         # Where g is masked it is zero, and the mean of a channel is finite or spoils it anyway.
-        sum_gx += tl.where(mask, g * centred, 0.0)
+        sum_gx += tl.where(mask, g * centered, 0.0)
         if other is not None:
-            sum_go += tl.where(mask, g * o_centred, 0.0)
+            sum_go += tl.where(mask, g * o_centered, 0.0)
     total = tl.sum(sum_g, 1).to(tl.float64)
     total_x = (tl.sum(sum_gx, 1) * tl.sum(rstd, 1)).to(tl.float64)
     sum_of_g = of_channels(total, P, BLOCK_C, GROUP, WIDE)

@@ -26,10 +26,10 @@ _WIDEST = 16
 """Bytes of an access, at most."""
 
 _PASS_ROW = 256
-"""Bytes of neighbouring channels that a tile of a pass keeps together in channels-last."""
+"""Bytes of neighboring channels that a tile of a pass keeps together in channels-last."""
 
 _REDUCTION_ROW = 32
-"""Neighbouring channels that a tile of a reduction keeps together in channels-last: the fewer there
+"""Neighboring channels that a tile of a reduction keeps together in channels-last: the fewer there
 are, the fewer partial sums has the program that adds them, and the more programs do so."""
 
 _WIDE_ROW = 64

@@ -114,7 +114,7 @@ def tile(
         offsets = c * S.to(tl.int32) + s % SPAN
         left_c = tl.minimum(C - first_c, BLOCK_C).to(tl.int32)
         left = tl.minimum(S - first, SPAN).to(tl.int32)
-        # In this order, which lets the compiler see that VEC neighbours are alike.
+        # In this order, which lets the compiler see that VEC neighbors are alike.
         mask = (c < left_c) & ((s // VEC) % (SPAN // VEC) < left // VEC)
         if IMAGES > 1:
             image = s // SPAN
@@ -214,7 +214,7 @@ def is_last_to_store(
     """
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
-    # Each pair is next to its neighbours': one wide access, and one sum in place of two.
+    # Each pair is next to its neighbors': one wide access, and one sum in place of two.
     place = first * 2 + tl.arange(0, 2 * WIDTH)
     exists = place < end * 2
     row = partials + split * 2 * COLUMNS + place
