@@ -53,6 +53,10 @@ class DDPBuffers(Shared):
         if names:
             self._hook = ddp.register_forward_pre_hook(before_forward)
 
+    def are_left_out_of(self, ddp: DistributedDataParallel) -> bool:
+        """Whether ``ddp`` is the instance of the last :meth:`leave_out`."""
+        return self._ddp is not None and self._ddp() is ddp
+
     def put_back(self) -> None:
         """Undoes :meth:`leave_out`."""
         ddp = None if self._ddp is None else self._ddp()

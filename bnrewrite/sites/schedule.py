@@ -210,8 +210,8 @@ class Schedule:
             known = known if group() is world else set()
             # What never communicates asks once, lest others wait for it.
             agreed = flags in known
-            asks = not agreed and (self.local.modes.communicate or not known)
-            if by_hand or asks or self.ddp_buffers.loaded():
+            asks = by_hand or not (agreed or (known and not self.local.modes.communicate))
+            if asks or self.ddp_buffers.loaded():
                 # Every group is asked, whatever the others answered.
                 answers = [
                     agree(name, view, patience_s=_patience_s(view, by_hand), by_hand=by_hand)
@@ -223,19 +223,20 @@ class Schedule:
             if agreed or not self.local.modes.communicate:
                 self._agreed = (weakref.ref(world), known | {flags})
             if agreed:
-                self._tell_ddp(members)
+                self._tell_ddp(members, again=asks)
         # Weak: a group that is destroyed shall let go of its connections.
         self._seen = _alone if world is None else weakref.ref(world)
         ddp = DistributedDataParallel._active_ddp_module
         self._told = _alone if ddp is None else weakref.ref(ddp)
 
-    def _tell_ddp(self, members: list[Any]) -> None:
+    def _tell_ddp(self, members: list[Any], *, again: bool) -> None:
         """Tells the DDP instance that runs what it need not broadcast, and how to shadow.
 
         All ranks do so in the same forward, since a forward of DDP is one of all its ranks.
+        ``again``: even if it was the last to hear of it.
         """
         ddp = DistributedDataParallel._active_ddp_module
-        if ddp is not None:
+        if ddp is not None and (again or not self.ddp_buffers.are_left_out_of(ddp)):
             self.ddp_buffers.leave_out(ddp, members, self._before_ddp)
             shadow_when_done(ddp)
 
