@@ -154,15 +154,17 @@ class _Group:
 
 
 _groups: dict[str, _Group] = {}
+_making = threading.Lock()
 
 
 def _place(name: str) -> _Group:
     """What is known of the group called ``name``; names return when a world is formed anew."""
     group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
-    known = _groups.get(name)
-    if known is None or not known.is_of(group):
-        known = _groups[name] = _Group(group)
-    return known
+    with _making:
+        known = _groups.get(name)
+        if known is None or not known.is_of(group):
+            known = _groups[name] = _Group(group)
+        return known
 
 
 def agree(name: str, view: View, *, patience_s: float | None = None, by_hand: bool = False) -> bool:

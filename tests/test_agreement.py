@@ -548,19 +548,25 @@ def test_ranks_agree_once_about_each_form_of_a_call(ranks: RankPool) -> None:
 def _in_threads(rank: int, world_size: int) -> list[str]:
     """Errors of threads that train models which communicate nothing, and of one that does."""
     errors: list[str] = []
+    together = threading.Barrier(6)
 
-    def train(mode: str) -> None:
+    def train(model: nn.Module) -> None:
         try:
-            _step(bnrewrite.convert(ResidualNet(), mode))
+            _step(model)
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=train, args=("local",)) for _ in range(3)]
+    def train_together(model: nn.Module) -> None:
+        together.wait()
+        train(model)
+
+    models = [bnrewrite.convert(ResidualNet(), "local") for _ in range(6)]
+    threads = [threading.Thread(target=train_together, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    train("sync")
+    train(bnrewrite.convert(ResidualNet()))
     return errors
 
 

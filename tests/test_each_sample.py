@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import bnrewrite
-from tests.cases import StandardizesByParametrization
+from tests.cases import StandardizedRows, StandardizesByParametrization
 from tests.ranks import RankPool
 
 Reshape = Callable[[Tensor], Tensor]
@@ -83,6 +84,14 @@ def test_channels_of_parameters_are_no_samples() -> None:
             return F.batch_norm(x, None, None, self.weight, training=True)
 
     assert len(bnrewrite.report(bnrewrite.convert(Unbatched())).sites) == 1
+
+
+def test_what_a_parametrization_calls_is_no_site() -> None:
+    """However far below it."""
+    conv = nn.Conv2d(3, 4, 3)
+    parametrize.register_parametrization(conv, "weight", nn.Sequential(StandardizedRows()))
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        bnrewrite.convert(conv)
 
 
 def _reads_its_weight(rank: int, world_size: int) -> float:

@@ -35,7 +35,7 @@ def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
             # A BatchNorm module that is no site was left alone by the user's patterns.
             not isinstance(module, _BatchNorm)
             # What a parametrization is given is a weight.
-            and not isinstance(modules[name.rpartition(".")[0]], ParametrizationList)
+            and not any(isinstance(modules[one], ParametrizationList) for one in holders([name]))
             and mentions_batch_norm(module)
         ):
             found.add(name)

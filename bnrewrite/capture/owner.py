@@ -284,7 +284,9 @@ def _leave_while_compiling(key: str, name: str, left: bool) -> None:
     schedule = living_schedule(key)
     for member in [] if schedule is None else schedule.members():
         state = owner_state(member) if is_owner(member) else None
-        if state is not None and state.recipe.name == name:
+        if state is None or state.recipe.name != name:
+            continue
+        if member.__dict__.get(LEFT, False) is not left:
             member.__dict__[LEFT] = left
             schedule.change()  # pyright: ignore[reportOptionalMemberAccess]
 
