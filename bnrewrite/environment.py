@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnrewrite.convert import convert
-from bnrewrite.kernels.native.load import whence
+from bnrewrite.kernels.native import load
+from bnrewrite.kernels.triton import device as gpu
 from bnrewrite.report import report
 from bnrewrite.torch_versions import NEWEST, OLDEST, is_tested
 
@@ -55,13 +56,13 @@ def _remark(name: str) -> str:
 
 def devices() -> list[str]:
     """The CPU and the GPUs, with what decides about speed."""
-    found = [f"cpu, {torch.get_num_threads()} threads, {whence()}"]
+    found = [f"cpu, {torch.get_num_threads()} threads, {load.whence()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             found.append(
                 f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-                f"compute capability {properties.major}.{properties.minor}"
+                f"compute capability {properties.major}.{properties.minor}, {gpu.whence(index)}"
             )
     return found
 

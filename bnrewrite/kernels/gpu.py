@@ -1,11 +1,10 @@
 """Kernels for CUDA tensors: Triton's where it can run them, else ATen's.
 
-Triton needs a package that imports, a device that it compiles for (compute capability 8.0, or ROCm)
-and a dense contiguous or channels-last tensor. BNREWRITE_KERNELS=aten leaves it out.
+Triton's need a device that they are compiled for (``triton/device.py``) and a dense tensor that is
+contiguous or channels-last.
 """
 
 import functools
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +20,11 @@ from bnrewrite.kernels.statistics import (
     statistics_table,
     track,
 )
+from bnrewrite.kernels.triton.device import runs_triton
 from bnrewrite.kernels.triton.plan import Plan, plan_of
-from bnrewrite.settings import kernels_setting
 
 if TYPE_CHECKING:
     from bnrewrite.kernels.triton.launch import Normalized, Reduced
-
-
-@functools.cache
-def runs_triton(device: int) -> bool:
-    """Whether Triton kernels run on the GPU of this number."""
-    if importlib.util.find_spec("triton") is None or kernels_setting() == "aten":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
