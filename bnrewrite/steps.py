@@ -57,8 +57,37 @@ def rounds_of(module: nn.Module, roots: Roots) -> Iterator[Round]:
         backward = int(mode.communicates_backward)
         yield Round((roots.name_of(module),), None, int(mode.communicates), backward)
     else:
-        for child in module.children():
-            yield from rounds_of(child, roots)
+        # Nothing tells what its forward calls: each once, unless the graph of another does.
+        found = _evaluated_below(module)
+        called = {id(one) for other in found for one in _called_by(other)}
+        for one in found:
+            if id(one) not in called:
+                yield from rounds_of(one, roots)
+
+
+def _evaluated_below(module: nn.Module) -> list[nn.Module]:
+    """The outermost of its descendants that run a graph or are sites, once each."""
+    found: dict[int, nn.Module] = {}
+    for child in module.children():
+        inside = running_state(child) is not None or is_site(child)
+        for one in [child] if inside else _evaluated_below(child):
+            found.setdefault(id(one), one)
+    return list(found.values())
+
+
+def _called_by(module: nn.Module) -> Iterator[nn.Module]:
+    """What runs as part of the graph of an owner, or of those that it calls."""
+    state = running_state(module)
+    if state is None:
+        return
+    for path in (*state.train.inlined, *state.train.sites):
+        yield below(module, path)
+    for node in state.train.graph.find_nodes(op="call_module"):
+        child = below(module, str(node.target))
+        inside = running_state(child) is not None or is_site(child)
+        for one in [child] if inside else _evaluated_below(child):
+            yield one
+            yield from _called_by(one)
 
 
 def running_state(module: nn.Module) -> OwnerState | None:

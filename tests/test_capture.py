@@ -112,6 +112,33 @@ def test_functions_of_math_are_recorded() -> None:
     torch.testing.assert_close(model(x), 3 * nn.BatchNorm2d(3)(x), rtol=1e-5, atol=1e-5)
 
 
+class Repeated(nn.Module):
+    """Asks how many dimensions and images there are; a list has the length that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = [x.mean(), x.std()]
+        sizes = [x.shape[0], 1] + [1] * (len(x.shape) - 2)
+        return self.bn(x) * torch.full(sizes, float(len(scales))) + len(x)
+
+
+def test_lengths_of_computed_values_are_recorded() -> None:
+    plain = Repeated()
+    model = bnrewrite.convert(copy.deepcopy(plain), strict=True)
+    assert bnrewrite.graphs(model)[""].code.count("len(") == 2
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for size in (2, 5):
+        x = torch.randn(size, 3, 4, 4)
+        expected = plain(x)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(compiled(x), expected)
+    assert builtins.len is len
+    assert "len" not in globals()
+
+
 def test_code_is_compiled_when_a_graph_is_first_called() -> None:
     model: Any = bnrewrite.convert(nn.Sequential(Wrapper()))
     state: Any = owner_state(model[0].child)

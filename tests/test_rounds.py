@@ -105,3 +105,45 @@ def test_two_views_take_one_set_of_rounds() -> None:
     assert _count(views, x) == (18, 18)
     pair = bnrewrite.convert(QueryAndKey(_resnet18))
     assert _count(pair, x) == (17, 17)
+
+
+class Skip(nn.Module):
+    """A level of a network in the shape of a U, with the next one inside."""
+
+    def __init__(self, down: nn.Module, inner: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.down, self.inner, self.up = down, inner, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(x)
+        return self.up(y + self.inner(y))
+
+
+class Levels(nn.Module):
+    """Lists its layers by kind, and calls them by way of the outermost level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [
+            nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)) for _ in range(5)
+        ]
+        self.first, self.bottom = layers[0], layers[2]
+        self.downs = nn.ModuleList(layers[1:2])
+        self.ups = nn.ModuleList(layers[3:])
+        self.outermost = Skip(
+            self.first, Skip(self.downs[0], self.bottom, self.ups[0]), self.ups[1]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # No graph can have this.
+        return self.outermost(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_what_a_graph_below_calls_is_counted_there() -> None:
+    model = bnrewrite.convert(Levels())
+    assert "" not in bnrewrite.graphs(model)
+    report = bnrewrite.report(model)
+    assert sum(len(one.sites) for one in report.rounds) == 5
+    counted = (report.collectives_forward, report.collectives_backward)
+    assert _count(model, torch.randn(2, 3, 4, 4)) == counted

@@ -45,6 +45,11 @@ def _is_callable(value: Any, /) -> bool:
     return callable(value)
 
 
+def _length(value: Any, /) -> Any:
+    tracer = _recorder(value)
+    return len(value) if tracer is None else tracer.create_proxy("call_function", len, (value,), {})
+
+
 def _directory(*values: Any) -> list[str]:
     tracer = _recorder(values[0]) if values else None
     if tracer is not None:
@@ -93,6 +98,7 @@ QUESTIONS: dict[str, Any] = {
     "id": _identity,
     "callable": _is_callable,
     "dir": _directory,
+    "len": _length,
     "print": _print,
     "type": _Type,
 }
@@ -107,7 +113,8 @@ _UNSEEN = frozenset(
     id(vars(home)[name])
     for home, names in ((builtins, QUESTIONS), (operator, IDENTITY))
     for name in names
-    if name in vars(home)
+    # A proxy has no length to give.
+    if name in vars(home) and name != "len"
 )
 
 
