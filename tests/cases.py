@@ -297,6 +297,34 @@ class Aliased(Simple):
         return self.again(self.norm(self.conv(x)))
 
 
+class _ConvNormAct(nn.Module):
+    """Registers its layers by name and in the sequence that calls them, as nnU-Net's do."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_in, num_out, 3, padding=1)
+        self.norm = nn.BatchNorm2d(num_out)
+        self.nonlin = nn.LeakyReLU(inplace=True)
+        self.all_modules = nn.Sequential(self.conv, self.norm, self.nonlin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.all_modules(x)
+
+
+@case()
+class RegisteredTwice(nn.Module):
+    """Layers whose first name is not that by which they are called; one branch has two such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (_ConvNormAct(num, 4) for num in (3, 4, 4))
+        self.stages = nn.ModuleList([nn.Sequential(self.left), nn.Sequential(self.right)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return sum(stage(x) for stage in self.stages)  # pyright: ignore[reportReturnType]
+
+
 class SuperForward(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2

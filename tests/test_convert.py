@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import bnrewrite
 from bnrewrite import Local, Sync
 from bnrewrite.demo.network import DigitsNet
+from tests.cases import RegisteredTwice
 from tests.models import ActivatedNorm, Block, Functional, FunctionalNorm, ResidualNet, perturb
 from tests.parity import assert_same_training
 
@@ -995,3 +996,14 @@ class _TwoViews(nn.Module):
 def test_a_site_that_shares_with_its_other_evaluation_says_so() -> None:
     (site,) = bnrewrite.report(bnrewrite.convert(_TwoViews())).sites
     assert site.shares_with == ("encoder.1",)
+
+
+def test_layers_that_are_registered_twice_are_found_where_they_are_called() -> None:
+    model = bnrewrite.convert(RegisteredTwice(), strict=True)
+    report = bnrewrite.report(model)
+    assert {site.name: site.owner is None for site in report.sites} == {
+        f"{name}.norm": False for name in ("stem", "left", "right")
+    }
+    # The two branches share; each layer is counted once.
+    assert report.collectives_forward == 2
+    assert report.num_communicating == 3

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from bnrewrite.capture.bytecode import is_used_as_value, type_questions
-from bnrewrite.capture.candidates import code_names, has_forward, helpers, holders
+from bnrewrite.capture.candidates import Holders, code_names, has_forward, helpers
 from bnrewrite.capture.seen import is_library, parts, routines
 from bnrewrite.sites.classes import below, is_converted, original_class
 
@@ -25,7 +25,7 @@ def asking_candidates(
     modules: dict[str, nn.Module], owners: Collection[str]
 ) -> dict[str, nn.Module]:
     """Those of a model's ``modules`` that hold sites or ``owners``, and may ask for classes."""
-    above = holders(
+    above = Holders(modules).above(
         name for name, module in modules.items() if name in owners or is_converted(module)
     )
     return {

@@ -24,18 +24,24 @@ def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     These are the modules that hold a site directly or in a container, the BatchNorm modules with a
     forward of their own, and the other modules whose class mentions ``batch_norm``.
     """
+    holders = Holders(modules)
+    # What a parametrization is given is a weight.
+    weights = {
+        id(inside)
+        for module in modules.values()
+        if isinstance(module, ParametrizationList)
+        for inside in module.modules()
+    }
     found: set[str] = set()
     for name, module in modules.items():
         if is_site(module):
             if has_own_forward(module):
                 found.add(name)
-            if name:
-                found.add(_holder(modules, name))
+            found.update(holders.nearest(name))
         elif (
             # A BatchNorm module that is no site was left alone by the user's patterns.
             not isinstance(module, _BatchNorm)
-            # What a parametrization is given is a weight.
-            and not any(isinstance(modules[one], ParametrizationList) for one in holders([name]))
+            and id(module) not in weights
             and mentions_batch_norm(module)
         ):
             found.add(name)
@@ -54,15 +60,15 @@ def more_candidates(
         tried: candidates that were captured already.
         settled: names of sites that need no further search.
     """
+    holders = Holders(modules)
     seen = set(tried)
     for name, module in modules.items():
         if not is_site(module) or has_own_forward(module) or site_state(module).name in settled:
             continue
-        while name:
-            name = _holder(modules, name)
-            if name not in seen and has_forward(modules[name]):
-                seen.add(name)
-                yield name, modules[name]
+        for above in holders.above([name]):
+            if above not in seen and has_forward(modules[above]):
+                seen.add(above)
+                yield above, modules[above]
 
 
 def sharing_candidates(
@@ -72,7 +78,7 @@ def sharing_candidates(
 
     Only these can have such children run side by side. Sequences run theirs one after the other.
     """
-    communicating = holders(
+    communicating = Holders(modules).above(
         name
         for name, module in modules.items()
         if is_site(module) and site_state(module).mode.communicates
@@ -88,27 +94,58 @@ def sharing_candidates(
     }
 
 
-def holders(names: Iterable[str]) -> set[str]:
-    """Names of the modules that hold modules of these names, however far up."""
-    found: set[str] = set()
-    for name in names:
-        while name:
-            name = name.rpartition(".")[0]
-            found.add(name)
-    return found
+class Holders:
+    """Which of a model's modules hold which: several hold a module that is registered twice.
+
+    Args:
+        modules: those of the model by qualified name.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        names = {id(module): name for name, module in modules.items()}
+        self._of: dict[str, list[str]] = {name: [] for name in modules}
+        for name, module in modules.items():
+            for child in module.children():
+                self._of[names[id(child)]].append(name)
+
+    def nearest(self, name: str) -> Iterator[str]:
+        """Holders of the module ``name``, past lists and dictionaries without a forward."""
+        for one in self._of[name]:
+            if has_forward(self._modules[one]):
+                yield one
+            else:
+                yield from self.nearest(one)
+
+    def above(self, names: Iterable[str]) -> dict[str, None]:
+        """Names of the modules that hold modules of these names, however far up, from below."""
+        found: dict[str, None] = {}
+        left = list(names)
+        for name in left:
+            for one in self._of[name]:
+                if one not in found:
+                    found[one] = None
+                    left.append(one)
+        return found
+
+
+def children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` and those below it, each once and behind all that it holds, the last first."""
+    seen: set[int] = set()
+
+    def walk(one: nn.Module) -> Iterator[nn.Module]:
+        seen.add(id(one))
+        for child in reversed([*one.children()]):
+            if id(child) not in seen:
+                yield from walk(child)
+        yield one
+
+    return walk(module)
 
 
 def has_forward(module: nn.Module) -> bool:
     """Whether the class of ``module`` defines a forward at all."""
     return original_class(module).forward is not nn.Module.forward
-
-
-def _holder(modules: dict[str, nn.Module], name: str) -> str:
-    """Name of the module that holds ``name``, past lists and dictionaries without a forward."""
-    name = name.rpartition(".")[0]
-    while name and not has_forward(modules[name]):
-        name = name.rpartition(".")[0]
-    return name
 
 
 def mentions_batch_norm(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 
 from bnrewrite.capture.asking import asking_candidates, unanswered
 from bnrewrite.capture.cache import Cache, Capture, Recipe
-from bnrewrite.capture.candidates import computes_itself, sharing_candidates
+from bnrewrite.capture.candidates import children_first, computes_itself, sharing_candidates
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.forms import Form
 from bnrewrite.capture.owner import attach_owner, owner_state_of
@@ -42,7 +42,9 @@ def capture_from_below(
     sharing = sharing_candidates(modules, owners) if shares else {}
     asking = asking_candidates(modules, owners)
     untraced: set[str] = set()
-    for name, module in reversed(modules.items()):
+    names = {id(module): name for name, module in modules.items()}
+    for module in children_first(modules[""]):
+        name = names[id(module)]
         if name not in owners and name not in sharing and name not in asking:
             continue
         named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
