@@ -564,8 +564,26 @@ class TestBackward:
         options = {"affine": affine, "activation": "silu"}
         run(_check_backward, (3, 7, 7, 9), "channels-last", torch.float32, options)
 
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_values_that_are_never_read(self, run: Interpreter, activation: str) -> None:
+        run(_check_unread, activation)
+
     def test_a_gradient_of_another_layout_and_unaligned_memory(self, run: Interpreter) -> None:
         run(_check_strides)
+
+
+def _check_unread(activation: str) -> None:
+    """Behind the end of a row stands a zero, which is far from channels of one large value."""
+    x = torch.full((3, 7, 7, 9), 1e13, device=harness.device())
+    grad = torch.randn_like(x)
+    totals = reference.moments(x)
+    stats = reference.statistics(totals, EPS, torch.float32)
+    weight, bias = torch.ones(2, 7, device=x.device).unbind()
+    with kernels_on_cpu_tensors():
+        sums, _ = gpu.activation_backward_reduce(
+            grad, x, stats, weight, bias, None, activation, SLOPE, False
+        )
+    assert sums.isfinite().all()
 
 
 def _check_strides() -> None:

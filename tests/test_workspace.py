@@ -64,7 +64,7 @@ def _counters(num_blocks: int) -> torch.Tensor:
 def test_a_stream_keeps_its_own(cuda: _Cuda) -> None:
     first = _counters(3)
     assert _counters(2000).data_ptr() == first.data_ptr()
-    cuda.stream = 2
+    cuda.stream = 3
     second = _counters(3)
     assert abs(second.data_ptr() - first.data_ptr()) >= first.numel() * first.element_size()
     cuda.stream = 1
@@ -105,6 +105,28 @@ def test_an_end_of_the_reserve(cuda: _Cuda) -> None:
     assert _counters(8).sum() == 0
     cuda.stream = 3
     assert module._arrivals(0, 8) is None
+
+
+def test_memory_that_was_lacking_is_asked_for_again(cuda: _Cuda) -> None:
+    """As those need who look for the largest batch that fits."""
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with (
+        mock.patch.object(module._Reserve, "_allocate", side_effect=error),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        _counters(3)
+    cuda.is_capturing = True
+    assert module._arrivals(0, 3) is None
+    cuda.is_capturing = False
+    _counters(3)
+
+
+def test_a_stream_of_each_thread_has_none(cuda: _Cuda) -> None:
+    """Its number is the same in all threads."""
+    cuda.stream = 2
+    assert module._arrivals(0, 8) is None
+    cuda.stream = 3
+    _counters(8)
 
 
 def test_counters_are_kept_once_the_stream_waits_for_their_zeros(cuda: _Cuda) -> None:

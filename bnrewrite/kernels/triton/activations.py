@@ -57,6 +57,8 @@ def activation_backward(
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         return grad * (cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z))
     elif ACTIVATION == "gelu_tanh":
+        # Far out it is 0 or 1 without rounding, and the cube of what is further is infinite.
+        z = tl.where(z < -30.0, -30.0, tl.where(z > 30.0, 30.0, z))
         part = sigmoid(2.0 * 0.7978845608028654 * (z + 0.044715 * z * z * z))
         inner = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
         return grad * part * (1.0 + z * (1.0 - part) * inner)

@@ -24,19 +24,22 @@ _ACC: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.flo
 
 
 @functools.cache
-def _starts_early(device: int) -> bool:
-    """Whether kernels may start while the one before ends, for which they then wait themselves.
+def _target(device: int) -> str:
+    """What a GPU does that a kernel takes into account; "" if there is nothing.
 
-    That hides a launch: CUDA calls it programmatic dependent launch. They wait before they touch
-    memory, for all that the stream has done; and until all programs of the kernel before have
-    ended, or said that they need no more room, none of ours takes any.
+    "early": kernels may start while the one before ends, for which they then wait themselves. That
+    hides a launch: CUDA calls it programmatic dependent launch. They wait before they touch memory,
+    for all that the stream has done; and until all programs of the kernel before have ended, or
+    said that they need no more room, none of ours takes any.
+
+    "cdna": stores are not done at a barrier, see ``_wait_for_stores`` in ``tiles.py``.
     """
-    return (
-        device >= 0
-        and torch.version.hip is None
-        and not triton.knobs.runtime.interpret
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    if device < 0 or triton.knobs.runtime.interpret:
+        return ""
+    if torch.version.hip is not None:
+        is_cdna = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
+        return "cdna" if is_cdna else ""
+    return "early" if torch.cuda.get_device_capability(device) >= (9, 0) else ""
 
 
 class Launch(NamedTuple):
@@ -81,7 +84,7 @@ class Launch(NamedTuple):
         return {
             **self.plan.constants,
             "ACC": _ACC[reference.accumulate_dtype(self.x.dtype)],
-            "PDL": _starts_early(self.x.get_device()),
+            "TARGET": _target(self.x.get_device()),
             **dict(zip(self.more[::2], self.more[1::2], strict=True)),
         }
 
@@ -91,7 +94,7 @@ class Launch(NamedTuple):
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if self.most_registers and torch.version.hip is None:
             options["maxnreg"] = self.most_registers
-        if _starts_early(self.x.get_device()):
+        if _target(self.x.get_device()) == "early":
             options["launch_pdl"] = True
         return options
 

@@ -56,7 +56,7 @@ def moments_kernel(
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TARGET: tl.constexpr,
 ) -> None:
     """Packed sums of x, see :func:`bnrewrite.reference.moments`. Bytes: x read once.
 
@@ -67,7 +67,7 @@ def moments_kernel(
     Grid: blocks of columns, splits. MERGE is 0 if one program has all columns of a channel.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
-    if PDL:
+    if TARGET == "early":
         gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -105,7 +105,7 @@ def moments_kernel(
     first, end = sums_of(block, COLUMNS, BLOCK_C, GROUP)
     if MERGE:
         if is_last_to_store(
-            pairs, pairs, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, False
+            pairs, pairs, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, False, TARGET
         ):
             if FOLD:
                 for c in range(0, C, WIDE):

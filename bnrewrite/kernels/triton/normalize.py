@@ -144,7 +144,7 @@ def normalize_kernel(
     FOLD: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TARGET: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     OTHER_CUMULATIVE: tl.constexpr,
@@ -161,7 +161,7 @@ def normalize_kernel(
     of each of the ``num_blocks`` blocks of columns.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
-    if PDL:
+    if TARGET == "early":
         gdc_wait()
     program = tl.program_id(0)
     if program < num_books:

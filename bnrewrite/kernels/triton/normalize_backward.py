@@ -74,7 +74,7 @@ def normalize_backward_kernel(
     FOLD: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TARGET: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """The input gradient, see :func:`bnrewrite.reference.normalize_backward`.
@@ -90,7 +90,7 @@ def normalize_backward_kernel(
     Grid: the splits of each of the ``num_blocks`` blocks of columns.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
-    if PDL:
+    if TARGET == "early":
         gdc_wait()
     block = tl.program_id(0) % num_blocks
     c, c_mask = channels(block, C, P, BLOCK_C, GROUP, FOLD)

@@ -100,7 +100,7 @@ def normalize_backward_reduce_kernel(
     MERGE: tl.constexpr,
     ACC: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    TARGET: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
     """Sums of g and of g * xhat, see :func:`bnrewrite.reference.normalize_backward_reduce`.
@@ -115,7 +115,7 @@ def normalize_backward_reduce_kernel(
     Grid: blocks of columns, splits. MERGE is 0 if one program has all columns of a channel.
     """
     C, S, P, ROW = sizes(C, S, P, VEC, LAST, GROUP, FOLD)
-    if PDL:
+    if TARGET == "early":
         gdc_wait()
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -173,8 +173,9 @@ def normalize_backward_reduce_kernel(
     COLUMNS = C * P if FOLD else C
     first, end = sums_of(block, COLUMNS, BLOCK_C, GROUP)
     if MERGE:
+        THIRD: tl.constexpr = other is not None
         if is_last_to_store(
-            pairs, third, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, other is not None
+            pairs, third, partials, arrivals, first, end, COLUMNS, WIDTH, FOLD, THIRD, TARGET
         ):
             thirds = partials + num_splits * 2 * COLUMNS
             if FOLD:

@@ -205,6 +205,7 @@ def is_last_to_store(
     WIDTH: tl.constexpr,
     FOLD: tl.constexpr,
     THIRD: tl.constexpr,
+    TARGET: tl.constexpr,
 ) -> tl.tensor:
     """Stores ``pairs`` and ``third``; whether all others with which they are added have, too.
 
@@ -222,10 +223,24 @@ def is_last_to_store(
     if THIRD:
         row += num_splits * 2 * COLUMNS
         tl.store(row, tl.reshape(third, (2 * WIDTH,)), mask=exists)
+    if TARGET == "cdna":
+        _wait_for_stores(tl.arange(0, 2 * WIDTH))
     if FOLD:
         return _is_last(arrivals, num_splits * tl.num_programs(0))
     else:
         return _is_last(arrivals + tl.program_id(0), num_splits)
+
+
+@triton.jit
+def _wait_for_stores(values: tl.tensor) -> tl.tensor:
+    """``values``, once each wave that holds some has stored what it began to store.
+
+    On AMD's CDNA neither a barrier waits for that, nor the release of another wave. Elsewhere one
+    of them does.
+    """
+    return tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v", [values], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Memory that reductions need on the way: partial sums, and counters of who has stored them."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ _RESERVED = 1 << 20
 
 _OF_A_STREAM = 2048
 """Counters that a stream gets at least; few inputs are cut into more blocks."""
+
+_PER_THREAD = 2
+"""How CUDA calls the stream that each thread has for itself."""
 
 
 class _Reserve:
@@ -29,9 +33,8 @@ class _Reserve:
         self._lock = threading.Lock()
         self._ready = torch.cuda.Event()
         # In a thread of its own: in this one memory may come from the pool of a CUDA graph.
-        thread = threading.Thread(target=self._allocate)
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._allocate).result()
 
     def _allocate(self) -> None:
         with torch.cuda.device(self._device):
@@ -39,7 +42,9 @@ class _Reserve:
             self._ready.record()
 
     def of_stream(self, num_blocks: int, stream: int) -> Tensor | None:
-        """Those of ``stream``, at least ``num_blocks``; None if none are left."""
+        """Those of ``stream``, at least ``num_blocks``; None if there are none for it alone."""
+        if stream == _PER_THREAD:
+            return None
         counters = self._of_stream.get(stream)
         if counters is None or counters.numel() < num_blocks:
             counters = self.take(max(num_blocks, _OF_A_STREAM))
