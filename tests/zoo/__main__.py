@@ -23,6 +23,10 @@ from tests.zoo.suites import SUITES, specs_of
 from tests.zoo.sweep import Row, smallest_of_each_family, sweep
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")
+_DOMAIN_PACKAGES = (
+    *("ultralytics", "monai", "dynamic-network-architectures", "pytorchvideo", "lightly"),
+    *("open_clip_torch", "torch_geometric", "python-doctr"),
+)
 _EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _COLUMNS = (
     ("layers", "num_batch_norms"),
@@ -223,11 +227,12 @@ def conditions(command: str) -> dict[str, Any]:
         check=False,
     )
     versions = {}
-    for package in (*_PACKAGES, *_EXPORT_PACKAGES):
+    for package in (*_PACKAGES, *_DOMAIN_PACKAGES, *_EXPORT_PACKAGES):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+            if package not in _DOMAIN_PACKAGES:
+                versions[package] = None
     return {
         "command": command,
         "commit": commit.stdout.strip(),

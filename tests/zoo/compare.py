@@ -15,8 +15,15 @@ import torch
 
 from tests.ranks import RankPool
 from tests.zoo.__main__ import compact, conditions
-from tests.zoo.numbers import COMPARED, FAMILIES, Numbers, compare, compare_on_two_ranks
-from tests.zoo.spec import num_batch_norms
+from tests.zoo.numbers import (
+    COMPARED,
+    DOMAINS,
+    FAMILIES,
+    Numbers,
+    compare,
+    compare_on_two_ranks,
+)
+from tests.zoo.spec import MissingPackage, num_batch_norms
 from tests.zoo.suites import specs_of
 
 _PASSES = "passes"
@@ -26,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compares models that the file has no result of yet; 0 if none of all differs."""
     options = _options(argv)
     torch.set_num_threads(1)
-    models = [one for one in (*COMPARED, *FAMILIES) if fnmatch.fnmatch(one.name, options.name)]
+    models = [one for one in (*COMPARED, *FAMILIES, *DOMAINS) if _is_wanted(one, options)]
     rows: dict[str, dict[str, Any]] = {}
     if options.json is not None and options.json.exists():
         rows = {row["model"]: row for row in json.loads(options.json.read_text())["rows"]}
@@ -51,13 +58,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if done and set(done) == {_PASSES} else 1
 
 
+def _is_wanted(model: Numbers, options: argparse.Namespace) -> bool:
+    """Whether a model is asked for, installed and, on two ranks, one whose batch can be split."""
+    if not fnmatch.fnmatch(str(model), options.name) or (options.ranks and not model.splits):
+        return False
+    try:
+        specs_of(model.suite)
+    except MissingPackage as error:
+        print(f"{model} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.zoo.compare",
         description="Trains models of the zoo for three steps and evaluates them, in float64, "
         "beside the unconverted model: outputs, gradients and buffers must be equal.",
     )
-    parser.add_argument("--name", default="*", help="pattern of model names, default all")
+    parser.add_argument(
+        "--name", default="*", help="pattern of names with the suite, timm-dla34, default all"
+    )
     parser.add_argument(
         "--ranks",
         action="store_true",

@@ -22,9 +22,10 @@ class Numbers:
     Attributes:
         suite: the collection.
         name: the model.
-        size: of square images.
+        size: of square images; 0 for the arguments that the zoo has for it.
         options: changes to how the model is made.
         num_other: evaluations that are no sites by right.
+        splits: whether ranks can share a batch, by rows of its only tensor.
     """
 
     suite: str
@@ -32,6 +33,7 @@ class Numbers:
     size: int = 64
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_other: int = 0
+    splits: bool = True
 
     def __str__(self) -> str:
         return f"{self.suite}-{self.name}"
@@ -45,6 +47,8 @@ class Numbers:
 
     def arguments(self, n: int) -> Call:
         """A batch of images."""
+        if not self.size:
+            return specs_of(self.suite)[self.name].arguments(nn.Identity(), n)
         return (torch.randn(n, 3, self.size, self.size),), {}
 
 
@@ -142,6 +146,40 @@ FAMILIES = (
     Numbers("timm", "vit_small_resnet50d_s16_224", 224),
 )
 """With those of COMPARED, one model at least of every module of timm that has BatchNorm."""
+
+
+DOMAINS = (
+    Numbers("ultralytics", "yolov3-tiny"),
+    Numbers("ultralytics", "yolov5"),
+    Numbers("ultralytics", "yolov8"),
+    Numbers("ultralytics", "yolov8-ghost"),
+    Numbers("ultralytics", "yolov9t"),
+    Numbers("ultralytics", "yolov10n"),
+    Numbers("ultralytics", "yolo11"),
+    Numbers("ultralytics", "yolo11-seg"),
+    Numbers("ultralytics", "yolo11-pose"),
+    Numbers("ultralytics", "yolo12"),
+    Numbers("ultralytics", "yolo26"),
+    Numbers("ultralytics", "rtdetr-resnet50"),
+    Numbers("monai", "UNet", 0),
+    Numbers("monai", "DynUNet", 0),
+    Numbers("monai", "VNet", 0),
+    Numbers("monai", "AHNet", 0),
+    Numbers("monai", "UNETR", 0),
+    Numbers("monai", "EfficientNetBN", 0),
+    Numbers("nnunet", "PlainConvUNet", 0),
+    Numbers("nnunet", "ResidualEncoderUNet", 0),
+    Numbers("pytorchvideo", "x3d", 0),
+    Numbers("pytorchvideo", "slowfast", 0, splits=False),
+    Numbers("lightly", "SimSiam", 0),
+    Numbers("lightly", "resnet-9", 0),
+    Numbers("open_clip", "RN50", 0),
+    Numbers("pyg", "GIN", 0, splits=False),
+    Numbers("pyg", "PNA", 0, splits=False),
+    Numbers("doctr", "fast_tiny", 0),
+    Numbers("doctr", "textnet_tiny", 0),
+)
+"""Of libraries that are not installed for the tests."""
 
 
 def compare(model: Numbers) -> None:

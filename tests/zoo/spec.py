@@ -136,8 +136,8 @@ class MissingPackage(Exception):  # noqa: N818
     """A collection is not installed, or cannot be imported; the message says why."""
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "zoo") -> None:
     """Raises :class:`MissingPackage` for the first package that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise MissingPackage(f"{package} is not installed: pip install 'bnrewrite[zoo]'")
+            raise MissingPackage(f"{package} is not installed: pip install 'bnrewrite[{extra}]'")

@@ -1,8 +1,14 @@
-"""The four collections of the zoo by name."""
+"""The collections of the zoo by name."""
 
 import functools
 
-from tests.zoo import smp_models, timm_models, torchvision_models, transformers_models
+from tests.zoo import (
+    domain_models,
+    smp_models,
+    timm_models,
+    torchvision_models,
+    transformers_models,
+)
 from tests.zoo.spec import Spec, Suite
 
 SUITES: dict[str, Suite] = {
@@ -10,6 +16,14 @@ SUITES: dict[str, Suite] = {
     "timm": timm_models.specs,
     "transformers": transformers_models.specs,
     "smp": smp_models.specs,
+    "ultralytics": domain_models.ultralytics,
+    "monai": domain_models.monai,
+    "nnunet": domain_models.nnunet,
+    "pytorchvideo": domain_models.pytorchvideo,
+    "lightly": domain_models.lightly,
+    "open_clip": domain_models.open_clip,
+    "pyg": domain_models.geometric,
+    "doctr": domain_models.doctr,
 }
 
 
