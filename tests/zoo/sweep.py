@@ -1,5 +1,6 @@
 """Converts models of the zoo and counts their BatchNorm evaluations before and after."""
 
+import copy
 import dataclasses
 import re
 import time
@@ -150,6 +151,8 @@ def _measure(spec: Spec, row: Row) -> bool:
     row.num_batch_norms = num_batch_norms(model)
     row.num_parameters = sum(parameter.numel() for parameter in model.parameters())
     args, kwargs = spec.call(model)
+    # Some forwards write to the lists that they are given.
+    again = copy.deepcopy((args, kwargs))
     with torch.no_grad(), torch.device(spec.device):
         seed(1)
         with _Count() as plain, CountOthers(model) as others:
@@ -160,6 +163,7 @@ def _measure(spec: Spec, row: Row) -> bool:
         bnrewrite.convert(model)
         row.convert_s = round(time.perf_counter() - start, 3)
         seed(1)
+        args, kwargs = again
         with _Count() as ours:
             model(*args, **kwargs)
     report = bnrewrite.report(model)
