@@ -160,13 +160,15 @@ DOMAINS = (
     Numbers("ultralytics", "yolo11-pose"),
     Numbers("ultralytics", "yolo12"),
     Numbers("ultralytics", "yolo26"),
-    Numbers("ultralytics", "rtdetr-resnet50"),
+    # Its decoder stacks the outputs of its layers.
+    Numbers("ultralytics", "rtdetr-resnet50", splits=False),
     Numbers("monai", "UNet", 0),
     Numbers("monai", "DynUNet", 0),
     Numbers("monai", "VNet", 0),
     Numbers("monai", "AHNet", 0),
     Numbers("monai", "UNETR", 0),
-    Numbers("monai", "EfficientNetBN", 0),
+    # It drops connections at random, by a function.
+    Numbers("monai", "EfficientNetBN", 0, splits=False),
     Numbers("nnunet", "PlainConvUNet", 0),
     Numbers("nnunet", "ResidualEncoderUNet", 0),
     Numbers("pytorchvideo", "x3d", 0),
