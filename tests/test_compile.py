@@ -188,6 +188,32 @@ def _breaks_of_ddp(rank: int, world_size: int) -> set[str]:
     return {reason.split("\n")[0] for reason in counters["graph_break"]}
 
 
+def _net_class(number: int) -> type[nn.Module]:
+    """A class with a forward of its own code, as those of different files have."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3 + number)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x).relu()
+
+    code = Net.forward.__code__
+    Net.forward.__code__ = code.replace(co_firstlineno=code.co_firstlineno + number)
+    return Net
+
+
+def test_models_of_several_classes_have_a_recompile_limit_each() -> None:
+    models = [bnrewrite.convert(_net_class(number)()) for number in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = [torch.compile(one, fullgraph=True, backend="aot_eager") for one in models]
+        for training in (True, False):
+            for number, (model, run) in enumerate(zip(models, compiled, strict=True)):
+                model.train(training)
+                run(torch.randn(4, 3 + number))
+
+
 @pytest.mark.parametrize("how", ["inside DDP", "around DDP"])
 def test_two_ranks_agree_with_eager(ranks: RankPool, how: str) -> None:
     expected = ranks.run(_compile_rank, 2, "eager")

@@ -625,6 +625,24 @@ class TestErrors:
         with pytest.raises(bnrewrite.CaptureError, match=r"1\.0: it is a TorchScript module"):
             bnrewrite.convert(model, strict=True)
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_a_scripted_model_is_named(self) -> None:
+        scripted: Any = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+        with pytest.warns(UserWarning, match=r"0 was left alone: it is a TorchScript module"):
+            bnrewrite.convert(scripted)
+
+    def test_a_forward_that_was_replaced_in_torch_is_named(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = ResidualNet()
+        forward = nn.BatchNorm2d.forward
+        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: forward(self, x))
+        with pytest.raises(
+            bnrewrite.BnRewriteError, match=r"BatchNorm2d\.forward has been replaced"
+        ):
+            bnrewrite.convert(model)
+        assert not any(is_converted(module) for module in model.modules())
+
     def test_a_revert_that_fails_changes_nothing(self) -> None:
         model = bnrewrite.convert(ResidualNet())
         last = [module for module in model.modules() if is_converted(module)][-1]

@@ -34,6 +34,12 @@ def _shifted(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return state
 
 
+def _reset(ddp: Any, rank: int) -> None:
+    for module in ddp.module.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+
+
 LOADS: dict[str, Callable[[Any, int], None]] = {
     "model": lambda ddp, rank: ddp.module.load_state_dict(_shifted(ddp.module, rank)),
     "submodule": lambda ddp, rank: ddp.module.layer1.load_state_dict(
@@ -44,6 +50,7 @@ LOADS: dict[str, Callable[[Any, int], None]] = {
     "assigned buffers": lambda ddp, rank: ddp.load_state_dict(
         {n: t for n, t in _shifted(ddp, rank).items() if "running" in n}, strict=False, assign=True
     ),
+    "reset": _reset,
 }
 
 
@@ -73,6 +80,8 @@ def _run(rank: int, world_size: int, mode: str, what: str, loaders: tuple[int, .
         ("sync", "submodule", (0, 2)),
         ("sync", "wrapper", (2,)),
         ("sync", "assigned buffers", (0,)),
+        ("sync", "reset", (0,)),
+        ("sync", "reset", (1,)),
         ("shuffle", "model", (1, 2)),
         ("shuffle", "model", (0, 1, 2)),
     ],
@@ -121,6 +130,42 @@ def _put_back(rank: int, world_size: int, form: str) -> list[int]:
 @pytest.mark.parametrize("form", ["eager", "compiled", "not a number"])
 def test_a_state_that_was_put_back_asks_nobody(ranks: RankPool, form: str) -> None:
     assert ranks.run(_put_back, 2, form) == [[0, 0, 0, 0]] * 2
+
+
+def _evaluate_after(rank: int, world_size: int, form: str, loaders: tuple[int, ...]) -> float:
+    """Seconds that rank 0 evaluates, by the wrapper, while rank 1 is in its next step already."""
+    torch.manual_seed(0)
+    model: Any = bnrewrite.convert(ResidualNet())
+    if form == "compiled":
+        model.compile(backend="aot_eager", fullgraph=True)
+    ddp = DistributedDataParallel(model)
+    for step in range(2):
+        _step(ddp, step, rank)
+    if rank in loaders:
+        ddp.module.load_state_dict(_shifted(ddp.module, 0))
+    waited_s = 0.0
+    if rank == 0:
+        with torch.no_grad():
+            model.eval()(torch.randn(2, 3, 8, 8))
+            start = time.monotonic()
+            for _ in range(3):
+                ddp.eval()(torch.randn(2, 3, 8, 8))
+            waited_s = time.monotonic() - start
+        # Longer than ranks of which only one is about to communicate wait for each other.
+        time.sleep(2.0)
+        ddp.train()
+    _step(ddp, 2, rank)
+    return waited_s
+
+
+@pytest.mark.parametrize(
+    ("form", "loaders"), [("eager", (0, 1)), ("eager", (0,)), ("compiled", (0, 1))]
+)
+def test_who_evaluates_after_a_load_waits_for_nobody(
+    ranks: RankPool, form: str, loaders: tuple[int, ...]
+) -> None:
+    waited_s, _ = ranks.run(_evaluate_after, 2, form, loaders)
+    assert waited_s < schedule._PATIENCE_S
 
 
 def _two_models(rank: int, world_size: int) -> list[dict[str, Tensor]]:

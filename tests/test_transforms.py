@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import bnrewrite
-from tests.models import Block
+from tests.models import Block, ResidualNet
 from tests.ranks import RankPool
 
 OF_TORCH = pytest.mark.filterwarnings("ignore:.*is deprecated.*")
@@ -138,6 +138,23 @@ def _traced(rank: int, world_size: int, training: bool) -> list[list[Tensor]]:
 def test_traced_modules_compute_the_same(ranks: RankPool, training: bool, world_size: int) -> None:
     for traced, expected in ranks.run(_traced, world_size, training):
         torch.testing.assert_close(traced, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_share_are_traced_one_by_one() -> None:
+    """TorchScript takes no lists of tensors that may be missing."""
+    plain = ResidualNet().double()
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    assert any(len(one.sites) > 1 for one in bnrewrite.report(model).rounds)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced: Any = torch.jit.trace(model, (x,), check_trace=False)
+    # The trace was a step, too.
+    plain(x)
+    expected = plain(x)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-9, atol=1e-9)
 
 
 def _refused(rank: int, world_size: int) -> list[str]:

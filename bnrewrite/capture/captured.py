@@ -20,6 +20,7 @@ from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.naming import ITSELF
+from bnrewrite.ops.library import is_traced_by_jit
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.sites.classes import below
@@ -177,6 +178,9 @@ class Captured:
     def holds(self, owner: nn.Module) -> bool:
         """Whether all that was baked in is still as it was, and no site has grown a hook."""
         if has_global_hooks() or not self._outside_holds():
+            return False
+        if self.shares and not is_compiling() and is_traced_by_jit():
+            # TorchScript takes no lists of optional tensors.
             return False
         try:
             return self.assumptions.change(owner) is None and self._changed_site(owner) is None

@@ -127,9 +127,10 @@ def _with_signature(forward: FunctionType, original: Callable[..., Any]) -> Func
 
     ``torch.export`` reads the names for ``dynamic_shapes`` there, and trainers the columns to keep.
     It is no wrapper (``__wrapped__``): what takes wrappers off would take the conversion off.
+    Compilers count for each code how often they compile it, so it gets one of its own.
     """
     shown = FunctionType(
-        forward.__code__,
+        forward.__code__.replace(),
         forward.__globals__,
         forward.__name__,
         forward.__defaults__,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnrewrite.differences import Line
-from bnrewrite.errors import GroupError, UnsupportedBatchNorm
+from bnrewrite.errors import BnRewriteError, GroupError, UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP, active_group, find_group, name_in
 from bnrewrite.modes import Frozen, Mode, Shuffle, Sync
 from bnrewrite.naming import ITSELF, remember
@@ -26,7 +26,7 @@ from bnrewrite.sites.classes import (
     restore_class,
 )
 from bnrewrite.sites.evaluate import evaluate, site_number
-from bnrewrite.sites.schedule import EVALUATES, SCHEDULE, Schedule
+from bnrewrite.sites.schedule import EVALUATES, SCHEDULE, Schedule, schedule_of
 from bnrewrite.sites.tracing import Tracing, tracer_here
 
 _STATE = "_bnrewrite_site"
@@ -132,6 +132,14 @@ class SiteForward(Converted):
             # A copy, or what was loaded.
             remember(module, self._bnrewrite_site.name)
 
+    def reset_running_stats(self) -> None:
+        """Resets the buffers; where only some ranks do, those of rank 0 win, as after a load."""
+        module: Any = self
+        schedule = schedule_of(module)
+        if schedule is not None:
+            schedule.before_load()
+        super().reset_running_stats()  # pyright: ignore
+
     def _check_input_dim(self, input: Tensor) -> None:
         # While a subclass that checks its input is traced, there are no dimensions to check.
         if not isinstance(input, fx.Proxy):
@@ -216,6 +224,12 @@ def floor_recipe(module: nn.Module) -> tuple[type | None, ...]:
 def _recipe(cls: type[nn.Module]) -> tuple[type | None, ...]:
     if not _is_own(cls.forward):
         return (SiteForward, None)
+    if cls in _SITES:
+        raise BnRewriteError(
+            f"torch.nn.{cls.__name__}.forward has been replaced, so layers of this class are not "
+            "torch's BatchNorm any more. Convert before it is replaced, or give that forward to a "
+            "subclass and use this in the model."
+        )
     for base in cls.__mro__:
         if base in _SITES:
             return (None, _SITES[base])

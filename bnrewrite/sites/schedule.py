@@ -116,7 +116,7 @@ class Schedule:
         self._seen = _changed
 
     def before_load(self) -> None:
-        """Notes that a member is about to load a state."""
+        """Notes that a member is about to load a state, or to reset it."""
         self.ddp_buffers.before_load()
         self._seen = _changed
 
@@ -241,8 +241,17 @@ class Schedule:
             shadow_when_done(ddp)
 
     def _before_ddp(self, *_: Any) -> None:
-        """Looks before a forward of DDP whether a state was loaded, as compiled members cannot."""
-        if not is_compiling() and self.ddp_buffers.loaded():
+        """Looks before a forward of DDP whether a state was loaded, as compiled members cannot.
+
+        Not in evaluation, which a rank may do by itself.
+        """
+        if (
+            not is_compiling()
+            and self.is_news()
+            and self.ddp_buffers.loaded()
+            # A model may train with running statistics, too.
+            and (torch.is_grad_enabled() or any(map(_communicates, self.members())))
+        ):
             self.look()
 
     def members(self) -> list[Any]:
