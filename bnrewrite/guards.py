@@ -48,6 +48,11 @@ Up to torch 2.12, torch denies it while AOTAutograd traces what Dynamo found.
 """
 
 
+def is_fake() -> bool:
+    """Whether torch's fake tensors stand for all results now."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def is_ordered_by_compiler() -> bool:
     """Whether a compiler makes a graph of what runs, which it orders by itself.
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import register_parametrization
@@ -677,6 +678,30 @@ def _wrong_order(rank: int, world_size: int) -> Outcome:
     one, two = _net(), bnrewrite.convert(ResidualNet(width=16))
     models = [one, two] if rank == 0 else [two, one]
     return _outcome(lambda: [_step(model) for model in models])
+
+
+def _imagine_alone(rank: int, world_size: int, how: str) -> float:
+    """One rank estimates what a step takes; seconds until it has, and both have trained."""
+    torch.manual_seed(0)
+    model = bnrewrite.convert(ResidualNet())
+    x = torch.randn(2, 3, 8, 8)
+    start = time.monotonic()
+    if rank == 0 and how == "meta":
+        with torch.device("meta"):
+            y = bnrewrite.convert(ResidualNet())(torch.randn(2, 3, 8, 8))
+        assert y.is_meta
+    elif rank == 0:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(model(mode.from_tensor(x)), FakeTensor)
+    waited_s = time.monotonic() - start
+    model(x).sum().backward()
+    return waited_s
+
+
+@pytest.mark.parametrize("how", ["meta", "fake"])
+def test_a_forward_that_computes_nothing_waits_for_nobody(ranks: RankPool, how: str) -> None:
+    waited_s, _ = ranks.run(_imagine_alone, 2, how)
+    assert waited_s < schedule._PATIENCE_S
 
 
 def test_models_used_in_another_order_are_a_difference(ranks: RankPool) -> None:

@@ -443,3 +443,11 @@ def test_a_shortcut_that_gives_nothing_cannot_be_added() -> None:
     model = _convert(Shortcut(None, False))
     with pytest.raises(TypeError, match="'NoneType'"):
         model(torch.randn(4, 3, 5, 7))
+
+
+def test_a_forward_that_was_replaced_in_torch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 2)
+    plain = Net(lambda self, y, x: self.act(y))
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 7)
+    torch.testing.assert_close(model(x), plain(x))

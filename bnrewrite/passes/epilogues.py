@@ -99,8 +99,12 @@ def activation_of(owner: nn.Module, node: fx.Node) -> Activation | None:
     """The activation that ``node`` is, if it is one that can be part of a normalization."""
     if node.op == "call_module":
         module = below(owner, str(node.target))
-        make = _MODULES.get(original_class(module))
+        cls = original_class(module)
+        make = _MODULES.get(cls)
         if make is None or len(node.args) != 1 or node.kwargs:
+            return None
+        if cls.forward.__module__ != cls.__module__:
+            # Somebody has replaced torch's.
             return None
         names = inspect.signature(make).parameters
         return make(**{name: getattr(module, name) for name in names if name in module.__dict__})

@@ -196,6 +196,7 @@ def _can_wait(conv: Any, x: Tensor) -> bool:
     return (
         not is_compiling()
         and hides_collectives(x)
+        and not x.is_meta
         and not is_traced_by_jit()
         and not knows_only_torch()
         and torch.is_grad_enabled()

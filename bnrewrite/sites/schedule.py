@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.agreement import View, agree, can_agree, default_group
 from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
-from bnrewrite.guards import errors_pass_through_dynamo, is_compiling
+from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
@@ -129,8 +129,12 @@ class Schedule:
         """
         if is_compiling():
             _agree_while_compiling(self.key)
-        elif self.is_news():
+        elif self.is_news() and not self._is_imagined():
             self.look()
+
+    def _is_imagined(self) -> bool:
+        """Whether a forward computes nothing, as to estimate memory: then no rank waits for it."""
+        return is_fake() or any(p.is_meta for m in self.members() for p in m.parameters())
 
     def after_evaluation(self, result: Any) -> None:
         """Asks the others before backward goes through ``result`` of a member that evaluates.
@@ -241,10 +245,7 @@ class Schedule:
             shadow_when_done(ddp)
 
     def _before_ddp(self, *_: Any) -> None:
-        """Looks before a forward of DDP whether a state was loaded, as compiled members cannot.
-
-        Not in evaluation, which a rank may do by itself.
-        """
+        """Looks for loads before a forward of DDP that trains, as compiled members cannot."""
         if (
             not is_compiling()
             and self.is_news()
