@@ -67,12 +67,15 @@ def rounds_of(module: nn.Module, roots: Roots) -> Iterator[Round]:
 
 def _evaluated_below(module: nn.Module) -> list[nn.Module]:
     """The outermost of its descendants that run a graph or are sites, once each."""
-    found: dict[int, nn.Module] = {}
-    for child in module.children():
-        inside = running_state(child) is not None or is_site(child)
-        for one in [child] if inside else _evaluated_below(child):
-            found.setdefault(id(one), one)
+    found = {id(one): one for child in module.children() for one in _outermost(child)}
     return list(found.values())
+
+
+def _outermost(module: nn.Module) -> list[nn.Module]:
+    """``module`` if it runs a graph or is a site, else those below it that do or are."""
+    if running_state(module) is not None or is_site(module):
+        return [module]
+    return _evaluated_below(module)
 
 
 def _called_by(module: nn.Module) -> Iterator[nn.Module]:
@@ -83,9 +86,7 @@ def _called_by(module: nn.Module) -> Iterator[nn.Module]:
     for path in (*state.train.inlined, *state.train.sites):
         yield below(module, path)
     for node in state.train.graph.find_nodes(op="call_module"):
-        child = below(module, str(node.target))
-        inside = running_state(child) is not None or is_site(child)
-        for one in [child] if inside else _evaluated_below(child):
+        for one in _outermost(below(module, str(node.target))):
             yield one
             yield from _called_by(one)
 
