@@ -200,13 +200,18 @@ def _patterns(keep: object, model: nn.Module) -> tuple[str, ...]:
             f"keep must be a sequence of qualified names or patterns, but it is "
             f"{type(keep).__name__} ({keep!r})."
         )
-    names = [name for name, _ in model.named_modules()] if keep else []
+    modules = [*model.named_modules(remove_duplicate=False)] if keep else []
+    kept: set[int] = set()
     for pattern in keep:
         if not isinstance(pattern, str):
             raise TypeError(f"keep must hold strings, but one is {type(pattern).__name__}.")
-        if not any(fnmatchcase(name, pattern) for name in names):
+        found = {id(module) for name, module in modules if fnmatchcase(name, pattern)}
+        if not found:
             raise ValueError(f"the pattern {pattern!r} in keep matches no module of the model.")
-    return tuple(keep)
+        kept |= found
+    # By whatever name a forward calls them.
+    others = (name for name, module in modules if id(module) in kept)
+    return tuple(dict.fromkeys((*keep, *others)))
 
 
 def _check_sites(found: list[tuple[str, _BatchNorm]], modes: ModeTable) -> None:

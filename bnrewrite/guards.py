@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from bnrewrite.errors import BnRewriteError
 
@@ -48,9 +50,12 @@ Up to torch 2.12, torch denies it while AOTAutograd traces what Dynamo found.
 """
 
 
-def is_fake() -> bool:
-    """Whether torch's fake tensors stand for all results now."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+def is_fake(values: Any) -> bool:
+    """Whether what is computed of ``values`` has shapes only."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None or any(
+        isinstance(leaf, torch.Tensor) and (leaf.is_meta or isinstance(leaf, FakeTensor))
+        for leaf in tree_leaves(values)
+    )
 
 
 def is_ordered_by_compiler() -> bool:

@@ -704,6 +704,33 @@ def test_a_forward_that_computes_nothing_waits_for_nobody(ranks: RankPool, how: 
     assert waited_s < schedule._PATIENCE_S
 
 
+class Offloaded(ResidualNet):
+    """A part that this step does not run has no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(2, 2, device="meta")
+
+
+def _offloaded(rank: int, world_size: int) -> str:
+    torch.manual_seed(0)
+    model = bnrewrite.convert(Offloaded())
+    x = torch.randn(2, 3, 8, 8)
+    if rank == 0:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(x))
+    if rank == 1:
+        model.bn.eval()
+    with pytest.raises(bnrewrite.ScheduleError) as caught:
+        model(x)
+    return str(caught.value)
+
+
+def test_a_part_without_memory_does_not_hide_a_difference(ranks: RankPool) -> None:
+    for message in ranks.run(_offloaded, 2):
+        assert "First difference: bn" in message
+
+
 def test_models_used_in_another_order_are_a_difference(ranks: RankPool) -> None:
     _assert_all_heard(ranks.run(_wrong_order, 2), "bn", "rank 0: .*8 channels; .*16 channels")
 

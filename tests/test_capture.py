@@ -139,6 +139,79 @@ def test_lengths_of_computed_values_are_recorded() -> None:
     assert "len" not in globals()
 
 
+class Counts(nn.Module):
+    """Numbers with two names, of which one is counted on; and a tensor with two, changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, height = len(x), x.size(2)
+        more, half = images, height
+        more += 1
+        half //= 2
+        y = self.bn(x) * images + more
+        same = y
+        same += 1
+        return y[:, :, :height] * 2 + half
+
+
+def test_numbers_keep_their_values_under_other_names() -> None:
+    plain = Counts()
+    model = bnrewrite.convert(copy.deepcopy(plain), strict=True)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for run in (model, compiled):
+        x = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(run(x), plain(x))
+
+
+class HidesTeacher(nn.Module):
+    """As models that keep a teacher out of their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = Named(), Named()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        for name, module in super().named_modules(*args, **kwargs):
+            if not name.startswith("teacher"):
+                yield name, module
+
+    def children(self) -> Any:
+        yield self.teacher
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.student(x) + self.teacher(x)
+
+
+def test_modules_may_hide_their_children() -> None:
+    model = bnrewrite.convert(HidesTeacher())
+    assert [site.name for site in bnrewrite.report(model).sites] == ["student.bn"]
+    assert is_owner(model.student)
+    assert not is_owner(model.teacher)
+
+
+class TwoNames(nn.Module):
+    """Calls a child with an optional argument, by a name that is not its first."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.backbone = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(self.backbone(x, x))
+
+
+def test_forms_of_a_child_with_two_names_are_captured() -> None:
+    model: Any = nn.Module()
+    model.inner = OptionalFromParent().inner
+    model.head = TwoNames(model.inner)
+    bnrewrite.convert(model)
+    state: Any = owner_state(model.inner)
+    assert [form.arguments for form in state.train.forms] == [["x"], ["x", "shortcut"]]
+
+
 def test_code_is_compiled_when_a_graph_is_first_called() -> None:
     model: Any = bnrewrite.convert(nn.Sequential(Wrapper()))
     state: Any = owner_state(model[0].child)

@@ -634,14 +634,18 @@ class TestErrors:
     def test_a_forward_that_was_replaced_in_torch_is_named(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model = ResidualNet()
+        class Sub(nn.BatchNorm2d):
+            pass
+
         forward = nn.BatchNorm2d.forward
-        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: forward(self, x))
-        with pytest.raises(
-            bnrewrite.BnRewriteError, match=r"BatchNorm2d\.forward has been replaced"
-        ):
-            bnrewrite.convert(model)
-        assert not any(is_converted(module) for module in model.modules())
+        for cls in (nn.BatchNorm2d, _BatchNorm):
+            with monkeypatch.context() as patch:
+                patch.setattr(cls, "forward", lambda self, x: forward(self, x))
+                for model in (ResidualNet(), nn.Sequential(Sub(3))):
+                    said = rf"{cls.__name__}\.forward of torch\.nn has been replaced"
+                    with pytest.raises(bnrewrite.BnRewriteError, match=said):
+                        bnrewrite.convert(model)
+                    assert not any(is_converted(module) for module in model.modules())
 
     def test_a_revert_that_fails_changes_nothing(self) -> None:
         model = bnrewrite.convert(ResidualNet())

@@ -1,6 +1,7 @@
 """Sums and activations that become part of the BatchNorm before them, and those that must not."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -446,7 +447,11 @@ def test_a_shortcut_that_gives_nothing_cannot_be_added() -> None:
 
 
 def test_a_forward_that_was_replaced_in_torch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 2)
+    @functools.wraps(nn.ReLU.forward)
+    def doubled(self: nn.ReLU, input: Tensor) -> Tensor:
+        return input * 2
+
+    monkeypatch.setattr(nn.ReLU, "forward", doubled)
     plain = Net(lambda self, y, x: self.act(y))
     model = bnrewrite.convert(copy.deepcopy(plain))
     x = torch.randn(2, 3, 5, 7)

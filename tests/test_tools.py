@@ -61,6 +61,36 @@ def step(model: nn.Module) -> Tensor:
     return loss
 
 
+class TwoNames(nn.Module):
+    """Its branches have other names in the head that runs them side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (
+            nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2)
+        )
+        self.head = Beside(self.left, self.right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class Beside(nn.Module):
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("name", ["left", "head.one"])
+def test_what_is_kept_may_be_called_by_another_name(name: str) -> None:
+    assert "head.one" in bnrewrite.report(bnrewrite.convert(TwoNames())).inlined()
+    kept = bnrewrite.report(bnrewrite.convert(TwoNames(), keep=(name,))).inlined()
+    assert "head.one" not in kept
+
+
 class TestTools:
     """What looks at models while they run."""
 

@@ -53,7 +53,7 @@ def owner_candidates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def more_candidates(
     modules: dict[str, nn.Module], tried: dict[str, nn.Module], settled: set[str]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Holders of holders of the sites that are not in ``settled``, each one once, from below.
+    """Holders of holders of the sites that are not in ``settled``, each one once.
 
     Args:
         modules: those of the model by qualified name.
@@ -106,19 +106,23 @@ class Holders:
         names = {id(module): name for name, module in modules.items()}
         self._of: dict[str, list[str]] = {name: [] for name in modules}
         for name, module in modules.items():
-            for child in module.children():
-                self._of[names[id(child)]].append(name)
+            # What a module says of itself may leave some out.
+            for child in dict.fromkeys(map(id, module._modules.values())):
+                if child in names:
+                    self._of[names[child]].append(name)
 
-    def nearest(self, name: str) -> Iterator[str]:
+    def nearest(self, name: str) -> list[str]:
         """Holders of the module ``name``, past lists and dictionaries without a forward."""
-        for one in self._of[name]:
-            if has_forward(self._modules[one]):
-                yield one
-            else:
-                yield from self.nearest(one)
+        left, found = [name], []
+        for one in left:
+            for holder in self._of[one]:
+                if holder in left or holder in found:
+                    continue
+                (found if has_forward(self._modules[holder]) else left).append(holder)
+        return found
 
     def above(self, names: Iterable[str]) -> dict[str, None]:
-        """Names of the modules that hold modules of these names, however far up, from below."""
+        """Names of the modules that hold modules of these names, however far up."""
         found: dict[str, None] = {}
         left = list(names)
         for name in left:
@@ -129,18 +133,21 @@ class Holders:
         return found
 
 
-def children_first(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` and those below it, each once and behind all that it holds, the last first."""
-    seen: set[int] = set()
+def children_first(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Those of a model by name, each once and behind all that it holds, the last ones first."""
+    names = {id(module): name for name, module in modules.items()}
 
-    def walk(one: nn.Module) -> Iterator[nn.Module]:
-        seen.add(id(one))
-        for child in reversed([*one.children()]):
-            if id(child) not in seen:
+    def walk(one: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        name = names.pop(id(one), None)
+        if name is None:
+            return
+        for child in reversed(one._modules.values()):
+            if child is not None:
                 yield from walk(child)
-        yield one
+        yield name, one
 
-    return walk(module)
+    for module in modules.values():
+        yield from walk(module)
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -1,10 +1,12 @@
 """The function that a captured graph becomes: it computes the same, with fewer steps of Python."""
 
 import keyword
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+from torch.fx.graph import inplace_methods
 
 from bnrewrite.groups import active_group
 from bnrewrite.ops.batch_norm_act import BATCH_NORM_ACT
@@ -72,6 +74,8 @@ class _Copy:
             copy.op, copy.target, copy.args = "call_function", _call, (called, *copy.args)
         if is_composite(node.target):
             copy.target, copy.args = run_composite, (node.target, *copy.args)
+        if node.op == "call_function" and node.target in _IN_PLACE:
+            copy.target = _IN_PLACE[node.target]
         return copy
 
     def _addends(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -96,6 +100,26 @@ class _Copy:
         # fx spells out getattr, also where that is no code.
         read = _attribute if keyword.iskeyword(name) else getattr
         return self.graph.create_node("call_function", read, (source, name), name=variable)
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    """An operator like ``+=`` as a function that code can call.
+
+    fx spells out ``a += b``, which gives ``a`` another value if it is a number: so it would get in
+    code with ``c = a; c += b``, too.
+    """
+    change = getattr(operator, name)
+
+    def changed(value: Any, other: Any) -> Any:
+        return change(value, other)
+
+    changed.__name__ = changed.__qualname__ = f"_{name}"
+    return changed
+
+
+_IN_PLACE = {
+    getattr(operator, name): _in_place(name) for name in inplace_methods if name != "setitem"
+}
 
 
 class _Owner:

@@ -35,7 +35,7 @@ def capture_from_below(
         schedule: of the conversion; what is captured enters it.
 
     Returns:
-        What came of each module by name, in the order of the model's modules.
+        What came of each module by name, children last.
     """
     found: dict[str, Capture] = {}
     shares = inline_children.__name__ in recipe.passes
@@ -43,14 +43,14 @@ def capture_from_below(
     asking = asking_candidates(modules, owners)
     untraced: set[str] = set()
     names = {id(module): name for name, module in modules.items()}
-    for module in children_first(modules[""]):
-        name = names[id(module)]
+    for name, module in children_first(modules):
         if name not in owners and name not in sharing and name not in asking:
             continue
         named = dataclasses.replace(recipe, name=name, untraced=tuple(sorted(untraced)))
         one = found[name] = capture_and_attach(module, named, cache, schedule)
         if one.train is not None:
-            untraced.difference_update(joined(name, path) for path in one.train.inlined)
+            inlined = (below(module, path) for path in one.train.inlined)
+            untraced.difference_update(names.get(id(child), "") for child in inlined)
         elif one.refused is not None and name in sharing:
             untraced.add(name)
     _capture_other_forms(modules, found, recipe, cache, schedule)
@@ -65,10 +65,13 @@ def _capture_other_forms(
     schedule: Schedule,
 ) -> None:
     """Captures owners again that others call with optional arguments, with these."""
+    names = {id(module): name for name, module in modules.items()}
     forms: dict[str, list[Form]] = {}
     for name, one in found.items():
         for path, form in one.calls:
-            known = forms.setdefault(joined(name, path), [])
+            # The caller may know it by another name.
+            own_name = names.get(id(below(modules[name], path)), joined(name, path))
+            known = forms.setdefault(own_name, [])
             if form not in known:
                 known.append(form)
     for name in forms:

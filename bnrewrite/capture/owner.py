@@ -162,7 +162,7 @@ class OwnerForward(Converted):
         captured, values = self._bnrewrite_choose(training, args, kwargs)
         if training:
             self._bnrewrite_note(captured, values)
-            self._bnrewrite_schedule.before_collectives()
+            self._bnrewrite_schedule.before_collectives((args, kwargs))
         if captured is not None and values is not None:
             result = _run(captured, module, values)
         else:

@@ -78,6 +78,8 @@ _MODULES: dict[type[nn.Module], Make] = {
     nn.Hardtanh: _hardtanh,
 }
 
+_FORWARDS = {cls: cls.forward for cls in _MODULES}
+
 _FUNCTIONS: dict[Any, tuple[Make, tuple[str, ...]]] = {
     F.relu: (_relu, ("input", "inplace")),
     F.relu_: (_relu, ("input",)),
@@ -103,7 +105,7 @@ def activation_of(owner: nn.Module, node: fx.Node) -> Activation | None:
         make = _MODULES.get(cls)
         if make is None or len(node.args) != 1 or node.kwargs:
             return None
-        if cls.forward.__module__ != cls.__module__:
+        if cls.forward is not _FORWARDS[cls] or cls.forward.__module__ != cls.__module__:
             # Somebody has replaced torch's.
             return None
         names = inspect.signature(make).parameters

@@ -163,7 +163,7 @@ class SiteForward(Converted):
         module._check_input_dim(input)
         training = module.training and not isinstance(state.mode, Frozen)
         if training:
-            self._bnrewrite_schedule.before_collectives()
+            self._bnrewrite_schedule.before_collectives(input)
         arguments = (
             input, module.weight, module.bias, module.running_mean, module.running_var,
             module.num_batches_tracked, training, module.track_running_stats, module.momentum,
@@ -212,8 +212,11 @@ def has_own_forward(module: nn.Module) -> bool:
     return _is_own(original_class(module).forward)
 
 
+_OF_TORCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def _is_own(forward: Any) -> bool:
-    return forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return forward not in _OF_TORCH
 
 
 def floor_recipe(module: nn.Module) -> tuple[type | None, ...]:
@@ -224,11 +227,12 @@ def floor_recipe(module: nn.Module) -> tuple[type | None, ...]:
 def _recipe(cls: type[nn.Module]) -> tuple[type | None, ...]:
     if not _is_own(cls.forward):
         return (SiteForward, None)
-    if cls in _SITES:
+    replaced = next(base for base in cls.__mro__ if "forward" in vars(base))
+    if replaced in (_BatchNorm, nn.SyncBatchNorm, *_SITES):
         raise BnRewriteError(
-            f"torch.nn.{cls.__name__}.forward has been replaced, so layers of this class are not "
-            "torch's BatchNorm any more. Convert before it is replaced, or give that forward to a "
-            "subclass and use this in the model."
+            f"{cls.__name__}: {replaced.__name__}.forward of torch.nn has been replaced, so layers "
+            "of this class are not torch's BatchNorm any more. Convert before it is replaced, or "
+            "give that forward to a subclass and use this in the model."
         )
     for base in cls.__mro__:
         if base in _SITES:

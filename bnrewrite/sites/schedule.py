@@ -120,8 +120,10 @@ class Schedule:
         self.ddp_buffers.before_load()
         self._seen = _changed
 
-    def before_collectives(self) -> None:
+    def before_collectives(self, values: Any) -> None:
         """Agrees with the other ranks if anything changed since; a member calls it in training.
+
+        Not where ``values``, what it is given, are not there, as to estimate memory.
 
         Raises:
             ScheduleError: the ranks differ.
@@ -129,12 +131,8 @@ class Schedule:
         """
         if is_compiling():
             _agree_while_compiling(self.key)
-        elif self.is_news() and not self._is_imagined():
+        elif self.is_news() and not is_fake(values):
             self.look()
-
-    def _is_imagined(self) -> bool:
-        """Whether a forward computes nothing, as to estimate memory: then no rank waits for it."""
-        return is_fake() or any(p.is_meta for m in self.members() for p in m.parameters())
 
     def after_evaluation(self, result: Any) -> None:
         """Asks the others before backward goes through ``result`` of a member that evaluates.

@@ -55,9 +55,9 @@ def _failure() -> str | None:
 
     It compiles its launcher on each machine, which images without a compiler cannot do.
     """
-    from triton.runtime import driver
-
     try:
+        from triton.runtime import driver
+
         driver.active.get_current_target()
     except subprocess.CalledProcessError as error:
         # The compiler has written what it lacks to stderr; its command is long.
