@@ -204,11 +204,11 @@ class TwoNames(nn.Module):
 
 
 def test_forms_of_a_child_with_two_names_are_captured() -> None:
-    model: Any = nn.Module()
-    model.inner = OptionalFromParent().inner
-    model.head = TwoNames(model.inner)
+    inner = OptionalFromParent().inner
+    model = nn.Module()
+    model.inner, model.head = inner, TwoNames(inner)
     bnrewrite.convert(model)
-    state: Any = owner_state(model.inner)
+    state: Any = owner_state(inner)
     assert [form.arguments for form in state.train.forms] == [["x"], ["x", "shortcut"]]
 
 
