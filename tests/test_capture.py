@@ -204,7 +204,7 @@ class TwoNames(nn.Module):
 
 
 def test_forms_of_a_child_with_two_names_are_captured() -> None:
-    inner = OptionalFromParent().inner
+    inner: Any = OptionalFromParent().inner
     model = nn.Module()
     model.inner, model.head = inner, TwoNames(inner)
     bnrewrite.convert(model)
