@@ -136,13 +136,13 @@ def convert(
             )
         warn_unanswered(conversion)
         if not sites:
-            found_else = (
+            left_alone = (
                 f" {left[0].name or ITSELF} was left alone: {left[0].reason}." if left else ""
             )
             warnings.warn(
                 f"{type(model).__name__} has nothing to convert: convert() looked for BatchNorm "
                 "modules (subclasses of torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm) and for "
-                f"calls to torch.nn.functional.batch_norm on activations.{found_else}",
+                f"calls to torch.nn.functional.batch_norm on activations.{left_alone}",
                 stacklevel=2,
             )
     return model

@@ -57,12 +57,19 @@ def traced(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         return bnrewrite.convert(model)
 
 
-# A trace knows a module by its first name alone, and leaves it a call where graphs can be put.
-_ONE_NAME_EACH = [case for case in CASES if case.name != "RegisteredTwice"]
+_TWO_NAMES = pytest.mark.xfail(
+    reason="a trace knows a module by its first name alone, and leaves it a call under another"
+)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("case", _ONE_NAME_EACH, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=_TWO_NAMES if case.name == "RegisteredTwice" else ())
+        for case in CASES
+    ],
+)
 def test_every_case_is_captured_the_same_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = case.model()
