@@ -231,7 +231,7 @@ def test_errors_name_the_sites_of_copies(change: Callable[[Any], Any]) -> None:
         assert sites_of((changed.get_submodule(name).weight,)) == name
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 @pytest.mark.parametrize("model", [
     lambda: bnrewrite.convert(nn.BatchNorm2d(3)),
     lambda: bnrewrite.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))),

@@ -625,7 +625,7 @@ class TestErrors:
         with pytest.raises(bnrewrite.CaptureError, match=r"1\.0: it is a TorchScript module"):
             bnrewrite.convert(model, strict=True)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
     def test_a_scripted_model_is_named(self) -> None:
         scripted: Any = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
         with pytest.warns(UserWarning, match=r"0 was left alone: it is a TorchScript module"):

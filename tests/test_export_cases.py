@@ -491,7 +491,7 @@ def check_same(model: Any, expected: ExportReport) -> None:
     assert report.model.SerializeToString() == expected.model.SerializeToString()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is")
 def test_wrappers_are_taken_off():
     model = randomize(Block())
     plain = export_onnx(model, (IMAGE,))

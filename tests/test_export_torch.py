@@ -93,7 +93,7 @@ def test_a_program_that_was_saved_is_the_same(training):
         torch.testing.assert_close(loaded.state_dict()[name], value, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is")
 @pytest.mark.parametrize("mode", ["sync", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_aotinductor_packages_the_eval_form(mode, tmp_path):
     model = bnrewrite.convert(randomize(Block()), mode).eval()

@@ -62,7 +62,7 @@ _TWO_NAMES = pytest.mark.xfail(
 )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 @pytest.mark.parametrize(
     "case",
     [

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
-from bnrewrite.capture.seen import CONSTANTS, SeenBelow, described, is_method, same
+from bnrewrite.capture.seen import CONSTANTS, CONTAINERS, SeenBelow, described, is_method, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import Converted, below, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
@@ -81,7 +81,9 @@ class Assumptions:
         elif name == "training":
             self.note_training(path, value)
         elif name in module.__dict__:
-            plain = inspect.isroutine(value) and not is_method(value)
+            # From Python 3.14 on, a partial is a routine, too.
+            looked_into = is_method(value) or isinstance(value, CONTAINERS)
+            plain = inspect.isroutine(value) and not looked_into
             constant = plain or isinstance(value, CONSTANTS)
             # What it looks like is known at the end of the trace.
             (self.constants if constant else self.objects)[path, name] = value

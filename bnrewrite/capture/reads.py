@@ -51,6 +51,9 @@ _TYPES = frozenset(("type", "__class__", "_get_name", "typename"))
 
 _SETTERS = ("__setattr__", "__delattr__")
 
+_LAZY = ("__annotate__", "__annotate_func__")
+"""Functions that Python 3.14 has in classes for their annotations: no operators."""
+
 _BY_NAME = frozenset(("globals", "eval", "exec"))
 """Builtins that find what code does not name."""
 
@@ -140,7 +143,7 @@ class Reads:
         for base in cls.__mro__:
             if not is_library(base.__module__):
                 for name, value in list(vars(base).items()):
-                    if name.startswith("__") and name not in but and routines(value):
+                    if name.startswith("__") and name not in (*but, *_LAZY) and routines(value):
                         self.see_in_class(cls, name)
 
     def _see_class(self, cls: type) -> None:
