@@ -1,9 +1,19 @@
 """Modes: which values a site computes its statistics from."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class _Constant:
+    """What never changes: copies are the object itself, as compilers compare it."""
+
+    def __deepcopy__(self: T, memo: dict) -> T:
+        return self
 
 
 def _check_flag(mode: str, value: object) -> None:
@@ -15,7 +25,7 @@ def _check_flag(mode: str, value: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sync:
+class Sync(_Constant):
     """Statistics over all ranks of the process group, as in ``torch.nn.SyncBatchNorm``.
 
     Attributes:
@@ -38,7 +48,7 @@ class Sync:
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class Local(_Constant):
     """Statistics over each rank's own batch, as in ``torch.nn.BatchNorm2d``.
 
     Attributes:
@@ -59,7 +69,7 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class Frozen(_Constant):
     """Running statistics in training and evaluation, never updated, as in FrozenBatchNorm2d."""
 
     name = "frozen"
@@ -68,7 +78,7 @@ class Frozen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffle:
+class Shuffle(_Constant):
     """Statistics of another rank of the process group: ShuffleBatchNorm.
 
     A rank does not normalize with the statistics of its own batch, so contrastive training cannot
@@ -132,9 +142,15 @@ Mode = Sync | Shuffle | Local | Frozen
 MODES: dict[str, Mode] = {mode.name: mode for mode in (Sync(), Shuffle(), Local(), Frozen())}
 
 
+@functools.cache
+def _first(mode: Mode) -> Mode:
+    """The first mode that equals ``mode``."""
+    return mode
+
+
 def _parse(mode: object) -> Mode:
     if isinstance(mode, Mode):
-        return mode
+        return _first(mode)
     if isinstance(mode, str):
         if mode in MODES:
             return MODES[mode]

@@ -1,6 +1,8 @@
 """``torch.compile(fullgraph=True)``: one rank and two, inside DDP and around it."""
 
 import copy
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import bnrewrite
+from bnrewrite.demo.network import DigitsNet
 from tests.models import ActivatedNorm, Functional, FunctionalNorm, ResidualNet, perturb
 from tests.ranks import RankPool
 
@@ -212,6 +216,39 @@ def test_models_of_several_classes_have_a_recompile_limit_each() -> None:
             for number, (model, run) in enumerate(zip(models, compiled, strict=True)):
                 model.train(training)
                 run(torch.randn(4, 3 + number))
+
+
+def _models(how: str) -> Iterator[nn.Module]:
+    """Five models that are equal but for the values of their tensors."""
+    model = None if how == "one after another" else bnrewrite.convert(DigitsNet())
+    for _ in range(5):
+        yield copy.deepcopy(model) if how == "copies" else bnrewrite.convert(DigitsNet())
+        gc.collect()
+
+
+@pytest.mark.parametrize("how", ["copies", "side by side", "one after another"])
+def test_equal_models_are_compiled_once(how: str) -> None:
+    torch.compiler.reset()
+    count = CompileCounter()
+    for model in _models(how):
+        compiled = torch.compile(model, backend=count, fullgraph=True)
+        alone = copy.deepcopy(model)
+        x = torch.randn(4, 1, 8, 8)
+        torch.testing.assert_close(compiled(x), alone(x))
+        torch.testing.assert_close(model.state_dict(), alone.state_dict())
+        del model, compiled, alone
+    assert count.frame_count == 1
+
+
+def test_models_of_other_modes_are_compiled_by_themselves() -> None:
+    count = CompileCounter()
+    x = torch.randn(4, 1, 8, 8)
+    for mode in ("local", "frozen", {"stages.*": "local", "*": "frozen"}):
+        model = bnrewrite.convert(DigitsNet(), mode)
+        alone = copy.deepcopy(model)
+        torch.testing.assert_close(torch.compile(model, backend=count)(x), alone(x))
+        torch.testing.assert_close(model.state_dict(), alone.state_dict())
+    assert count.frame_count == 3
 
 
 @pytest.mark.parametrize("how", ["inside DDP", "around DDP"])

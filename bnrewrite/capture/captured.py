@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bnrewrite.capture.alike import alike, nodes_alike
 from bnrewrite.capture.assumptions import CLASS, HOOKS, Assumptions, Place
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
+from bnrewrite.capture.firsts import keep_for_compilers
 from bnrewrite.capture.outside import COMPILING
 from bnrewrite.capture.seen import same
 from bnrewrite.groups import NO_GROUP, active_group
@@ -32,7 +34,7 @@ from bnrewrite.sites.floor import (
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Captured:
     """A captured graph, how it is called, and what must hold for it to stand for the forward.
 
@@ -53,6 +55,7 @@ class Captured:
         otherwise: the graph for calls of another form, if there is one.
         key: of the captured graph in this process.
         shares: whether its collectives are others than those of its sites by themselves.
+        classes: those that conversion made of modules which run it.
     """
 
     graph: fx.Graph
@@ -69,13 +72,15 @@ class Captured:
     elements: list[Element] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
-    key: str = dataclasses.field(init=False, compare=False)
-    shares: bool = dataclasses.field(init=False, compare=False)
+    key: str = dataclasses.field(init=False)
+    shares: bool = dataclasses.field(init=False)
+    classes: weakref.WeakSet[type] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         # A string, since compilers take a number that differs between graphs for a dynamic size.
         self.key = str(next(_keys))
         _living[self.key] = self
+        self.classes = weakref.WeakSet()
         self.shares = any(node.target is START_BATCH_NORM for node in self.graph.nodes)
 
     @property
@@ -107,11 +112,29 @@ class Captured:
     def same_as(self, other: "Captured") -> bool:
         """Whether the other graph does the same under the same conditions."""
         return (
-            self.assumptions == other.assumptions
-            and self.tensor_arguments == other.tensor_arguments
+            self.tensor_arguments == other.tensor_arguments
             and self.list_arguments == other.list_arguments
-            and self.elements == other.elements
-            and [*map(_spelled, self.graph.nodes)] == [*map(_spelled, other.graph.nodes)]
+            and alike(self.elements, other.elements)
+            and nodes_alike(self.graph, other.graph)
+            and alike(self.assumptions, other.assumptions)
+        )
+
+    def replaces(self, other: "Captured") -> bool:
+        """Whether the other graph, of another module, is called and does the same in all."""
+        return (
+            self.training == other.training
+            and self.num_positional == other.num_positional
+            and self.compares_arguments == other.compares_arguments
+            and self.arguments == other.arguments
+            and self.names == other.names
+            and alike(self.defaults, other.defaults)
+            and alike(self.sites, other.sites)
+            and self.same_as(other)
+            and (
+                self.otherwise is other.otherwise
+                if self.otherwise is None or other.otherwise is None
+                else self.otherwise.replaces(other.otherwise)
+            )
         )
 
     @property
@@ -237,8 +260,11 @@ _living: "weakref.WeakValueDictionary[str, Captured]" = weakref.WeakValueDiction
 def _compile_while_compiling(key: str) -> None:
     """The function must be there before a compiler reads it, and be there when it guards."""
     captured = _living.get(key)
-    if captured is not None and captured.function is None:
+    if captured is None:
+        return
+    if captured.function is None:
         captured.compile()
+    keep_for_compilers(captured)
 
 
 @torch.compiler.assume_constant_result
@@ -299,9 +325,3 @@ def _is_default(value: Any, default: Any) -> bool:
 
 _EQUAL = (bool, int, float, str, bytes, torch.dtype, torch.device)
 """Types of defaults that are what they equal."""
-
-
-def _spelled(node: fx.Node) -> tuple[Any, ...]:
-    """Everything that code says of a node."""
-    arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: source.name)
-    return node.op, node.name, node.target, arguments

@@ -1,9 +1,10 @@
 """Collectives of compiled graphs: what a rank says when one fails, and does while it waits.
 
 A compiled graph waits in torch's C++, which knows neither sites nor other ranks. So the function
-that a graph becomes is called by one of ours, which leaves the graph as it is: it names the site in
-the error, forward and backward, and a thread looks every second whether the rank waits for others
-that have left the schedule.
+that a graph becomes is called by one of ours, which leaves the graph as it is: it has the ranks
+agree first, as a member does that is not compiled, it names the site in the error, forward and
+backward, and a thread looks every second whether the rank waits for others that have left the
+schedule.
 """
 
 import functools
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from bnrewrite.agreement import join_open_round
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP, find_group, name_in
 from bnrewrite.guards import graph_in_the_making
-from bnrewrite.naming import sites_of
+from bnrewrite.naming import holders_of, places_of_sites, sites_of
 from bnrewrite.ops.library import argument
 from bnrewrite.watch import peer_error
 
@@ -35,13 +37,12 @@ _SUSPICIOUS_S = 4.0
 """How long the rank waits in one collective before the thread looks what the others are doing."""
 
 
-class _Round(NamedTuple):
-    group: str
-    sites: str
+def guard_graph(schedules_of: Callable[[list[Any]], Iterable[Any]]) -> None:
+    """Sees to the graph that Dynamo is tracing; a member calls it that is part of the graph.
 
-
-def guard_graph() -> None:
-    """Sees to the graph that Dynamo is tracing; a member calls it that is part of the graph."""
+    Args:
+        schedules_of: the schedules of sites.
+    """
     output = graph_in_the_making()
     compile_graph: Any = getattr(output, "compiler_fn", None)
     if compile_graph is None or hasattr(compile_graph, _GUARDED) or torch.compiler.is_exporting():
@@ -49,9 +50,7 @@ def guard_graph() -> None:
 
     @functools.wraps(compile_graph)
     def compile_and_guard(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        function = compile_graph(graph, inputs)
-        rounds = list(_rounds(graph, inputs))
-        return _guarded(function, rounds) if rounds else function
+        return _guarded(compile_graph(graph, inputs), _Graph(graph, inputs, schedules_of))
 
     setattr(compile_and_guard, _GUARDED, True)
     output.compiler_fn = compile_and_guard
@@ -60,9 +59,92 @@ def guard_graph() -> None:
 _GUARDED = "_bnrewrite_guarded"
 
 
-def _rounds(graph: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Round]:
-    """The collectives of a training forward in order, with the sites that share each."""
-    known = dict(zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=False))
+class _Round(NamedTuple):
+    """One collective of a graph.
+
+    Attributes:
+        group: name of its process group.
+        places: which inputs of the graph are read where it starts.
+    """
+
+    group: str
+    places: list[int]
+
+
+class _Given(NamedTuple):
+    """What a graph was given: tensors of sites, and the modules of these."""
+
+    tensors: list[weakref.ref[Tensor]]
+    sites: list[weakref.ref[Any]]
+
+
+_MOST_GIVEN = 16
+"""Models, or blocks of them, that run the same graph by turns."""
+
+
+class _Graph:
+    """A compiled graph, and the sites whose tensors it was last given.
+
+    Copies of a model run the same graph, and so do blocks of one structure.
+
+    Args:
+        graph: as Dynamo traced it.
+        inputs: for which it did.
+        schedules_of: the schedules of sites.
+
+    Attributes:
+        rounds: its collectives in order.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[Any],
+        schedules_of: Callable[[list[Any]], Iterable[Any]],
+    ) -> None:
+        self.rounds = list(_rounds(graph))
+        self._schedules_of = schedules_of
+        self._places = places_of_sites(inputs)
+        # If modules are compared by identity, their tensors are part of the graph.
+        self._constants = (*graph.parameters(), *graph.buffers())
+        self._given: dict[int, _Given] = {}
+        self._latest = _Given([], [])
+
+    def before_run(self, args: Sequence[Any]) -> None:
+        """Has the ranks agree if anything changed since they did.
+
+        Raises:
+            ScheduleError: the ranks differ.
+            PeerError: a rank did not answer.
+        """
+        self._latest = self._look_up([args[at] for at in self._places])
+        sites = [site for ref in self._latest.sites if (site := ref()) is not None]
+        for schedule in self._schedules_of(sites):
+            schedule.before_run(args)
+
+    def sites_at(self, index: int) -> str:
+        """Names of the sites whose collective is the one with this number."""
+        places = set(self.rounds[index].places)
+        tensors = zip(self._places, self._latest.tensors, strict=True)
+        return sites_of(ref() for at, ref in tensors if at in places)
+
+    def _look_up(self, tensors: list[Tensor]) -> _Given:
+        key = id(tensors[0]) if tensors else 0
+        given = self._given.get(key)
+        if given is None or any(
+            ref() is not one for ref, one in zip(given.tensors, tensors, strict=True)
+        ):
+            if len(self._given) >= _MOST_GIVEN:
+                self._given.clear()
+            sites = holders_of((*tensors, *self._constants))
+            given = _Given([*map(weakref.ref, tensors)], [*map(weakref.ref, sites)])
+            self._given[key] = given
+        return given
+
+
+def _rounds(graph: fx.GraphModule) -> Iterator[_Round]:
+    """The collectives of a training forward in order."""
+    place_of = {node: at for at, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     for node in graph.graph.nodes:
         target: Any = node.target
         if getattr(target, "namespace", "") != "bnrewrite" or target._opname not in _ROUND_OPS:
@@ -71,23 +153,29 @@ def _rounds(graph: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Round]:
         groups = [groups] if isinstance(groups, str) else groups
         group = next((name for name in groups if name != NO_GROUP), None)
         if group is not None:
-            tensors = (known.get(one) for one in node.all_input_nodes)
-            yield _Round(name_in(group), sites_of(tuple(tensors)))
+            places = [place_of[one] for one in node.all_input_nodes if one in place_of]
+            yield _Round(name_in(group), places)
 
 
-def _guarded(function: Callable[..., Any], rounds: list[_Round]) -> Callable[..., Any]:
-    """``function`` with errors that name the round, and so the backward of its results."""
+def _guarded(function: Callable[..., Any], graph: _Graph) -> Callable[..., Any]:
+    """``function`` after what ranks agree on, with errors that name the round.
+
+    So does the backward of its results.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        results = _run(function, args, rounds)
-        _guard_backward(results, rounds[::-1])
+        graph.before_run(args)
+        if not graph.rounds:
+            return function(*args)
+        results = _run(function, args, graph)
+        _guard_backward(results, graph)
         return results
 
     return run
 
 
-def _guard_backward(results: Any, rounds: list[_Round]) -> None:
+def _guard_backward(results: Any, graph: _Graph) -> None:
     """Replaces the backward of the autograd function of this one graph, once."""
     for result in tree_leaves(results):
         node = result.grad_fn if isinstance(result, Tensor) else None
@@ -95,18 +183,18 @@ def _guard_backward(results: Any, rounds: list[_Round]) -> None:
         if cls is None or cls.__name__ != "CompiledFunction":
             continue
         if _GUARDED not in vars(cls):
-            cls.backward = staticmethod(functools.partial(_backward, cls.backward, rounds))
+            cls.backward = staticmethod(functools.partial(_backward, cls.backward, graph))
             setattr(cls, _GUARDED, True)
         return
 
 
-def _backward(function: Callable[..., Any], rounds: list[_Round], *args: Any) -> Any:
-    return _run(function, args, rounds)
+def _backward(function: Callable[..., Any], graph: _Graph, *args: Any) -> Any:
+    return _run(function, args, graph, backward=True)
 
 
-def _run(function: Callable[..., Any], args: Any, rounds: list[_Round]) -> Any:
+def _run(function: Callable[..., Any], args: Any, graph: _Graph, *, backward: bool = False) -> Any:
     started = time.monotonic()
-    _watcher.enter(sorted({one.group for one in rounds}))
+    _watcher.enter(sorted({one.group for one in graph.rounds}))
     try:
         return function(*args)
     except RuntimeError as error:
@@ -117,22 +205,23 @@ def _run(function: Callable[..., Any], args: Any, rounds: list[_Round]) -> Any:
         if found is not None:
             raise found from error
         waited_s = time.monotonic() - started
-        raise _named(place, rounds, waited_s, error) from error
+        raise _named(place, graph, backward, waited_s, error) from error
     finally:
         _watcher.leave()
 
 
 def _named(
-    frame: types.FrameType, rounds: list[_Round], waited_s: float, error: RuntimeError
+    frame: types.FrameType, graph: _Graph, backward: bool, waited_s: float, error: RuntimeError
 ) -> BnRewriteError:
     """The error with the sites of the collective of generated code that ``frame`` waits for."""
     index, num = _number_of_wait(frame)
-    if index is not None and num == len(rounds):
-        sites = rounds[index].sites
+    order = range(len(graph.rounds))[:: -1 if backward else 1]
+    if index is not None and num == len(order):
+        sites = graph.sites_at(order[index])
     else:
-        names = (name for one in rounds for name in one.sites.split(", "))
+        names = (name for at in order for name in graph.sites_at(at).split(", "))
         sites = f"one of {', '.join(dict.fromkeys(names))}"
-    group = find_group(rounds[0].group)
+    group = find_group(graph.rounds[0].group)
     return peer_error("collective in compiled code", group, (), waited_s, error, sites=sites)
 
 

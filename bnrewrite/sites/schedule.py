@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +22,7 @@ from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake
 from bnrewrite.settings import check_enabled
+from bnrewrite.sites.backward import makes_gradients_of
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
@@ -45,7 +45,6 @@ _PATIENCE_S = 3.0
 
 _PATIENCE_IN_BACKWARD_S = 8.0
 """The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
-
 
 Flags = bytes
 """A number for each member: 1 if it trains, and 2 more if it has left its graph."""
@@ -75,6 +74,8 @@ class Schedule:
         local: what it warns of.
         number: of the conversion in this process; ranks that run one program count alike.
         key: of the schedule in this process.
+        has_nameless: whether compiled code could not tell a member by its tensors.
+        has_left: whether a member may run its own forward in place of a graph that shares.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class Schedule:
         # A string, since compilers take a number that differs between copies for a dynamic size.
         self.key = str(next(_keys))
         self.ddp_buffers = DDPBuffers()
+        self.has_nameless = False
+        self.has_left = False
         self._members: list[weakref.ref[Any]] = []
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
@@ -108,6 +111,8 @@ class Schedule:
     def enter(self, module: nn.Module) -> None:
         """Makes ``module``, a site or an owner, a member."""
         module.__dict__[SCHEDULE] = self
+        self.has_nameless |= module._bnrewrite_nameless  # pyright: ignore
+        self.has_left |= module.__dict__.get(LEFT, False)
         self._members.append(weakref.ref(module))
         self._seen = _changed
 
@@ -129,9 +134,17 @@ class Schedule:
             ScheduleError: the ranks differ.
             PeerError: a rank did not answer.
         """
-        if is_compiling():
+        if not is_compiling():
+            self.before_run(values)
+        elif self.has_nameless:
             _agree_while_compiling(self.key)
-        elif self.is_news() and not is_fake(values):
+        else:
+            # Nothing of this very schedule, so that copies run the same code.
+            _look_when_it_runs()
+
+    def before_run(self, values: Any) -> None:
+        """What :meth:`before_collectives` does; compiled code calls it before each graph."""
+        if self.is_news() and not is_fake(values):
             self.look()
 
     def after_evaluation(self, result: Any) -> None:
@@ -170,7 +183,7 @@ class Schedule:
         # What one result of this backward tells, the others tell, too.
         self._backward = number
         members = self.members()
-        if not _gradients_are_wanted(members):
+        if not makes_gradients_of(members):
             # A saliency map or an attack asks for that of an input: nobody trains.
             return
         flags = _flags(members)
@@ -215,8 +228,9 @@ class Schedule:
             asks = by_hand or not (agreed or (known and not self.local.modes.communicate))
             if asks or self.ddp_buffers.loaded():
                 # Every group is asked, whatever the others answered.
+                patient = None if by_hand else _PATIENCE_S
                 answers = [
-                    agree(name, view, patience_s=_patience_s(view, by_hand), by_hand=by_hand)
+                    agree(name, view, patience_s=patient if view.empty else None, by_hand=by_hand)
                     for name, view in self._views(members)
                 ]
                 agreed = all(answers)
@@ -291,25 +305,6 @@ class Schedule:
                 )
 
 
-def _gradients_are_wanted(members: list[Any]) -> bool:
-    """Whether the backward that runs now makes gradients of parameters of ``members``.
-
-    Where none of them can have one, others may train all the same.
-    """
-    parameters = {p for member in members for p in member.parameters() if p.requires_grad}
-    return not parameters or any(map(_gradient_is_wanted, parameters))
-
-
-def _gradient_is_wanted(parameter: Tensor) -> bool:
-    with torch.enable_grad():
-        node = get_gradient_edge(parameter).node
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # So torch says that autograd.grad() was given this very parameter.
-        return True
-
-
 def _flags(members: list[Any]) -> Flags:
     """What decides, of each member, about what it communicates."""
     return bytes(
@@ -322,10 +317,6 @@ def _communicates(member: Any) -> bool:
     return any(group not in (NO_GROUP, EVERY_GROUP) for group, _ in member._bnrewrite_lines())
 
 
-def _patience_s(view: View, by_hand: bool) -> float | None:
-    return _PATIENCE_S if view.empty and not by_hand else None
-
-
 def living_schedule(key: str) -> Schedule | None:
     """The schedule with this key, while it lives."""
     return _living.get(key)
@@ -336,10 +327,22 @@ def schedule_of(module: nn.Module) -> Schedule | None:
     return module.__dict__.get(SCHEDULE)
 
 
+def _schedules_of(sites: list[Any]) -> list[Schedule]:
+    """The schedules of sites; if there is only one, it is meant whatever the sites are."""
+    found = dict.fromkeys(one for site in sites if (one := schedule_of(site)) is not None)
+    return list(found) or (list(_living.values()) if len(_living) == 1 else [])
+
+
+@torch.compiler.assume_constant_result
+def _look_when_it_runs() -> None:
+    """Agreement of a graph that is compiled: before each of its runs."""
+    guard_graph(_schedules_of)
+
+
 @torch.compiler.assume_constant_result
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
-    guard_graph()
+    guard_graph(_schedules_of)
     schedule = _living.get(key)
     if schedule is None or not schedule.is_news():
         return
