@@ -103,6 +103,8 @@ class OwnerTracer(fx.Tracer):
         self._context = context()
         paths = {module: name for name, module in root.named_modules()}
         self.paths = paths
+        # By whatever name the forward calls them.
+        self._inside = {below(root, path) for path in self._through}
         before, Tracing.tracer = Tracing.tracer, self
         try:
             with (
@@ -163,7 +165,7 @@ class OwnerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Children stay calls, but for those to trace through."""
-        return module_qualified_name not in self._through
+        return m not in self._inside
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that takes notes."""
@@ -254,7 +256,7 @@ class OwnerTracer(fx.Tracer):
             if not path:
                 self.refuse("calls itself")
             called = None
-            if path not in self._through:
+            if m not in self._inside:
                 called = self.create_proxy("call_module", path, args, kwargs)
         if called is not None:
             refuse_caught(self)
