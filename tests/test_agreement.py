@@ -374,6 +374,26 @@ def test_copies_that_run_the_same_compiled_code_agree_one_by_one(ranks: RankPool
         assert num_graphs == 1
 
 
+def _learn_from_a_teacher(rank: int, world_size: int) -> int:
+    """Agreements of two steps of one compiled function in which another model evaluates."""
+    teacher, student = _net().eval(), _net()
+
+    def distance(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(x)
+        return (student(x) - wanted).square().sum()
+
+    run = torch.compile(distance, backend="aot_eager")
+    with _Count() as count:
+        for _ in range(2):
+            run(_x()).backward()
+    return count.num
+
+
+def test_models_that_evaluate_in_a_compiled_step_ask_nobody(ranks: RankPool) -> None:
+    assert ranks.run(_learn_from_a_teacher, 2) == [1, 1]
+
+
 def _sites_of_blocks(rank: int, world_size: int) -> tuple[int, list[str]]:
     """Graphs of two blocks that are compiled by themselves, and the site in each of their runs."""
     torch.compiler.reset()

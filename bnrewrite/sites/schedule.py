@@ -328,9 +328,10 @@ def schedule_of(module: nn.Module) -> Schedule | None:
 
 
 def _schedules_of(sites: list[Any]) -> list[Schedule]:
-    """The schedules of sites; if there is only one, it is meant whatever the sites are."""
-    found = dict.fromkeys(one for site in sites if (one := schedule_of(site)) is not None)
-    return list(found) or (list(_living.values()) if len(_living) == 1 else [])
+    """Those of sites that train; if there is only one, it is meant whatever the sites are."""
+    found = dict.fromkeys(schedule_of(site) for site in sites if site.training)
+    known = [one for one in found if one is not None]
+    return known or (list(_living.values()) if len(_living) == 1 else [])
 
 
 @torch.compiler.assume_constant_result
@@ -344,7 +345,6 @@ def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
     guard_graph(_schedules_of)
     schedule = _living.get(key)
-    if schedule is None or not schedule.is_news():
-        return
-    with errors_pass_through_dynamo():
-        schedule.look()
+    if schedule is not None and schedule.is_news():
+        with errors_pass_through_dynamo():
+            schedule.look()
