@@ -238,7 +238,8 @@ def geometric() -> Iterator[Spec]:
     for name in ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN"):
         more = principal if name == "PNA" else {}
         make = functools.partial(getattr(gnn, name), 8, 16, 3, norm="batch_norm", **more)
-        yield Spec("pyg", name, make, graph, device="cpu")
+        axes = {0: "nodes"}, {1: "edges"}
+        yield Spec("pyg", name, make, graph, device="cpu", axes=axes)
     yield Spec("pyg", "MLP", lambda: gnn.MLP([8, 16, 16, 2]), _tensor(8), device="cpu")
 
 

@@ -76,7 +76,7 @@ def _export(spec: Spec, row: Exported) -> None:
     seed(0)
     model = bnrewrite.convert(mild_statistics(spec.build()))
     args, kwargs = spec.call(model)
-    dynamic = [{0: "batch"} for _ in tensors((args, kwargs))]
+    dynamic = list(spec.axes) or [{0: "batch"} for _ in tensors((args, kwargs))]
     with _converted_once():
         kept = bnrewrite.export_onnx(model, args, kwargs=kwargs, dynamic_shapes=dynamic)
         row.num_kept, row.num_batch_stats = kept.num_batch_norm, kept.num_batch_stats

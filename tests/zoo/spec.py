@@ -29,6 +29,7 @@ class Spec:
         device: where a count runs: "meta" costs no arithmetic, but some code reads values.
         batch_size: of that count.
         family: models of one family are made by the same code; the name if nothing else is known.
+        axes: names of the axes that vary in an export, for each tensor; the first one if not given.
     """
 
     suite: str
@@ -38,6 +39,7 @@ class Spec:
     device: str = "meta"
     batch_size: int = 2
     family: str = ""
+    axes: tuple[dict[int, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.suite}/{self.name}"
