@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from bnrewrite.errors import GroupError
-from bnrewrite.guards import guard_answer, is_compiling
+from bnrewrite.guards import guard_answer, is_compiling, runs_in_python
 
 NO_GROUP = ""
 """Name that stands for "nothing to communicate"."""
@@ -60,6 +60,7 @@ def group_name(process_group: dist.ProcessGroup | DeviceMesh | None) -> str:
     return process_group.group_name
 
 
+@runs_in_python
 def find_group(name: str) -> dist.ProcessGroup:
     """The process group called ``name``.
 
@@ -76,6 +77,7 @@ def find_group(name: str) -> dist.ProcessGroup:
         ) from error
 
 
+@runs_in_python
 def active_group(name: str, training: bool) -> str:
     """The argument ``group`` of an op now: ``NO_GROUP`` if there is nothing to communicate.
 
@@ -97,6 +99,7 @@ def active_group(name: str, training: bool) -> str:
     return _active_group(name)
 
 
+@runs_in_python
 def _active_group(name: str) -> str:
     group = dist.distributed_c10d._world._default_pg if name == DEFAULT_GROUP else find_group(name)
     if group is None:

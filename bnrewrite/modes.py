@@ -1,19 +1,9 @@
 """Modes: which values a site computes its statistics from."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
-
-T = TypeVar("T")
-
-
-class _Constant:
-    """What never changes: copies are the object itself, as compilers compare it."""
-
-    def __deepcopy__(self: T, memo: dict) -> T:
-        return self
+from typing import Literal
 
 
 def _check_flag(mode: str, value: object) -> None:
@@ -25,7 +15,7 @@ def _check_flag(mode: str, value: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sync(_Constant):
+class Sync:
     """Statistics over all ranks of the process group, as in ``torch.nn.SyncBatchNorm``.
 
     Attributes:
@@ -48,7 +38,7 @@ class Sync(_Constant):
 
 
 @dataclasses.dataclass(frozen=True)
-class Local(_Constant):
+class Local:
     """Statistics over each rank's own batch, as in ``torch.nn.BatchNorm2d``.
 
     Attributes:
@@ -69,7 +59,7 @@ class Local(_Constant):
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen(_Constant):
+class Frozen:
     """Running statistics in training and evaluation, never updated, as in FrozenBatchNorm2d."""
 
     name = "frozen"
@@ -78,7 +68,7 @@ class Frozen(_Constant):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffle(_Constant):
+class Shuffle:
     """Statistics of another rank of the process group: ShuffleBatchNorm.
 
     A rank does not normalize with the statistics of its own batch, so contrastive training cannot
@@ -142,15 +132,9 @@ Mode = Sync | Shuffle | Local | Frozen
 MODES: dict[str, Mode] = {mode.name: mode for mode in (Sync(), Shuffle(), Local(), Frozen())}
 
 
-@functools.cache
-def _first(mode: Mode) -> Mode:
-    """The first mode that equals ``mode``."""
-    return mode
-
-
 def _parse(mode: object) -> Mode:
     if isinstance(mode, Mode):
-        return _first(mode)
+        return mode
     if isinstance(mode, str):
         if mode in MODES:
             return MODES[mode]

@@ -1,7 +1,6 @@
 """What messages call sites, also where only their tensors are known."""
 
 import weakref
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 ITSELF = "the model itself"
@@ -15,34 +14,20 @@ def remember(module: object, name: str) -> None:
     _sites[module] = name
 
 
-def sites_of(tensors: Iterable[object]) -> str:
+def sites_of(tensors: tuple[object, ...]) -> str:
     """Names of the sites that hold any of ``tensors``."""
-    names = [_sites[module] or ITSELF for module in holders_of(tensors)]
+    names = [name or ITSELF for module, name in list(_sites.items()) if holds(module, tensors)]
     return ", ".join(dict.fromkeys(names)) or "a BatchNorm site"
-
-
-def holders_of(tensors: Iterable[object]) -> list[Any]:
-    """The sites that hold any of ``tensors``: their modules."""
-    wanted = {id(tensor) for tensor in tensors if tensor is not None}
-    return [module for module in list(_sites) if not wanted.isdisjoint(map(id, _held(module)))]
-
-
-def places_of_sites(tensors: Sequence[object]) -> list[int]:
-    """Where among ``tensors`` those are that a site holds."""
-    held = {id(one) for module in list(_sites) for one in _held(module) if one is not None}
-    return [at for at, tensor in enumerate(tensors) if id(tensor) in held]
 
 
 def holds(module: Any, tensors: tuple[object, ...]) -> bool:
     """Whether ``module`` holds any of ``tensors``, without computing what it is parametrized by."""
     wanted = {id(tensor) for tensor in tensors if tensor is not None}
-    return not wanted.isdisjoint(map(id, _held(module)))
+    held = (*module._parameters.values(), *module._buffers.values())
+    return any(id(one) in wanted for one in held)
 
 
 def keeps_none(module: Any) -> bool:
     """Whether errors cannot tell ``module`` by its tensors: it has none, or computes one anew."""
-    return "parametrizations" in module._modules or all(one is None for one in _held(module))
-
-
-def _held(module: Any) -> tuple[Any, ...]:
-    return (*module._parameters.values(), *module._buffers.values())
+    held = (*module._parameters.values(), *module._buffers.values())
+    return "parametrizations" in module._modules or all(one is None for one in held)

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import bnrewrite
 from bnrewrite import agreement, watch
 from bnrewrite.differences import first_site
-from bnrewrite.sites import compiled, schedule
+from bnrewrite.sites import schedule
 from bnrewrite.sites.schedule import schedule_of
 from tests.models import Functional, ResidualNet
 from tests.ranks import RankPool
@@ -341,85 +340,6 @@ def test_so_they_do_when_a_call_is_compiled(ranks: RankPool) -> None:
     """Nobody knows by hand what calls will give."""
     _, subject, said = CASES["argument"]
     _assert_all_heard(ranks.run(_build, 2, "argument", "compiled"), subject, said)
-
-
-def _run_copies_compiled(rank: int, world_size: int) -> tuple[list[int], Outcome, int]:
-    """Agreements of each copy in two steps, what comes of ranks that differ later, and graphs."""
-    torch.compiler.reset()
-    _as_if_new()
-    compiler = CompileCounterWithBackend("aot_eager")
-    model = _net()
-    runs = [torch.compile(copy.deepcopy(model), backend=compiler, fullgraph=True) for _ in range(4)]
-    counts = []
-    for run in runs[:3]:
-        with _Count() as count:
-            _step(run)
-            _step(run)
-        counts.append(count.num)
-    version = bnrewrite.__version__
-    if rank == 1:
-        bnrewrite.__version__ = "0.0.7"
-    try:
-        return counts, _outcome(_step, runs[3]), compiler.frame_count
-    finally:
-        bnrewrite.__version__ = version
-
-
-def test_copies_that_run_the_same_compiled_code_agree_one_by_one(ranks: RankPool) -> None:
-    results = ranks.run(_run_copies_compiled, 2)
-    _, subject, said = CASES["version"]
-    _assert_all_heard([outcome for _, outcome, _ in results], subject, said)
-    for counts, _, num_graphs in results:
-        assert counts == [1, 1, 1]
-        assert num_graphs == 1
-
-
-def _learn_from_a_teacher(rank: int, world_size: int) -> int:
-    """Agreements of two steps of one compiled function in which another model evaluates."""
-    teacher, student = _net().eval(), _net()
-
-    def distance(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(x)
-        return (student(x) - wanted).square().sum()
-
-    run = torch.compile(distance, backend="aot_eager")
-    with _Count() as count:
-        for _ in range(2):
-            run(_x()).backward()
-    return count.num
-
-
-def test_models_that_evaluate_in_a_compiled_step_ask_nobody(ranks: RankPool) -> None:
-    assert ranks.run(_learn_from_a_teacher, 2) == [1, 1]
-
-
-def _sites_of_blocks(rank: int, world_size: int) -> tuple[int, list[str]]:
-    """Graphs of two blocks that are compiled by themselves, and the site in each of their runs."""
-    torch.compiler.reset()
-    graphs: list[Any] = []
-
-    class Noted(compiled._Graph):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            graphs.append(self)
-
-    blocks = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(2)]
-    model = bnrewrite.convert(nn.Sequential(*blocks))
-    x, names = _x(), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_Graph", Noted)
-        for block in blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
-        for _ in range(2):
-            for block in model:
-                x = block(x).detach()
-                names.append(graphs[0].sites_at(0))
-    return len(graphs), names
-
-
-def test_errors_name_the_block_that_runs_the_code_of_another(ranks: RankPool) -> None:
-    assert ranks.run(_sites_of_blocks, 2) == [(1, ["0.1", "1.1", "0.1", "1.1"])] * 2
 
 
 def _one_of_four(rank: int, world_size: int) -> Outcome:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bnrewrite
-from bnrewrite.capture import capture, owner
+from bnrewrite.capture import capture
 from bnrewrite.capture.owner import is_owner, owner_state
 from tests.cases import CASES, Case
 
@@ -48,12 +48,6 @@ def captured(model: nn.Module) -> dict[str, Any]:
                     form.sites,
                 )  # fmt: skip
     return found
-
-
-@pytest.fixture(autouse=True)
-def _graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A conversion shares no graph with one before."""
-    monkeypatch.setattr(owner, "first_alike", lambda captured: captured)
 
 
 def traced(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:

@@ -12,7 +12,7 @@ from bnrewrite.passes.base import Attribute
 
 _EQUAL = (
     bool, int, str, bytes, Attribute, torch.dtype, torch.device, torch.layout, torch.memory_format,
-    enum.Enum, range,
+    enum.Enum,
 )  # fmt: skip
 """Types of values that are the same if they are equal."""
 
@@ -34,10 +34,10 @@ def alike(value: Any, other: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) == len(other) and all(map(alike, value, other))
     if isinstance(value, dict):
-        return value.keys() == other.keys() and all(alike(value[key], other[key]) for key in value)
+        return alike([*value.items()], [*other.items()])
     if isinstance(value, (set, frozenset)):
         return set(map(_told, value)) == set(map(_told, other))
-    if isinstance(value, slice):
+    if isinstance(value, (slice, range)):
         return alike((value.start, value.stop, value.step), (other.start, other.stop, other.step))
     if dataclasses.is_dataclass(value) and type(value).__module__.startswith("bnrewrite."):
         names = (field.name for field in dataclasses.fields(value) if field.compare)

@@ -15,7 +15,6 @@ from bnrewrite.capture.alike import alike, nodes_alike
 from bnrewrite.capture.assumptions import CLASS, HOOKS, Assumptions, Place
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
-from bnrewrite.capture.firsts import keep_for_compilers
 from bnrewrite.capture.outside import COMPILING
 from bnrewrite.capture.seen import same
 from bnrewrite.groups import NO_GROUP, active_group
@@ -34,7 +33,7 @@ from bnrewrite.sites.floor import (
 )
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Captured:
     """A captured graph, how it is called, and what must hold for it to stand for the forward.
 
@@ -55,7 +54,6 @@ class Captured:
         otherwise: the graph for calls of another form, if there is one.
         key: of the captured graph in this process.
         shares: whether its collectives are others than those of its sites by themselves.
-        classes: those that conversion made of modules which run it.
     """
 
     graph: fx.Graph
@@ -72,15 +70,13 @@ class Captured:
     elements: list[Element] = dataclasses.field(default_factory=list)
     function: Callable[..., Any] | None = None
     otherwise: "Captured | None" = None
-    key: str = dataclasses.field(init=False)
-    shares: bool = dataclasses.field(init=False)
-    classes: weakref.WeakSet[type] = dataclasses.field(init=False)
+    key: str = dataclasses.field(init=False, compare=False)
+    shares: bool = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         # A string, since compilers take a number that differs between graphs for a dynamic size.
         self.key = str(next(_keys))
         _living[self.key] = self
-        self.classes = weakref.WeakSet()
         self.shares = any(node.target is START_BATCH_NORM for node in self.graph.nodes)
 
     @property
@@ -117,24 +113,6 @@ class Captured:
             and alike(self.elements, other.elements)
             and nodes_alike(self.graph, other.graph)
             and alike(self.assumptions, other.assumptions)
-        )
-
-    def replaces(self, other: "Captured") -> bool:
-        """Whether the other graph, of another module, is called and does the same in all."""
-        return (
-            self.training == other.training
-            and self.num_positional == other.num_positional
-            and self.compares_arguments == other.compares_arguments
-            and self.arguments == other.arguments
-            and self.names == other.names
-            and alike(self.defaults, other.defaults)
-            and alike(self.sites, other.sites)
-            and self.same_as(other)
-            and (
-                self.otherwise is other.otherwise
-                if self.otherwise is None or other.otherwise is None
-                else self.otherwise.replaces(other.otherwise)
-            )
         )
 
     @property
@@ -260,11 +238,8 @@ _living: "weakref.WeakValueDictionary[str, Captured]" = weakref.WeakValueDiction
 def _compile_while_compiling(key: str) -> None:
     """The function must be there before a compiler reads it, and be there when it guards."""
     captured = _living.get(key)
-    if captured is None:
-        return
-    if captured.function is None:
+    if captured is not None and captured.function is None:
         captured.compile()
-    keep_for_compilers(captured)
 
 
 @torch.compiler.assume_constant_result

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured, warn_of_functions
 from bnrewrite.capture.errors import named_error
-from bnrewrite.capture.firsts import first_alike
 from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -40,7 +40,7 @@ from bnrewrite.sites.schedule import (
     Schedule,
     living_schedule,
 )
-from bnrewrite.sites.tracing import Tracing, are_symbols, tracer_here
+from bnrewrite.sites.tracing import Tracing, tracer_here
 from bnrewrite.torch_versions import is_fx_tracing
 
 _STATE = "_bnrewrite_owner"
@@ -113,8 +113,6 @@ class _Pickled:
     """An :class:`OwnerState` on its way through a pickle."""
 
     recipe: Recipe
-    has_functions = True
-    """As far as is known."""
 
 
 class OwnerForward(Converted):
@@ -122,11 +120,6 @@ class OwnerForward(Converted):
 
     _bnrewrite_owner: OwnerState | None
     _bnrewrite_schedule: Schedule
-
-    @property
-    def _bnrewrite_nameless(self) -> bool:
-        state = self.__dict__[_STATE]
-        return super()._bnrewrite_nameless or (state is not None and state.has_functions)
 
     @property
     def _bnrewrite_number(self) -> int:
@@ -156,7 +149,7 @@ class OwnerForward(Converted):
         module: Any = self
         if Tracing.tracer is not None and tracer_here() is not None:
             return call_in_trace(self, args, kwargs)
-        if not is_compiling() and is_fx_tracing() and are_symbols(args, kwargs):
+        if not is_compiling() and is_fx_tracing() and _are_symbols(args, kwargs):
             return self._bnrewrite_symbolically(args, kwargs)
         if not is_owner(module):
             if not isinstance(module, OwnerForward):
@@ -218,15 +211,11 @@ class OwnerForward(Converted):
             return
         # A call that no form stands for may be one of those on other ranks.
         left = values is None and (captured is None or captured.shares)
-        schedule = self._bnrewrite_schedule
         if is_compiling():
-            # Naming the schedule would keep copies from running the same code.
-            if left or schedule.has_left:
-                _leave_while_compiling(schedule.key, state.recipe.name, left)
+            _leave_while_compiling(self._bnrewrite_schedule.key, state.recipe.name, left)
         elif self.__dict__.get(LEFT, False) is not left:
             self.__dict__[LEFT] = left
-            schedule.has_left |= left
-            schedule.change()
+            self._bnrewrite_schedule.change()
 
     def _bnrewrite_own_forward(
         self, training: bool, captured: Captured | None, args: tuple, kwargs: dict[str, Any]
@@ -282,6 +271,13 @@ class OwnerForward(Converted):
             module.__dict__[_STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
 
 
+def _are_symbols(args: Any, kwargs: Any) -> bool:
+    """Whether ``torch.fx`` records symbols; other tracers set its flag, too, and so do we."""
+    return isinstance(args, fx.Proxy) or any(
+        isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))
+    )
+
+
 @torch.compiler.assume_constant_result
 def _leave_while_compiling(key: str, name: str, left: bool) -> None:
     """Notes, when a graph is compiled, whether the owner of this name leaves its own there."""
@@ -292,7 +288,6 @@ def _leave_while_compiling(key: str, name: str, left: bool) -> None:
             continue
         if member.__dict__.get(LEFT, False) is not left:
             member.__dict__[LEFT] = left
-            schedule.has_left |= left  # pyright: ignore[reportOptionalMemberAccess]
             schedule.change()  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -300,7 +295,7 @@ def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     """The state of an owner from a capture; None if there is no graph."""
     if captured.train is None or captured.eval is None:
         return None
-    return OwnerState(recipe, first_alike(captured.train), first_alike(captured.eval))
+    return OwnerState(recipe, captured.train, captured.eval)
 
 
 def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
@@ -308,8 +303,6 @@ def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule
     module.__dict__[_STATE] = state
     recipe = floor_recipe(module) if is_site(module) else (None,)
     change_class(module, (OwnerForward, *recipe))
-    for form in () if state is None else (*state.train.forms, *state.eval.forms):
-        form.classes.add(type(module))
     schedule.enter(module)
 
 

@@ -9,11 +9,9 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnrewrite.errors import BnRewriteError
-from bnrewrite.naming import keeps_none
 from bnrewrite.sites.schedule import SCHEDULE, schedule_of
 
 _ORIGINAL = "_bnrewrite_original"
@@ -41,11 +39,6 @@ class Converted:
     def _bnrewrite_becomes(become: type[nn.Module]) -> type[nn.Module]:
         """The class that a lazy module gets with its first batch, in place of ``become``."""
         return become
-
-    @property
-    def _bnrewrite_nameless(self) -> bool:
-        """Whether nobody can tell by tensors that the module runs sites of its own."""
-        return isinstance(self, _BatchNorm) and keeps_none(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
@@ -94,8 +87,6 @@ def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
 _making = threading.RLock()
 _made: "weakref.WeakValueDictionary[tuple[type, tuple], type]" = weakref.WeakValueDictionary()
 """Converted classes that something uses. One that nothing uses goes, and so may its original."""
-_kept: list[type] = []
-"""Those whose originals are torch's, which stay: compilers compare classes by identity."""
 
 
 def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
@@ -104,8 +95,6 @@ def converted_class(original: type, recipe: tuple[type | None, ...]) -> type:
         made = _made.get((original, recipe))
         if made is None:
             made = _made[original, recipe] = _make(original, recipe)
-            if original.__module__.startswith("torch."):
-                _kept.append(made)
         return made
 
 

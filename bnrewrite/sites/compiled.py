@@ -2,9 +2,9 @@
 
 A compiled graph waits in torch's C++, which knows neither sites nor other ranks. So the function
 that a graph becomes is called by one of ours, which leaves the graph as it is: it has the ranks
-agree first, as a member does that is not compiled, it names the site in the error, forward and
-backward, and a thread looks every second whether the rank waits for others that have left the
-schedule.
+agree first on what has changed without a compiler's knowledge, as by a load, it names the site in
+the error, forward and backward, and a thread looks every second whether the rank waits for others
+that have left the schedule.
 """
 
 import functools
@@ -26,7 +26,7 @@ from bnrewrite.agreement import join_open_round
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP, find_group, name_in
 from bnrewrite.guards import graph_in_the_making
-from bnrewrite.naming import holders_of, places_of_sites, sites_of
+from bnrewrite.naming import sites_of
 from bnrewrite.ops.library import argument
 from bnrewrite.watch import peer_error
 
@@ -37,114 +37,42 @@ _SUSPICIOUS_S = 4.0
 """How long the rank waits in one collective before the thread looks what the others are doing."""
 
 
-def guard_graph(schedules_of: Callable[[list[Any]], Iterable[Any]]) -> None:
+class _Round(NamedTuple):
+    group: str
+    sites: str
+
+
+def guard_graph(schedule: Any) -> None:
     """Sees to the graph that Dynamo is tracing; a member calls it that is part of the graph.
 
     Args:
-        schedules_of: the schedules of sites.
+        schedule: of the member.
     """
     output = graph_in_the_making()
     compile_graph: Any = getattr(output, "compiler_fn", None)
-    if compile_graph is None or hasattr(compile_graph, _GUARDED) or torch.compiler.is_exporting():
+    if compile_graph is None or torch.compiler.is_exporting():
         return
+    if hasattr(compile_graph, _GUARDED):
+        getattr(compile_graph, _GUARDED).add(schedule)
+        return
+    schedules = weakref.WeakSet((schedule,))
 
     @functools.wraps(compile_graph)
     def compile_and_guard(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _guarded(compile_graph(graph, inputs), _Graph(graph, inputs, schedules_of))
+        function = compile_graph(graph, inputs)
+        rounds = list(_rounds(graph, inputs))
+        return _guarded(function, rounds, schedules) if rounds else function
 
-    setattr(compile_and_guard, _GUARDED, True)
+    setattr(compile_and_guard, _GUARDED, schedules)
     output.compiler_fn = compile_and_guard
 
 
 _GUARDED = "_bnrewrite_guarded"
 
 
-class _Round(NamedTuple):
-    """One collective of a graph.
-
-    Attributes:
-        group: name of its process group.
-        places: which inputs of the graph are read where it starts.
-    """
-
-    group: str
-    places: list[int]
-
-
-class _Given(NamedTuple):
-    """What a graph was given: tensors of sites, and the modules of these."""
-
-    tensors: list[weakref.ref[Tensor]]
-    sites: list[weakref.ref[Any]]
-
-
-_MOST_GIVEN = 16
-"""Models, or blocks of them, that run the same graph by turns."""
-
-
-class _Graph:
-    """A compiled graph, and the sites whose tensors it was last given.
-
-    Copies of a model run the same graph, and so do blocks of one structure.
-
-    Args:
-        graph: as Dynamo traced it.
-        inputs: for which it did.
-        schedules_of: the schedules of sites.
-
-    Attributes:
-        rounds: its collectives in order.
-    """
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        inputs: Sequence[Any],
-        schedules_of: Callable[[list[Any]], Iterable[Any]],
-    ) -> None:
-        self.rounds = list(_rounds(graph))
-        self._schedules_of = schedules_of
-        self._places = places_of_sites(inputs)
-        # If modules are compared by identity, their tensors are part of the graph.
-        self._constants = (*graph.parameters(), *graph.buffers())
-        self._given: dict[int, _Given] = {}
-        self._latest = _Given([], [])
-
-    def before_run(self, args: Sequence[Any]) -> None:
-        """Has the ranks agree if anything changed since they did.
-
-        Raises:
-            ScheduleError: the ranks differ.
-            PeerError: a rank did not answer.
-        """
-        self._latest = self._look_up([args[at] for at in self._places])
-        sites = [site for ref in self._latest.sites if (site := ref()) is not None]
-        for schedule in self._schedules_of(sites):
-            schedule.before_run(args)
-
-    def sites_at(self, index: int) -> str:
-        """Names of the sites whose collective is the one with this number."""
-        places = set(self.rounds[index].places)
-        tensors = zip(self._places, self._latest.tensors, strict=True)
-        return sites_of(ref() for at, ref in tensors if at in places)
-
-    def _look_up(self, tensors: list[Tensor]) -> _Given:
-        key = id(tensors[0]) if tensors else 0
-        given = self._given.get(key)
-        if given is None or any(
-            ref() is not one for ref, one in zip(given.tensors, tensors, strict=True)
-        ):
-            if len(self._given) >= _MOST_GIVEN:
-                self._given.clear()
-            sites = holders_of((*tensors, *self._constants))
-            given = _Given([*map(weakref.ref, tensors)], [*map(weakref.ref, sites)])
-            self._given[key] = given
-        return given
-
-
-def _rounds(graph: fx.GraphModule) -> Iterator[_Round]:
-    """The collectives of a training forward in order."""
-    place_of = {node: at for at, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+def _rounds(graph: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[_Round]:
+    """The collectives of a training forward in order, with the sites that share each."""
+    known = dict(zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=False))
     for node in graph.graph.nodes:
         target: Any = node.target
         if getattr(target, "namespace", "") != "bnrewrite" or target._opname not in _ROUND_OPS:
@@ -153,11 +81,13 @@ def _rounds(graph: fx.GraphModule) -> Iterator[_Round]:
         groups = [groups] if isinstance(groups, str) else groups
         group = next((name for name in groups if name != NO_GROUP), None)
         if group is not None:
-            places = [place_of[one] for one in node.all_input_nodes if one in place_of]
-            yield _Round(name_in(group), places)
+            tensors = (known.get(one) for one in node.all_input_nodes)
+            yield _Round(name_in(group), sites_of(tuple(tensors)))
 
 
-def _guarded(function: Callable[..., Any], graph: _Graph) -> Callable[..., Any]:
+def _guarded(
+    function: Callable[..., Any], rounds: list[_Round], schedules: Iterable[Any]
+) -> Callable[..., Any]:
     """``function`` after what ranks agree on, with errors that name the round.
 
     So does the backward of its results.
@@ -165,17 +95,21 @@ def _guarded(function: Callable[..., Any], graph: _Graph) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        graph.before_run(args)
-        if not graph.rounds:
-            return function(*args)
-        results = _run(function, args, graph)
-        _guard_backward(results, graph)
+        # All ranks in the same order.
+        for schedule in sorted(schedules, key=_number):
+            schedule.before_run(args)
+        results = _run(function, args, rounds)
+        _guard_backward(results, rounds[::-1])
         return results
 
     return run
 
 
-def _guard_backward(results: Any, graph: _Graph) -> None:
+def _number(schedule: Any) -> int:
+    return int(schedule.key)
+
+
+def _guard_backward(results: Any, rounds: list[_Round]) -> None:
     """Replaces the backward of the autograd function of this one graph, once."""
     for result in tree_leaves(results):
         node = result.grad_fn if isinstance(result, Tensor) else None
@@ -183,18 +117,18 @@ def _guard_backward(results: Any, graph: _Graph) -> None:
         if cls is None or cls.__name__ != "CompiledFunction":
             continue
         if _GUARDED not in vars(cls):
-            cls.backward = staticmethod(functools.partial(_backward, cls.backward, graph))
+            cls.backward = staticmethod(functools.partial(_backward, cls.backward, rounds))
             setattr(cls, _GUARDED, True)
         return
 
 
-def _backward(function: Callable[..., Any], graph: _Graph, *args: Any) -> Any:
-    return _run(function, args, graph, backward=True)
+def _backward(function: Callable[..., Any], rounds: list[_Round], *args: Any) -> Any:
+    return _run(function, args, rounds)
 
 
-def _run(function: Callable[..., Any], args: Any, graph: _Graph, *, backward: bool = False) -> Any:
+def _run(function: Callable[..., Any], args: Any, rounds: list[_Round]) -> Any:
     started = time.monotonic()
-    _watcher.enter(sorted({one.group for one in graph.rounds}))
+    _watcher.enter(sorted({one.group for one in rounds}))
     try:
         return function(*args)
     except RuntimeError as error:
@@ -205,23 +139,22 @@ def _run(function: Callable[..., Any], args: Any, graph: _Graph, *, backward: bo
         if found is not None:
             raise found from error
         waited_s = time.monotonic() - started
-        raise _named(place, graph, backward, waited_s, error) from error
+        raise _named(place, rounds, waited_s, error) from error
     finally:
         _watcher.leave()
 
 
 def _named(
-    frame: types.FrameType, graph: _Graph, backward: bool, waited_s: float, error: RuntimeError
+    frame: types.FrameType, rounds: list[_Round], waited_s: float, error: RuntimeError
 ) -> BnRewriteError:
     """The error with the sites of the collective of generated code that ``frame`` waits for."""
     index, num = _number_of_wait(frame)
-    order = range(len(graph.rounds))[:: -1 if backward else 1]
-    if index is not None and num == len(order):
-        sites = graph.sites_at(order[index])
+    if index is not None and num == len(rounds):
+        sites = rounds[index].sites
     else:
-        names = (name for at in order for name in graph.sites_at(at).split(", "))
+        names = (name for one in rounds for name in one.sites.split(", "))
         sites = f"one of {', '.join(dict.fromkeys(names))}"
-    group = find_group(graph.rounds[0].group)
+    group = find_group(rounds[0].group)
     return peer_error("collective in compiled code", group, (), waited_s, error, sites=sites)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +23,6 @@ from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
 from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake
 from bnrewrite.settings import check_enabled
-from bnrewrite.sites.backward import makes_gradients_of
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
@@ -45,6 +45,7 @@ _PATIENCE_S = 3.0
 
 _PATIENCE_IN_BACKWARD_S = 8.0
 """The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
+
 
 Flags = bytes
 """A number for each member: 1 if it trains, and 2 more if it has left its graph."""
@@ -74,8 +75,6 @@ class Schedule:
         local: what it warns of.
         number: of the conversion in this process; ranks that run one program count alike.
         key: of the schedule in this process.
-        has_nameless: whether compiled code could not tell a member by its tensors.
-        has_left: whether a member may run its own forward in place of a graph that shares.
     """
 
     def __init__(
@@ -87,8 +86,6 @@ class Schedule:
         # A string, since compilers take a number that differs between copies for a dynamic size.
         self.key = str(next(_keys))
         self.ddp_buffers = DDPBuffers()
-        self.has_nameless = False
-        self.has_left = False
         self._members: list[weakref.ref[Any]] = []
         # The default group in which the flags, as they are now, were looked at.
         self._seen: Callable[[], object] = _changed
@@ -111,8 +108,6 @@ class Schedule:
     def enter(self, module: nn.Module) -> None:
         """Makes ``module``, a site or an owner, a member."""
         module.__dict__[SCHEDULE] = self
-        self.has_nameless |= module._bnrewrite_nameless  # pyright: ignore
-        self.has_left |= module.__dict__.get(LEFT, False)
         self._members.append(weakref.ref(module))
         self._seen = _changed
 
@@ -134,16 +129,13 @@ class Schedule:
             ScheduleError: the ranks differ.
             PeerError: a rank did not answer.
         """
-        if not is_compiling():
-            self.before_run(values)
-        elif self.has_nameless:
+        if is_compiling():
             _agree_while_compiling(self.key)
         else:
-            # Nothing of this very schedule, so that copies run the same code.
-            _look_when_it_runs()
+            self.before_run(values)
 
     def before_run(self, values: Any) -> None:
-        """What :meth:`before_collectives` does; compiled code calls it before each graph."""
+        """The same where nothing is compiled, and before a compiled graph runs."""
         if self.is_news() and not is_fake(values):
             self.look()
 
@@ -183,7 +175,7 @@ class Schedule:
         # What one result of this backward tells, the others tell, too.
         self._backward = number
         members = self.members()
-        if not makes_gradients_of(members):
+        if not _gradients_are_wanted(members):
             # A saliency map or an attack asks for that of an input: nobody trains.
             return
         flags = _flags(members)
@@ -305,6 +297,25 @@ class Schedule:
                 )
 
 
+def _gradients_are_wanted(members: list[Any]) -> bool:
+    """Whether the backward that runs now makes gradients of parameters of ``members``.
+
+    Where none of them can have one, others may train all the same.
+    """
+    parameters = {p for member in members for p in member.parameters() if p.requires_grad}
+    return not parameters or any(map(_gradient_is_wanted, parameters))
+
+
+def _gradient_is_wanted(parameter: Tensor) -> bool:
+    with torch.enable_grad():
+        node = get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # So torch says that autograd.grad() was given this very parameter.
+        return True
+
+
 def _flags(members: list[Any]) -> Flags:
     """What decides, of each member, about what it communicates."""
     return bytes(
@@ -327,24 +338,13 @@ def schedule_of(module: nn.Module) -> Schedule | None:
     return module.__dict__.get(SCHEDULE)
 
 
-def _schedules_of(sites: list[Any]) -> list[Schedule]:
-    """Those of sites that train; if there is only one, it is meant whatever the sites are."""
-    found = dict.fromkeys(schedule_of(site) for site in sites if site.training)
-    known = [one for one in found if one is not None]
-    return known or (list(_living.values()) if len(_living) == 1 else [])
-
-
-@torch.compiler.assume_constant_result
-def _look_when_it_runs() -> None:
-    """Agreement of a graph that is compiled: before each of its runs."""
-    guard_graph(_schedules_of)
-
-
 @torch.compiler.assume_constant_result
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
-    guard_graph(_schedules_of)
     schedule = _living.get(key)
-    if schedule is not None and schedule.is_news():
+    if schedule is None:
+        return
+    guard_graph(schedule)
+    if schedule.is_news():
         with errors_pass_through_dynamo():
             schedule.look()
