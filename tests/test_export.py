@@ -99,6 +99,55 @@ def test_without_a_path_the_report_holds_the_model(image):
     assert "BatchNormalization  2 kept" in str(report)
 
 
+class Pathways(torch.nn.Module):
+    """Takes tensors in a list and a dictionary, as networks of two pathways do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow = (
+            torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)
+        )
+
+    def forward(self, x, *more, scale=1.0):
+        y = self.fast(x[0]) + self.slow(x[1]["slow"]) * x[1]["weight"]
+        return (y * scale, *(y + one[0] for one in more))
+
+
+BATCH = {0: "batch"}
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"x": [BATCH, {"slow": BATCH, "weight": None}], "more": [[BATCH]]},
+        {"x_0": BATCH, "x_1_slow": BATCH, "more_0_0": BATCH},
+        [BATCH, BATCH, BATCH],
+    ],
+)
+@pytest.mark.parametrize("fold", [False, True])
+def test_tensors_in_lists_and_dictionaries_are_inputs(axes, fold):
+    model = bnrewrite.convert(randomize(Pathways()))
+    x = [random_image(), {"slow": random_image(), "weight": 2}]
+    more = (torch.rand(2, 4, 6, 7),)
+    report = export_onnx(model, (x, more), dynamic_shapes=axes, fold=fold)
+    assert [one.name for one in report.inputs] == ["x_0", "x_1_slow", "more_0_0"]
+    assert [one.shape[0] for one in report.inputs] == ["batch"] * 3
+    assert report.verified == (2, 3)
+    assert report.max_rel is not None
+    assert report.max_rel < 1e-5
+    assert isinstance(x[1], dict)
+    assert list(x[1]) == ["slow", "weight"]
+
+
+def test_names_of_inputs_inside_others_are_distinct():
+    class Named(torch.nn.Module):
+        def forward(self, x, x_0):
+            return x[0] + x_0
+
+    report = export_onnx(Named(), ([torch.rand(2)], torch.rand(2)))
+    assert [one.name for one in report.inputs] == ["x_0", "x_0_1"]
+
+
 def test_a_failed_export_leaves_the_file_as_it_was_and_nothing_else(image, tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"precious")

@@ -51,14 +51,17 @@ def export_onnx(
 
     Args:
         model: any module.
-        args: example inputs, a tensor or a tuple. Numbers, strings and None in it become constants.
+        args: example inputs, a tensor or a tuple. Tensors in lists, tuples and dictionaries become
+            one input each; numbers, strings and None become constants.
         path: the file to write; None to get the model in the report.
         kwargs: example inputs by name.
-        input_names: names of the inputs; by default the names of forward's arguments.
+        input_names: names of the inputs; by default the names of forward's arguments, followed by
+            the place of a tensor in them, as in ``x_0`` for a list ``x``.
         output_names: names of the outputs; by default ``output``, ``output_0`` and so on, or the
             keys of a dictionary.
         dynamic_shapes: axes whose size stays free, e.g. ``{"x": {0: "batch"}}``: it maps argument
-            names of forward to axes, and axes to names (or ``torch.export.Dim``).
+            names of forward to axes, and axes to names (or ``torch.export.Dim``). A list of
+            tensors has a list of these, and a dictionary a dictionary.
         opset_version: version of the operators, 15 to 26; 18 by default.
         fold: fold BatchNorm into the convolution or linear layer before it, where that is valid.
         verify: compare onnxruntime's outputs with the model's on the example and on a second

@@ -2,11 +2,17 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_structure,
+    tree_unflatten,
+)
 
 from bnrewrite.errors import ExportError
 from bnrewrite.export.plain import forward_signature
@@ -22,7 +28,7 @@ class Example:
     """Example arguments of the model: its tensors are the inputs, everything else is fixed.
 
     Attributes:
-        names: of the inputs, after forward's arguments.
+        names: of the inputs, after forward's arguments; ``x_0`` is the first one of a list ``x``.
         tensors: the inputs, in order.
         rebuild: ``(args, kwargs)`` from tensors in their place.
     """
@@ -54,33 +60,58 @@ def read_example(model: nn.Module, args: object, kwargs: object) -> Example:
     values: list[Any] = [*args, *kwargs.values()]
     places = [f"args[{index}]" for index in range(len(args))]
     places += [f"kwargs[{name!r}]" for name in kwargs]
-    for place, value in zip(places, values, strict=True):
-        _check_value(place, value)
+    parts = [_parts(place, value) for place, value in zip(places, values, strict=True)]
     labels = _labels(model, args, dict(kwargs))
-    slots = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+    leaves = [leaf for one in parts for leaf in one]
+    slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf.value, Tensor)]
     if not slots:
         raise ExportError(
             "there is no example input: args and kwargs hold no tensor. Pass the arguments that "
             "you call the model with, e.g. export_onnx(model, (x,), path)."
         )
+    names = [label + leaf.name for label, one in zip(labels, parts, strict=True) for leaf in one]
     num_args, keys = len(args), tuple(kwargs)
+    structure = tree_structure(values)
 
     def rebuild(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        filled = list(values)
+        filled = [leaf.value for leaf in leaves]
         for slot, tensor in zip(slots, tensors, strict=True):
             filled[slot] = tensor
-        return tuple(filled[:num_args]), dict(zip(keys, filled[num_args:], strict=True))
+        whole = tree_unflatten(filled, structure)
+        return tuple(whole[:num_args]), dict(zip(keys, whole[num_args:], strict=True))
 
     return Example(
-        tuple(labels[slot] for slot in slots), tuple(values[slot] for slot in slots), rebuild
+        tuple(_distinct([names[slot] for slot in slots], set())),
+        tuple(leaves[slot].value for slot in slots),
+        rebuild,
     )
+
+
+class _Leaf(NamedTuple):
+    """A part of an argument: ``name`` is what follows that of the argument in its own."""
+
+    name: str
+    value: Any
+
+
+def _parts(place: str, value: Any) -> list[_Leaf]:
+    """The tensors and constants of one argument, which may be nested in lists, tuples and dicts."""
+    found = []
+    for path, leaf in tree_flatten_with_path(value)[0]:
+        _check_value(place + keystr(path), leaf)
+        found.append(_Leaf("".join(f"_{word}" for word in words_of(path)), leaf))
+    return found
+
+
+def words_of(path: Iterable[Any]) -> list[str]:
+    """The indices, keys and fields that lead to a part of an argument or of a result."""
+    return [str(key).strip("[].'\"") for key in path]
 
 
 def _check_value(place: str, value: object) -> None:
     if not isinstance(value, (Tensor, *_CONSTANTS)):
         way_out = {
             "ndarray": "Convert it with torch.from_numpy().",
-            "dict": "Pass named arguments in kwargs=.",
         }.get(type(value).__name__, "Wrap the model in a module that takes tensors.")
         raise ExportError(
             f"{place} is of type {type(value).__name__}, but inputs of an ONNX graph are tensors. "

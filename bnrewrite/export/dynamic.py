@@ -1,7 +1,7 @@
 """Dynamic axes: what the user asked for, what ``torch.export`` wants, and the names in the file."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def read_dynamic_shapes(model: nn.Module, example: Example, given: object) -> Ax
     if given is None:
         return tuple({} for _ in example.names)
     if isinstance(given, Mapping):
-        by_name = _flatten_variadic(model, given)
+        by_name = _by_name(model, example, given)
         for name in by_name:
             if name not in example.names:
                 raise ExportError(
@@ -93,19 +93,36 @@ def _root_size(place: str, what: Any, size: int) -> int:
     return (size - zero) // (one - zero)
 
 
-def _flatten_variadic(model: nn.Module, given: Mapping[Any, Any]) -> dict[str, Any]:
-    """Entries for ``*args`` and ``**kwargs`` of forward, spread over their names."""
+def _by_name(model: nn.Module, example: Example, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Entries by the names of inputs; those for several inputs are spread over their names."""
     parameters = forward_signature(model).parameters
     found: dict[str, Any] = {}
     for name, entry in given.items():
         kind = parameters[name].kind if name in parameters else None
-        if kind is inspect.Parameter.VAR_POSITIONAL and isinstance(entry, Sequence):
-            found.update({f"{name}_{index}": one for index, one in enumerate(entry)})
-        elif kind is inspect.Parameter.VAR_KEYWORD and isinstance(entry, Mapping):
-            found.update(entry)
+        if kind is inspect.Parameter.VAR_KEYWORD and isinstance(entry, Mapping):
+            for key, one in entry.items():
+                found.update(_spread(key, one, example.names))
         elif entry is not None or name not in parameters:
-            found[name] = entry
+            found.update(_spread(name, entry, example.names))
     return found
+
+
+def _spread(name: str, entry: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """An entry for ``*args``, or for a list or dict of inputs, as one for each."""
+    if name in names or not any(one.startswith(f"{name}_") for one in names):
+        yield name, entry
+        return
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(entry, Mapping):
+        parts = entry.items()
+    elif isinstance(entry, Sequence) and not isinstance(entry, str):
+        parts = enumerate(entry)
+    elif entry is not None:
+        yield name, entry
+    for key, one in parts:
+        # Constants have no axes.
+        if one is not None:
+            yield from _spread(f"{name}_{key}", one, names)
 
 
 def _axes(name: str, tensor: Tensor, entry: object) -> dict[int, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnrewrite.errors import ExportError, UnsupportedBatchNorm
-from bnrewrite.export.arguments import Example
+from bnrewrite.export.arguments import Example, words_of
 from bnrewrite.export.untouched import untouched
 
 
@@ -72,7 +72,7 @@ def _output_names(result: Any) -> tuple[str, ...]:
     found: list[str] = []
     for path, leaf in paths:
         if isinstance(leaf, Tensor):
-            words = [str(key).strip("[].'\"") for key in path]
+            words = words_of(path)
             is_place = not words or words[0].isdigit()
             found.append("_".join(["output", *words] if is_place else words))
     return tuple(found)
@@ -87,10 +87,12 @@ def _failure(
     )
     site = "" if isinstance(error, UnsupportedBatchNorm) else _failing_module(model, error)
     text = str(error).replace("when training", "when batch statistics are used")
+    args, _ = example.rebuild(tensors)
+    named = any(isinstance(arg, dict) for arg in args)
     return (
         f"the model itself fails in eval mode on the example ({given}): {site}"
         f"{type(error).__name__}: {text.rstrip('.')}. Give an example that model.eval()(*args) "
-        "accepts."
+        f"accepts{'; pass named arguments in kwargs=' if named else ''}."
     )
 
 
