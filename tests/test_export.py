@@ -139,6 +139,14 @@ def test_tensors_in_lists_and_dictionaries_are_inputs(axes, fold):
     assert list(x[1]) == ["slow", "weight"]
 
 
+@pytest.mark.parametrize("more", [None, [], ()])
+def test_axes_of_arguments_that_are_not_given(more):
+    x = [random_image(), {"slow": random_image(), "weight": 2}]
+    axes = {"x": [BATCH, {"slow": BATCH}], "more": more}
+    report = export_onnx(randomize(Pathways()), (x,), dynamic_shapes=axes)
+    assert report.verified == (2, 3)
+
+
 def test_names_of_inputs_inside_others_are_distinct():
     class Named(torch.nn.Module):
         def forward(self, x, x_0):

@@ -102,6 +102,9 @@ def _by_name(model: nn.Module, example: Example, given: Mapping[Any, Any]) -> di
         if kind is inspect.Parameter.VAR_KEYWORD and isinstance(entry, Mapping):
             for key, one in entry.items():
                 found.update(_spread(key, one, example.names))
+        elif kind is inspect.Parameter.VAR_POSITIONAL and not entry:
+            # The example has none, or none of them varies.
+            continue
         elif entry is not None or name not in parameters:
             found.update(_spread(name, entry, example.names))
     return found
