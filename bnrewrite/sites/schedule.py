@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.agreement import View, agree, can_agree, default_group
 from bnrewrite.differences import Line
 from bnrewrite.groups import DEFAULT_GROUP, NO_GROUP, find_group
-from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake
+from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake, runs_in_python
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
@@ -248,6 +248,7 @@ class Schedule:
             self.ddp_buffers.leave_out(ddp, members, self._before_ddp)
             shadow_when_done(ddp)
 
+    @runs_in_python
     def _before_ddp(self, *_: Any) -> None:
         """Looks for loads before a forward of DDP that trains, as compiled members cannot."""
         if (
@@ -342,9 +343,8 @@ def schedule_of(module: nn.Module) -> Schedule | None:
 def _agree_while_compiling(key: str) -> None:
     """Agreement when a graph is compiled: a compiler looks at the flags by itself from then on."""
     schedule = _living.get(key)
-    if schedule is None:
-        return
-    guard_graph(schedule)
-    if schedule.is_news():
+    if schedule is not None:
+        guard_graph(schedule)
+    if schedule is not None and schedule.is_news():
         with errors_pass_through_dynamo():
             schedule.look()
