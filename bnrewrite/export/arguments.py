@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import (
-    keystr,
-    tree_flatten_with_path,
-    tree_structure,
-    tree_unflatten,
-)
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
 
 from bnrewrite.errors import ExportError
 from bnrewrite.export.plain import forward_signature
@@ -110,9 +105,9 @@ def words_of(path: Iterable[Any]) -> list[str]:
 
 def _check_value(place: str, value: object) -> None:
     if not isinstance(value, (Tensor, *_CONSTANTS)):
-        way_out = {
-            "ndarray": "Convert it with torch.from_numpy().",
-        }.get(type(value).__name__, "Wrap the model in a module that takes tensors.")
+        way_out = "Wrap the model in a module that takes tensors."
+        if type(value).__name__ == "ndarray":
+            way_out = "Convert it with torch.from_numpy()."
         raise ExportError(
             f"{place} is of type {type(value).__name__}, but inputs of an ONNX graph are tensors. "
             + way_out

@@ -345,6 +345,6 @@ def _agree_while_compiling(key: str) -> None:
     schedule = _living.get(key)
     if schedule is not None:
         guard_graph(schedule)
-    if schedule is not None and schedule.is_news():
-        with errors_pass_through_dynamo():
-            schedule.look()
+        if schedule.is_news():
+            with errors_pass_through_dynamo():
+                schedule.look()
