@@ -16,10 +16,11 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnrewrite.capture.attach import detach_owner
 from bnrewrite.capture.cache import Cache, Recipe
 from bnrewrite.capture.candidates import more_candidates, owner_candidates
 from bnrewrite.capture.model import answer_questions, capture_and_attach, capture_from_below
-from bnrewrite.capture.owner import detach_owner, is_owner, owner_state
+from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.patches import patched
 from bnrewrite.conversion import (
     CONVERSION,

@@ -14,6 +14,9 @@ from bnrewrite.sites.classes import Converted, below, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
 
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
+_CALL = "_wrapped_call"
+"""Of an ``fx.GraphModule``: what a call goes through, which explains errors."""
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 Place = tuple[str, str]
@@ -74,7 +77,7 @@ class Assumptions:
             self.tensors[path, name] = _tensors(value)
         if name in _INTERNAL or name == "_modules":
             reads.keep(value)
-        if name in _INTERNAL or name.startswith("_bnrewrite"):
+        if name in _INTERNAL or name == _CALL or name.startswith("_bnrewrite"):
             return
         if name == "_modules":
             self.children[path] = tuple(value)

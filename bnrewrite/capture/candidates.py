@@ -8,7 +8,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -162,7 +162,7 @@ def mentions_batch_norm(module: nn.Module) -> bool:
     holds as attributes.
     """
     cls = original_class(module)
-    if cls.__module__.startswith("torch."):
+    if _is_of_torch(cls):
         return False
     if cls not in _MENTIONS:
         _MENTIONS[cls] = any(_reaches(value, _DEPTH, {}) for value in _members(cls))
@@ -191,8 +191,14 @@ _CALLABLES = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 def _members(cls: type) -> Iterator[Any]:
     """What the classes of a user define."""
     for base in cls.__mro__:
-        if not base.__module__.startswith(("torch.", "builtins")):
+        if base is not object and not _is_of_torch(base):
             yield from vars(base).values()
+
+
+def _is_of_torch(cls: type) -> bool:
+    """Whether torch wrote the class; graphs of users become forwards of classes in its name."""
+    is_graph = issubclass(cls, fx.GraphModule) and cls is not fx.GraphModule
+    return cls.__module__.startswith("torch.") and not is_graph
 
 
 def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:

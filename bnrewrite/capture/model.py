@@ -5,11 +5,12 @@ import dataclasses
 from torch import nn
 
 from bnrewrite.capture.asking import asking_candidates, unanswered
+from bnrewrite.capture.attach import attach_owner
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import children_first, computes_itself, sharing_candidates
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.forms import Form
-from bnrewrite.capture.owner import attach_owner, owner_state_of
+from bnrewrite.capture.owner import owner_state_of
 from bnrewrite.modes import Frozen, Local
 from bnrewrite.passes.base import joined
 from bnrewrite.passes.inline_children import inline_children

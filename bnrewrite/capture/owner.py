@@ -24,26 +24,23 @@ from bnrewrite.passes.overlap_backward import waiting_convolutions
 from bnrewrite.sites.classes import (
     Converted,
     below,
-    change_class,
     is_converted,
     original_class,
-    restore_class,
 )
 from bnrewrite.sites.evaluate import site_number
-from bnrewrite.sites.floor import call_in_trace, floor_recipe, is_site, site_state
+from bnrewrite.sites.flags import LEFT
+from bnrewrite.sites.floor import call_in_trace, is_site, site_state
 from bnrewrite.sites.intercept import Intercept
 from bnrewrite.sites.schedule import (
     EVALUATES,
     EVERY_GROUP,
-    LEFT,
-    SCHEDULE,
     Schedule,
     living_schedule,
 )
 from bnrewrite.sites.tracing import Tracing, tracer_here
 from bnrewrite.torch_versions import is_fx_tracing
 
-_STATE = "_bnrewrite_owner"
+STATE = "_bnrewrite_owner"
 
 _LEFT_ALONE = (
     "its own forward runs, because an argument of the call, a hook or another change rules out the "
@@ -268,7 +265,7 @@ class OwnerForward(Converted):
         if isinstance(self._bnrewrite_owner, _Pickled):
             module: Any = self
             recipe = self._bnrewrite_owner.recipe
-            module.__dict__[_STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
+            module.__dict__[STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
 
 
 def _are_symbols(args: Any, kwargs: Any) -> bool:
@@ -298,32 +295,14 @@ def owner_state_of(recipe: Recipe, captured: Capture) -> OwnerState | None:
     return OwnerState(recipe, captured.train, captured.eval)
 
 
-def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
-    """Turns a module into an owner, in place; None leaves it on the floor with interception."""
-    module.__dict__[_STATE] = state
-    recipe = floor_recipe(module) if is_site(module) else (None,)
-    change_class(module, (OwnerForward, *recipe))
-    schedule.enter(module)
-
-
 def is_owner(module: nn.Module) -> bool:
     """Whether ``module`` runs a captured graph, or would if it could be captured."""
-    return _STATE in module.__dict__
+    return STATE in module.__dict__
 
 
 def owner_state(module: nn.Module) -> OwnerState | None:
     """The captured graphs of an owner."""
-    return module.__dict__[_STATE]
-
-
-def detach_owner(module: nn.Module) -> None:
-    """Exact inverse of :func:`attach_owner`."""
-    del module.__dict__[_STATE]
-    if is_site(module):
-        change_class(module, floor_recipe(module))
-    else:
-        del module.__dict__[SCHEDULE]
-        restore_class(module)
+    return module.__dict__[STATE]
 
 
 def _run(captured: Captured, owner: nn.Module, values: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.fx._symbolic_trace as fx_trace
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -164,13 +164,21 @@ def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tracer = tracer_here()
     if tracer is None:
         return _call(module, *args, **kwargs)
-    if type(module).__call__ is not nn.Module.__call__:
+    if _call_of(type(module)) is not nn.Module.__call__:
         tracer.refuse(f"calls a {type(module).__name__}, which defines its own __call__")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _call(module, *args, **kwargs)
 
     return tracer.call_module(module, forward, args, kwargs)
+
+
+def _call_of(cls: type[nn.Module]) -> Any:
+    """The ``__call__`` of a class; that which torch puts on graph modules explains errors."""
+    if issubclass(cls, fx.GraphModule):
+        of_users = (base for base in cls.__mro__ if "_wrapped_call" not in vars(base))
+        return next(vars(base)["__call__"] for base in of_users if "__call__" in vars(base))
+    return cls.__call__
 
 
 def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:

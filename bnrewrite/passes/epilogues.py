@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from bnrewrite.passes.torch_calls import Does, function_does
 from bnrewrite.sites.classes import below, original_class
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
+aten = torch.ops.aten
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-_IN_PLACE = (operator.iadd, "add_", "__iadd__")
+_IN_PLACE = (operator.iadd, aten.add_.Tensor, "add_", "__iadd__")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,19 @@ _FUNCTIONS: dict[Any, tuple[Make, tuple[str, ...]]] = {
     F.gelu: (_gelu, ("input", "approximate")),
     F.hardswish: (_hardswish, ("input", "inplace")),
     F.hardtanh: (_hardtanh, ("input", "min_val", "max_val", "inplace")),
+    # What torch.export makes of these.
+    aten.relu.default: (_relu, ("self",)),
+    aten.relu_.default: (_relu, ("self",)),
+    aten.relu6.default: (_relu6, ("self",)),
+    aten.leaky_relu.default: (_leaky_relu, ("self", "negative_slope")),
+    aten.leaky_relu_.default: (_leaky_relu, ("self", "negative_slope")),
+    aten.silu.default: (_silu, ("self",)),
+    aten.silu_.default: (_silu, ("self",)),
+    aten.gelu.default: (_gelu, ("self", "approximate")),
+    aten.hardswish.default: (_hardswish, ("self",)),
+    aten.hardswish_.default: (_hardswish, ("self",)),
+    aten.hardtanh.default: (_hardtanh, ("self", "min_val", "max_val")),
+    aten.hardtanh_.default: (_hardtanh, ("self", "min_val", "max_val")),
 }
 
 _METHODS: dict[str, Make] = {"relu": _relu, "relu_": _relu}
@@ -115,7 +130,7 @@ def activation_of(owner: nn.Module, node: fx.Node) -> Activation | None:
     if node.op == "call_function" and node.target in _FUNCTIONS:
         make, names = _FUNCTIONS[node.target]
         values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        values.pop("input", None)
+        values.pop(names[0], None)
         # A value that the graph computes cannot be part of a node.
         if set(values) <= set(names) and not any(isinstance(v, fx.Node) for v in values.values()):
             return make(**values)

@@ -13,6 +13,7 @@ import dataclasses
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.ops.batch_norm import BATCH_NORM
@@ -263,8 +264,11 @@ def _is_tensor(node: fx.Node) -> bool:
 
     Of a number that a child gives the code of the graph makes one.
     """
-    if node.op in ("placeholder", "call_module") or isinstance(node.target, type(BATCH_NORM)):
+    if node.op in ("placeholder", "call_module"):
         return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        returns = [str(one.type) for one in node.target._schema.returns]
+        return returns == ["Tensor"]
     if node.op == "get_attr":
         return False
     if node.target is operator.getitem:

@@ -7,6 +7,7 @@ anything.
 
 import enum
 import functools
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -102,4 +103,7 @@ def _named(name: str) -> Does:
 
 def name_of(node: fx.Node) -> str:
     """The name of the function or method that ``node`` calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return target._opname
+    return target if isinstance(target, str) else getattr(target, "__name__", "")

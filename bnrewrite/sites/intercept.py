@@ -13,9 +13,13 @@ from bnrewrite.sites.floor import site_state
 
 _ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
+_ATEN_ORDER = ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:])
+
 FUNCTIONS: dict[Any, tuple[str, ...]] = {
     torch.nn.functional.batch_norm: _ORDER,
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", *_ORDER[5:]),
+    torch.batch_norm: _ATEN_ORDER,
+    torch.ops.aten.batch_norm: _ATEN_ORDER,
+    torch.ops.aten.batch_norm.default: _ATEN_ORDER,
 }
 """torch's functions that evaluate a BatchNorm, with the names of their arguments in order."""
 

@@ -26,13 +26,11 @@ from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
 from bnrewrite.sites.ddp_join import shadow_when_done
+from bnrewrite.sites.flags import Flags, flags_of
 from bnrewrite.sites.local_statistics import LocalStatistics
 
 SCHEDULE = "_bnrewrite_schedule"
 """Attribute in which a site or owner holds its schedule."""
-
-LEFT = "_bnrewrite_left"
-"""Attribute of an owner whose own forward runs in place of a graph with shared collectives."""
 
 EVALUATES = "it evaluates (training=False) and communicates nothing"
 """What a site says of itself outside training."""
@@ -45,10 +43,6 @@ _PATIENCE_S = 3.0
 
 _PATIENCE_IN_BACKWARD_S = 8.0
 """The same for a rank that evaluates and asks for gradients: others first wait in a collective."""
-
-
-Flags = bytes
-"""A number for each member: 1 if it trains, and 2 more if it has left its graph."""
 
 
 def _changed() -> object:
@@ -178,7 +172,7 @@ class Schedule:
         if not _gradients_are_wanted(members):
             # A saliency map or an attack asks for that of an input: nobody trains.
             return
-        flags = _flags(members)
+        flags = flags_of(members)
         group, known = self._evaluated
         known = known if group() is world else set()
         if flags not in known:
@@ -206,7 +200,7 @@ class Schedule:
         """Agrees with the other ranks unless these flags have been agreed on before."""
         world = default_group()
         members = self.members()
-        flags = _flags(members)
+        flags = flags_of(members)
         if world is None:
             if any(_communicates(member) for member in members):
                 self.local.warn_without_group()
@@ -315,13 +309,6 @@ def _gradient_is_wanted(parameter: Tensor) -> bool:
     except RuntimeError:
         # So torch says that autograd.grad() was given this very parameter.
         return True
-
-
-def _flags(members: list[Any]) -> Flags:
-    """What decides, of each member, about what it communicates."""
-    return bytes(
-        [bool(member.training) + 2 * member.__dict__.get(LEFT, False) for member in members]
-    )
 
 
 def _communicates(member: Any) -> bool:
