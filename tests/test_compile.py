@@ -1,6 +1,7 @@
 """``torch.compile(fullgraph=True)``: one rank and two, inside DDP and around it."""
 
 import copy
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,22 @@ def test_models_of_several_classes_have_a_recompile_limit_each() -> None:
             for number, (model, run) in enumerate(zip(models, compiled, strict=True)):
                 model.train(training)
                 run(torch.randn(4, 3 + number))
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch counts all compilations of one function together",
+)
+def test_many_models_of_one_class_are_compiled_apart() -> None:
+    models = [bnrewrite.convert(_one_site()) for _ in range(4)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model in models:
+            compiled = torch.compile(
+                model, fullgraph=True, backend="aot_eager", isolate_recompiles=True
+            )
+            for training in (True, False):
+                model.train(training)
+                compiled(_x(4, 0))
 
 
 @pytest.mark.parametrize("how", ["inside DDP", "around DDP"])
