@@ -11,7 +11,7 @@ from bnrewrite.capture.model import Unanswered
 from bnrewrite.modes import ModeTable
 from bnrewrite.naming import ITSELF
 from bnrewrite.passes.base import PassReport, Skip
-from bnrewrite.passes.replace_batch_norm import replace_batch_norm
+from bnrewrite.passes.replace_batch_norm import LOCAL, replace_batch_norm
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import is_site, site_state
 
@@ -98,6 +98,14 @@ def note_unanswered(question: Unanswered, conversion: Conversion) -> None:
     )
     conversion.skipped.append(Skip(question.name or ITSELF, reason, question.where))
     conversion.unanswered.append(question)
+
+
+def warn_of_local(conversion: Conversion) -> None:
+    """Warns of calls that evaluate BatchNorm and cannot be distributed."""
+    for skip in conversion.skipped:
+        if skip.reason.endswith(LOCAL):
+            place = f" ({skip.where})" if skip.where else ""
+            warnings.warn(f"{skip.name} {skip.reason}{place}.", stacklevel=3)
 
 
 def warn_unanswered(conversion: Conversion) -> None:

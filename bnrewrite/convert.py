@@ -29,6 +29,7 @@ from bnrewrite.conversion import (
     note_reports,
     note_unanswered,
     settled,
+    warn_of_local,
     warn_unanswered,
 )
 from bnrewrite.errors import BnRewriteError, CaptureError, UnsupportedBatchNorm
@@ -136,6 +137,7 @@ def convert(
                 "Convert with strict=False to leave them as they are."
             )
         warn_unanswered(conversion)
+        warn_of_local(conversion)
         if not sites:
             left_alone = (
                 f" {left[0].name or ITSELF} was left alone: {left[0].reason}." if left else ""

@@ -379,6 +379,25 @@ def test_forwards_that_call_graphs_are_captured(how: str) -> None:
     _assert_same(model, plain, _x(1))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*:FutureWarning"
+)  # torch's copies of what it exports
+def test_graphs_that_run_in_an_interpreter_are_named() -> None:
+    model = torch.export.unflatten(torch.export.export(_net(), (_x(),)))
+    with pytest.warns(UserWarning, match=r"^1.* runs a graph in torch\.fx\.Interpreter"):
+        model = bnrewrite.convert(nn.Sequential(nn.BatchNorm2d(3).double(), model))
+    assert "1.bn1" in str(bnrewrite.report(model))
+
+
+def test_other_operators_in_a_graph_are_named() -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0]
+
+    with pytest.warns(UserWarning, match="itself calls native_batch_norm, which uses local"):
+        bnrewrite.convert(fx.symbolic_trace(Calls()))
+
+
 def test_compiled_graphs_follow_edits() -> None:
     model, plain = bnrewrite.convert(_traced()), _traced()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -158,12 +158,10 @@ def has_forward(module: nn.Module) -> bool:
 def mentions_batch_norm(module: nn.Module) -> bool:
     """Whether the forward of ``module`` may call ``F.batch_norm``, directly or through helpers.
 
-    Helpers are methods, functions of any module that its code names, and functions that the module
-    holds as attributes.
+    Helpers are methods, functions of any module that its code names, and functions and graphs that
+    the module holds as attributes.
     """
     cls = original_class(module)
-    if _is_of_torch(cls):
-        return False
     if cls not in _MENTIONS:
         _MENTIONS[cls] = any(_reaches(value, _DEPTH, {}) for value in _members(cls))
     return _MENTIONS[cls] or any(
@@ -185,20 +183,15 @@ _MENTIONS: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 _DEPTH = 3
 """How many calls from the module's own code helpers may be away."""
 
-_CALLABLES = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
+_CALLABLES = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, fx.Graph)
+"""What a module may hold that evaluates a BatchNorm."""
 
 
 def _members(cls: type) -> Iterator[Any]:
     """What the classes of a user define."""
     for base in cls.__mro__:
-        if base is not object and not _is_of_torch(base):
+        if not base.__module__.startswith(("torch.", "builtins")):
             yield from vars(base).values()
-
-
-def _is_of_torch(cls: type) -> bool:
-    """Whether torch wrote the class; graphs of users become forwards of classes in its name."""
-    is_graph = issubclass(cls, fx.GraphModule) and cls is not fx.GraphModule
-    return cls.__module__.startswith("torch.") and not is_graph
 
 
 def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
@@ -211,6 +204,12 @@ def _reaches(value: Any, depth: int, seen: dict[CodeType, int]) -> bool:
         return _reaches(value.fget, depth, seen)
     if any(value is function for function in FUNCTIONS):
         return True
+    if isinstance(value, fx.Graph):
+        called = {node.target for node in value.nodes if node.op == "call_function"}
+        return any(
+            "batch_norm" in getattr(one, "__name__", "") or _reaches(one, depth, seen)
+            for one in called
+        )
     if not isinstance(value, FunctionType) or seen.get(value.__code__, -1) >= depth:
         return False
     if value.__module__ is not None and value.__module__.startswith("torch."):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -93,5 +93,7 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
     (socket.socket, "__init__", "opens a socket"),
     (torch.backends.ContextProp, "__set__", "changes a setting of torch"),
     (torch.cuda.StreamContext, "__enter__", "enters a CUDA stream"),
+    # It shows a progress bar, which starts a thread.
+    (fx.Interpreter, "run", "runs a graph in torch.fx.Interpreter"),
 )  # fmt: skip
 """What a graph would lose or do once, whatever has it done: a class, a method and the reason."""

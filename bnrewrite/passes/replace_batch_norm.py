@@ -47,6 +47,9 @@ from bnrewrite.sites.floor import (
 )
 from bnrewrite.sites.intercept import FUNCTIONS, functional_arguments
 
+LOCAL = "which uses local statistics: call F.batch_norm instead"
+"""Ends the reason why a call that evaluates BatchNorm in some other way is no site."""
+
 
 def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
     """Replaces the BatchNorm calls of one owner's graph."""
@@ -126,7 +129,7 @@ def _other_functions(target: OwnerGraph, activations: Collection[fx.Node]) -> It
             and node.target not in (*FUNCTIONS, own_batch_norm)
             and node in activations
         ):
-            reason = f"calls {name}, which uses local statistics: call F.batch_norm instead"
+            reason = f"calls {name}, {LOCAL}"
             place = target.qualified(node.meta.get("scope", "")) or ITSELF
             yield target.skip(place, reason, node, None)
 
