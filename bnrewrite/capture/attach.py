@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -71,10 +72,10 @@ class _Known:
     """A graph that a module had: its forward and what it was captured as."""
 
     number: int
-    forward: Any
+    forward: FunctionType
     state: OwnerState | None
 
-    def is_of(self, forward: Any) -> bool:
+    def is_of(self, forward: FunctionType) -> bool:
         """Whether ``forward``, of the same code, calls the same."""
         before, now = self.forward.__globals__, forward.__globals__
         names = (before.keys() | now.keys()) - {"__builtins__"}
@@ -93,15 +94,15 @@ class _GraphModule(Converted):
         """Gives the original class the forward of the graph, and captures that."""
         module: Any = self
         cls, original = type(module), original_class(module)
-        before, code = original.forward, module.code
+        before = original.forward
         # torch puts it on the class that it finds.
         assign_class(module, original)
         try:
-            made = original.recompile(module)
+            made = module.recompile()
         finally:
             assign_class(module, cls)
         if is_owner(module):
-            _change_graph(module, code, before)
+            _change_graph(module, before)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -122,23 +123,26 @@ class _GraphModule(Converted):
         return (_load, (make, (others, *more), _recipe_of(self), schedule), *rest)
 
 
-def _change_graph(module: Any, code: str, before: Any) -> None:
-    """Notes that the graph of an owner is another one than that of ``code`` and ``before``."""
+def _change_graph(module: Any, before: FunctionType) -> None:
+    """Has the graph of an owner, whose forward was ``before``, stand for the forward as it is."""
     original: Any = original_class(module)
-    known: dict[str, _Known] = module.__dict__.setdefault(_KNOWN, {})
+    made, held = original.forward, vars(module)
+    known: dict[CodeType, _Known] = held.setdefault(_KNOWN, {})
     if not known:
-        known[code] = _Known(0, before, owner_state(module))
-    now = known.get(module.code)
-    if now is None or not now.is_of(original.forward):
+        known[before.__code__] = _Known(0, before, owner_state(module))
+    now = known.get(made.__code__)
+    if now is None or not now.is_of(made):
         number = 1 + max(one.number for one in known.values())
-        state = _captured(module, _recipe_of(module))
-        now = known[module.code] = _Known(number, original.forward, state)
+        # Not that of another forward, if this is interrupted.
+        state, held[STATE] = held[STATE], None
+        now = _Known(number, made, _captured(module, _recipe_of(module, state)))
+        known[made.__code__] = now
     # What has seen one graph meets it again.
     original.forward = now.forward
-    module.__dict__[STATE] = now.state
-    if module.__dict__.get(GRAPH, 0) != now.number:
-        module.__dict__[GRAPH] = now.number
-        vars(module)[SCHEDULE].change()
+    held[STATE] = now.state
+    if held.get(GRAPH, 0) != now.number:
+        held[GRAPH] = now.number
+        held[SCHEDULE].change()
 
 
 def _captured(module: nn.Module, recipe: Recipe) -> OwnerState | None:
@@ -161,9 +165,10 @@ def _kept(module: Any) -> dict[str, Any]:
     }
 
 
-def _recipe_of(module: Any) -> Recipe:
-    states = [owner_state(module), *(one.state for one in vars(module).get(_KNOWN, {}).values())]
-    return next(state.recipe for state in states if state is not None)
+def _recipe_of(module: Any, state: OwnerState | None = None) -> Recipe:
+    """How an owner was captured; ``state`` is that of its graph, if it does not hold it."""
+    known = (one.state for one in vars(module).get(_KNOWN, {}).values())
+    return next(one.recipe for one in (state, owner_state(module), *known) if one is not None)
 
 
 def _make_owner(module: Any, recipe: Recipe, schedule: Schedule) -> Any:
