@@ -82,6 +82,17 @@ def _switching() -> Any:
     return Switching(_net(), graph, evaluates)
 
 
+class TwoStreams(nn.Module):
+    """Two graphs that do not depend on each other."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self.one, self.two = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x.flip(2))
+
+
 def _replace(graph: fx.Graph, old: Any, new: Any) -> None:
     """Calls ``new`` in place of ``old``."""
     found = [node for node in graph.nodes if node.target in (old, old.__name__)]
@@ -97,6 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "exported": _exported,
     "switching": _switching,
 }
+BESIDE = {**MODELS, "beside each other": lambda: TwoStreams(_traced)}
 
 
 def _results(model: Any, x: Tensor) -> dict[str, Tensor]:
@@ -136,7 +148,7 @@ def test_graphs_are_captured_and_rewritten(name: str) -> None:
 
 
 def _train(rank: int, world_size: int, name: str) -> tuple[dict[str, Tensor], list[str]]:
-    model = bnrewrite.convert(MODELS[name]())
+    model = bnrewrite.convert(BESIDE[name]())
     _results(model, _x(rank))  # ranks agree in the first step
     with CountCollectives() as comm:
         found = _results(model, _x(world_size + rank))
@@ -145,10 +157,10 @@ def _train(rank: int, world_size: int, name: str) -> tuple[dict[str, Tensor], li
     return found, [kind for kind, _, _ in comm.seen]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BESIDE)
 def test_two_ranks_train_like_one_process(ranks: RankPool, name: str) -> None:
     results = ranks.run(_train, 2, name)
-    plain = MODELS[name]()
+    plain = BESIDE[name]()
     for start in (0, 2):
         expected = _results(plain, torch.cat([_x(start), _x(start + 1)]))
     outputs = torch.cat([found.pop("output") for found, _ in results])
@@ -359,10 +371,35 @@ def test_feature_extractors_of_torchvision_switch_graphs() -> None:
         results = (one.train(training)(x) for one in (model, plain))
         torch.testing.assert_close(*results, **CLOSE)
         torch.testing.assert_close(_buffers(model), _buffers(plain), **CLOSE)
-        assert vars(model)["_bnrewrite_owner"].train.left_because(model) is None
+        assert _graph_of(model).left_because(model) is None
     made = copy.deepcopy(model)
     torch.testing.assert_close(made.eval()(x), plain.eval()(x), **CLOSE)
     assert "20 BatchNorm sites, 20 in captured graphs" in str(bnrewrite.report(made))
+
+
+def _graph_of(model: nn.Module) -> Any:
+    """The training graph of a model."""
+    return vars(model)["_bnrewrite_owner"].train
+
+
+@pytest.mark.parametrize("how", ["none", "deepcopy", "pickle"])
+def test_graphs_beside_each_other_share_collectives(how: str) -> None:
+    make = _switching if how == "none" else _traced
+    model, plain = bnrewrite.convert(TwoStreams(make)), TwoStreams(make)
+    assert "2 forward + 2 backward for 6 evaluations" in str(bnrewrite.report(model))
+    if how != "none":
+        model = HOW[how](model)
+    for training in (True, False, True):
+        model.train(training)
+        plain.train(training)
+        _assert_same(model, plain, _x(int(training)))
+        runs = _graph_of(model).left_because(model) is None
+        assert runs is (training or make is _traced)
+    for one in (model.two, plain.two):
+        _replace(one.graph, torch.sin, torch.cos)
+        one.recompile()
+    assert _graph_of(model).left_because(model) == "forward of two changed"
+    _assert_same(model, plain, _x(2))
 
 
 @pytest.mark.parametrize("how", ["none", "deepcopy", "pickle"])
@@ -371,7 +408,7 @@ def test_forwards_that_call_graphs_are_captured(how: str) -> None:
     if how != "none":
         model = HOW[how](model)
     assert "4 BatchNorm sites, 4 in captured graphs" in str(bnrewrite.report(model))
-    assert vars(model)["_bnrewrite_owner"].train.left_because(model) is None
+    assert _graph_of(model).left_because(model) is None
     _assert_same(model, plain, _x())
     for body in (model.body, plain.body):
         _replace(body.graph, torch.sin, torch.cos)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
+from bnrewrite.capture.alike import forwards_alike
 from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.seen import CONSTANTS, CONTAINERS, SeenBelow, described, is_method, same
@@ -104,6 +106,13 @@ class Assumptions:
                 reads.see_in_class(original_class(module), name)
                 reads.see(value)
 
+    def note_inlined(self, path: str, module: nn.Module) -> None:
+        """Notes that the forward of ``module`` becomes part of the graph."""
+        cls = self.classes[path] = original_class(module)
+        if issubclass(cls, fx.GraphModule):
+            # When its graph changes, the same class gets another.
+            self.methods[path, "forward"] = cls.forward
+
     def note_training(self, path: str, value: Any) -> None:
         """Notes that the graph depends on the flag ``training`` of the module at ``path``."""
         self.reads_training = True
@@ -176,7 +185,7 @@ class Assumptions:
         """
         for path, cls in self.classes.items():
             module = below(owner, path)
-            if original_class(module) is not cls:
+            if not _same_class(original_class(module), cls):
                 return path, CLASS
             if has_hooks(module):
                 return path, HOOKS
@@ -185,7 +194,9 @@ class Assumptions:
                 return path, CLASS
         for (path, name), function in self.methods.items():
             module = below(owner, path)
-            if name in module.__dict__ or getattr(original_class(module), name) is not function:
+            if name in module.__dict__ or not _same_method(
+                getattr(original_class(module), name), function
+            ):
                 return path, name
         for path in self.unhooked:
             if has_forward_hooks(below(owner, path)):
@@ -234,6 +245,26 @@ class Assumptions:
             return self.change(module) is None
         except AttributeError:
             return False
+
+
+def _same_class(cls: type, before: type) -> bool:
+    """Whether a module is of the class it had; torch makes one for each graph module and copy.
+
+    What the graph of that is, its forward tells.
+    """
+    return cls is before or (
+        issubclass(before, fx.GraphModule)
+        and issubclass(cls, fx.GraphModule)
+        and cls.__bases__ == before.__bases__
+    )
+
+
+def _same_method(method: Any, before: Any) -> bool:
+    """Whether a class has the method that it had."""
+    if method is before:
+        return True
+    are_functions = isinstance(method, FunctionType) and isinstance(before, FunctionType)
+    return are_functions and forwards_alike(method, before)
 
 
 def _tensors(members: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnrewrite.capture.alike import forwards_alike
 from bnrewrite.capture.cache import Cache, Recipe
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.owner import (
@@ -72,14 +73,8 @@ class _Known:
     """A graph that a module had: its forward and what it was captured as."""
 
     number: int
-    forward: FunctionType
+    forward: Any
     state: OwnerState | None
-
-    def is_of(self, forward: FunctionType) -> bool:
-        """Whether ``forward``, of the same code, calls the same."""
-        before, now = self.forward.__globals__, forward.__globals__
-        names = (before.keys() | now.keys()) - {"__builtins__"}
-        return all(name in before and before[name] is now.get(name, self) for name in names)
 
 
 class _GraphModule(Converted):
@@ -131,7 +126,7 @@ def _change_graph(module: Any, before: FunctionType) -> None:
     if not known:
         known[before.__code__] = _Known(0, before, owner_state(module))
     now = known.get(made.__code__)
-    if now is None or not now.is_of(made):
+    if now is None or not forwards_alike(now.forward, made):
         number = 1 + max(one.number for one in known.values())
         # Not that of another forward, if this is interrupted.
         state, held[STATE] = held[STATE], None

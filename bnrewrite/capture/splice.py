@@ -161,7 +161,7 @@ class _Splicer:
         self, module: nn.Module, path: str, args: tuple[fx.Node, ...], call: fx.Node | None
     ) -> fx.Node:
         """What the module at ``path`` does with ``args``."""
-        self.assumptions.classes[path] = original_class(module)
+        self.assumptions.note_inlined(path, module)
         if _is_sequence_of_calls(module) and len(args) == 1:
             self.assumptions.children[path] = tuple(module._modules)
             result = args[0]

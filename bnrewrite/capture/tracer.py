@@ -261,7 +261,7 @@ class OwnerTracer(fx.Tracer):
         if called is not None:
             refuse_caught(self)
             return called
-        self.assumptions.classes[path] = original_class(m)
+        self.assumptions.note_inlined(path, m)
         self._see_forward(m)
         self._scopes.append((path, self._num_calls))
         self._num_calls += 1

@@ -91,7 +91,7 @@ def _kept(target: OwnerGraph, path: str) -> str:
     ):
         return "it is a BatchNorm layer that evaluates itself"
     if original_class(module).__module__.startswith("torch.") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
     ):
         return "it is one of torch's own modules, which are not traced"
     return ""
