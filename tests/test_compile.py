@@ -262,7 +262,7 @@ def test_many_models_of_one_class_are_compiled_apart() -> None:
     models = [bnrewrite.convert(_one_site()) for _ in range(4)]
     with torch._dynamo.config.patch(recompile_limit=2):
         for model in models:
-            compiled = torch.compile(
+            compiled = torch.compile(  # pyright: ignore[reportCallIssue]
                 model, fullgraph=True, backend="aot_eager", isolate_recompiles=True
             )
             for training in (True, False):
