@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from bnrewrite.capture.frames import is_for_traced_code, is_ours
@@ -92,7 +93,8 @@ def _reasons() -> tuple[tuple[ModuleType, dict[str, str]], ...]:
     others: dict[ModuleType, dict[str, str]] = {
         builtins: files,
         io: files,
-        os: {name: f"calls os.{name}()" for name in _OF_THE_SYSTEM},
+        os: {name: f"calls os.{name}()" for name in (*_OF_THE_SYSTEM, "urandom")},
+        np.random: {"default_rng": "draws random numbers outside the graph"},
         gc: {"collect": "runs the garbage collector"},
         warnings: {"warn": "warns"},
         torch.cuda: {name: f"calls torch.cuda.{name}()" for name in _GPU},

@@ -12,7 +12,7 @@ from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
 from bnrewrite.capture.seen import CONSTANTS, CONTAINERS, SeenBelow, described, is_method, same
 from bnrewrite.passes.base import joined
-from bnrewrite.sites.classes import Converted, below, original_class
+from bnrewrite.sites.classes import Converted, below, is_hidden, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
 
 _INTERNAL = frozenset(name for name in vars(nn.Module()) if name not in ("training", "_modules"))
@@ -194,7 +194,7 @@ class Assumptions:
                 return path, CLASS
         for (path, name), function in self.methods.items():
             module = below(owner, path)
-            if name in module.__dict__ or not _same_method(
+            if is_hidden(module, name) or not _same_method(
                 getattr(original_class(module), name), function
             ):
                 return path, name
@@ -224,7 +224,7 @@ class Assumptions:
                 return path, name
         for (path, name), seen in self.inherited.items():
             module = below(owner, path)
-            if name in module.__dict__ or not seen.matches(
+            if is_hidden(module, name) or not seen.matches(
                 getattr(original_class(module), name, None), owner
             ):
                 return path, name

@@ -33,7 +33,7 @@ from bnrewrite.sites.classes import (
     original_class,
     restore_class,
 )
-from bnrewrite.sites.flags import GRAPH
+from bnrewrite.sites.flags import GRAPH, LEFT
 from bnrewrite.sites.floor import floor_recipe, is_site
 from bnrewrite.sites.schedule import SCHEDULE, Schedule
 
@@ -59,6 +59,7 @@ def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule
 
 def detach_owner(module: nn.Module) -> None:
     """Exact inverse of :func:`attach_owner`."""
+    module.__dict__.pop(LEFT, None)
     if is_site(module):
         del module.__dict__[STATE]
         change_class(module, floor_recipe(module))

@@ -185,6 +185,28 @@ def global_names(code: CodeType) -> frozenset[str]:
     )
 
 
+@functools.lru_cache(4096)
+def imported_names(code: CodeType) -> frozenset[str]:
+    """The modules that code and the functions inside it import, as it names them."""
+    found = {one.argval for one in instructions_of(code) if one.opname == "IMPORT_NAME"}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= imported_names(constant)
+    return frozenset(found)
+
+
+@functools.lru_cache(4096)
+def names_in_strings(code: CodeType) -> frozenset[str]:
+    """What strings of code and of the functions inside it could name."""
+    found: set[str] = set()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= names_in_strings(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
+    return frozenset(found)
+
+
 def _is_called(instructions: list[dis.Instruction], loaded: int) -> bool:
     """Whether the global that the instruction at ``loaded`` loads is called."""
     if sys.version_info >= (3, 11):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -292,9 +291,6 @@ def _is_default(value: Any, default: Any) -> bool:
     if kind is tuple:
         equal = type(value) is tuple and len(value) == len(default)
         return equal and all(map(_is_default, value, default))
-    if kind is float and default == 0.0:
-        # Zeros have signs, which divisions tell.
-        return same(value, default) and math.copysign(1, value) == math.copysign(1, default)
     return kind in _EQUAL and same(value, default)
 
 

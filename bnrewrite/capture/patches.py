@@ -102,6 +102,10 @@ def _patched_once() -> Iterator[None]:
         ):
             stack.callback(setattr, holder, name, vars(holder)[name])
             setattr(holder, name, new)
+        for name in _READS:
+            # torch's own are those of a base in C.
+            stack.callback(delattr, torch.Tensor, name)
+            setattr(torch.Tensor, name, _refusing_read(name))
         stack.enter_context(refusing_acts())
         stack.enter_context(giving_code_back())
         stack.callback(setattr, Patches, "patcher", None)
@@ -111,6 +115,17 @@ def _patched_once() -> Iterator[None]:
         fx_trace._patch_wrapped_functions(Patches.patcher)
         record_functions(vars(math))
         yield
+
+
+_READS = ("tolist", "stride", "is_contiguous", "storage_offset", "data_ptr", "grad", "_version")
+"""What traced code may ask a tensor without running an operation: a graph would keep the answer."""
+
+
+def _refusing_read(name: str) -> Any:
+    read, reason = getattr(torch.Tensor, name), f"reads {name} of its own tensors"
+    if not hasattr(read, "__set__"):
+        return refusing(read, reason)
+    return property(refusing(read.__get__, reason), read.__set__, read.__delete__)
 
 
 def record_functions(home: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnrewrite.capture.acts import is_stand_in, stand_in
-from bnrewrite.capture.bytecode import decisions, global_names
+from bnrewrite.capture.bytecode import decisions, global_names, imported_names, names_in_strings
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.objects import Objects
@@ -41,8 +41,11 @@ from bnrewrite.capture.seen import (
 )
 from bnrewrite.capture.unreadable import unreadable
 
-_AMBIENT = frozenset(("time", "_contextvars", "contextvars"))
+_AMBIENT = frozenset(("time", "datetime", "uuid", "secrets", "_contextvars", "contextvars"))
 """Modules whose answers differ from call to call."""
+
+_LOOKS_UP = frozenset(("getattr", "hasattr", "vars", "__dict__", "attrgetter"))
+"""What code names that finds attributes by strings."""
 
 _STREAMS = frozenset(("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__"))
 
@@ -85,6 +88,8 @@ class Reads:
         self._outside = Outside()
         self._traced: list[type] = []
         self._made: list[type] = []
+        self._modules: dict[int, ModuleType] = {}
+        self._imports: list[tuple[FunctionType, frozenset[str]]] = []
         self._objects = Objects(tracer, self._known, self.see_getter, self._note)
         self.asks_types = False
 
@@ -120,6 +125,8 @@ class Reads:
             self._copies[id(value)] = keys, elements
             for one in elements:
                 self.see(one)
+        if isinstance(value, ModuleType) and not is_library(value.__name__):
+            self._see_module(value, frozenset(self._names))
         reason = unreadable(value)
         if reason:
             self._tracer.refuse(reason)
@@ -200,7 +207,10 @@ class Reads:
             for cls in (*self._traced, *self._objects.classes):
                 for name in names:
                     self.see_in_class(cls, name)
-        new = names - self._names
+        read = names
+        if not names.isdisjoint(_LOOKS_UP):
+            read = names | names_in_strings(function.__code__)
+        new = read - self._names
         self._names |= new
         for cls in self._made:
             for name in new:
@@ -210,13 +220,32 @@ class Reads:
         for name in names & ASKED.keys():
             self._outside.answers[name] = ASKED[name]()
         for name in found & function.__globals__.keys():
-            self._name(function.__globals__, name, names)
+            self._name(function.__globals__, name, read)
+        if imported_names(function.__code__):
+            self._imports.append((function, read))
+        for module in [*self._modules.values()]:
+            for name in new & vars(module).keys():
+                self._name(vars(module), name, read)
         for cell in function.__closure__ or ():
-            self._name(cell, "", names)
+            self._name(cell, "", read)
         for name in function.__kwdefaults__ or {}:
-            self._name(function.__kwdefaults__, name, names)
+            self._name(function.__kwdefaults__, name, read)
         if function.__defaults__:
-            self._name(function, "", names)
+            self._name(function, "", read)
+
+    def see_imports(self) -> None:
+        """Notes, when the traced code has run, what it read of modules that it imports itself."""
+        for function, names in self._imports:
+            package = str(function.__globals__.get("__package__") or "")
+            for name in imported_names(function.__code__):
+                for one in {name, f"{package}.{name}".strip(".")} & sys.modules.keys():
+                    self._name(sys.modules, one, names)
+
+    def _see_module(self, module: ModuleType, names: frozenset[str]) -> None:
+        """Notes what code reads of a module by ``names``, and other code that it is given to."""
+        self._modules.setdefault(id(module), module)
+        for name in (names | self._names) & vars(module).keys():
+            self._name(vars(module), name, names)
 
     def _name(self, holder: Any, name: str, names: frozenset[str]) -> None:
         """Notes one value that code names, and what it may read of that by ``names``."""
@@ -239,8 +268,7 @@ class Reads:
         self._outside.holders[id(holder)] = holder
         self._named.setdefault((id(holder), name), value)
         if isinstance(value, ModuleType):
-            for one in names & vars(value).keys():
-                self._name(vars(value), one, names)
+            self._see_module(value, names)
         elif isinstance(value, type):
             for one in names:
                 self.see_in_class(value, one)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import random
 import socket
 import subprocess
 import sys
@@ -28,12 +29,18 @@ def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     def refusing(*args: Any, **kwargs: Any) -> Any:
         tracer = tracer_here()
         if tracer is not None and tracer.recording:
-            frame = sys._getframe(1)
+            frame: Any = sys._getframe(1)
+            if frame.f_globals.get("__name__") == _ASKS:
+                frame = frame.f_back
             if not is_of_package(frame) and is_for_traced_code(frame):
                 tracer.refuse(reason)
         return function(*args, **kwargs)
 
     return refusing
+
+
+_ASKS = "bnrewrite.capture.questions"
+"""Has what stands for builtins such as ``getattr`` in traced code."""
 
 
 def enter_generator(manager: Any) -> Any:
@@ -60,6 +67,8 @@ def node_type_of_tree(tree: Any) -> Any:
 _node_type = _pytree._get_node_type
 
 _enter = contextlib._GeneratorContextManager.__enter__
+
+_DRAWS = "draws random numbers outside the graph"
 
 _GRADIENTS = "enters no_grad or enable_grad"
 
@@ -93,6 +102,10 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
     (socket.socket, "__init__", "opens a socket"),
     (torch.backends.ContextProp, "__set__", "changes a setting of torch"),
     (torch.cuda.StreamContext, "__enter__", "enters a CUDA stream"),
+    # Generators of its own; those that were there before are looked at.
+    (random.Random, "__init__", _DRAWS),
+    (random.SystemRandom, "random", _DRAWS),
+    (random.SystemRandom, "getrandbits", _DRAWS),
     # It shows a progress bar, which starts a thread.
     (fx.Interpreter, "run", "runs a graph in torch.fx.Interpreter"),
 )  # fmt: skip

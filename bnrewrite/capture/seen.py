@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import math
 import os
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnrewrite.capture.alike import alike
 from bnrewrite.guards import is_compiling
 from bnrewrite.sites.classes import below, original_class
 
@@ -254,9 +256,17 @@ def same(value: Any, before: Any) -> bool:
     if type(value) is not type(before):
         return False
     try:
-        return bool(value == before)
+        equal = bool(value == before)
     except Exception:
         return False
+    if equal and type(value) is float and value == 0.0:
+        # Zeros have signs, which divisions tell.
+        return math.copysign(1, value) == math.copysign(1, before)
+    # Those of {1} and {True} are equal, too.
+    return equal and (type(value) not in _OF_EQUALS or alike(value, before))
+
+
+_OF_EQUALS = (set, frozenset, slice, range)
 
 
 def described(tensor: Tensor) -> tuple[Any, ...]:

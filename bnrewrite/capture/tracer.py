@@ -149,6 +149,7 @@ class OwnerTracer(fx.Tracer):
         function, arguments = self.create_args_for_root(forward, is_module=True)
         with fx_tracing():
             self.create_node("output", "output", (self.create_arg(function(*arguments)),), {})
+        self.reads.see_imports()
         return self.graph
 
     def _see_forward(self, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bnrewrite.errors import BnRewriteError
+from bnrewrite.guards import is_compiling
 from bnrewrite.sites.schedule import SCHEDULE, schedule_of
 
 _ORIGINAL = "_bnrewrite_original"
@@ -83,6 +84,9 @@ class Converted:
 def _rebuild(original: type, recipe: tuple, function: Any, args: tuple) -> Any:
     return function(converted_class(original, recipe), *args)
 
+
+_MADE = frozenset(("forward", "cls_to_become", "__module__", "__qualname__", "__doc__", _ORIGINAL))
+"""Attributes that such a class has from the beginning."""
 
 _making = threading.RLock()
 _made: "weakref.WeakValueDictionary[tuple[type, tuple], type]" = weakref.WeakValueDictionary()
@@ -236,6 +240,21 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 def assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives ``module`` the class, past a ``__setattr__`` of its own, which may hand it on."""
     object.__setattr__(module, "__class__", cls)
+
+
+def is_hidden(module: nn.Module, name: str) -> bool:
+    """Whether something stands before the attribute ``name`` of the module's original class.
+
+    It may be on the module, or on the class that conversion made, by ``type(module).name = ...``.
+    """
+    if is_compiling():
+        # A compiler guards what is read, and not that a dictionary lacks a key.
+        getattr(module, name, None)
+        return name in module.__dict__
+    if name in module.__dict__:
+        return True
+    cls = type(module)
+    return name in vars(cls) and _Unannounced in cls.__bases__ and name not in _MADE
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
