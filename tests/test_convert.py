@@ -761,6 +761,25 @@ class TestWarnings:
         assert all("runs its own forward" in one and "test_convert.py:" in one for one in messages)
         assert [one.filename for one in warned] == [__file__] * len(messages)
 
+    def test_functional_calls_where_an_attribute_changes(self) -> None:
+        class Momentum(_Scaled):
+            momentum = 0.1
+
+            def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+                y = scale * x
+                return F.batch_norm(
+                    y, self.mean, self.var, None, None, self.training, self.momentum
+                )
+
+        module: Any = Momentum()
+        module.momentum = 0.1
+        model: Any = bnrewrite.convert(module, "frozen")
+        model.momentum = 0.2
+        with pytest.warns(
+            UserWarning, match=r"because momentum was 0\.1 and is 0\.2\. .*convert the model again"
+        ):
+            model(torch.randn(4, 3))
+
     def test_a_child_with_a_graph_of_its_own_loses_no_functional_call(self) -> None:
         class Parent(nn.Module):
             def __init__(self) -> None:

@@ -251,13 +251,14 @@ def _outside_holds_while_compiling(key: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def warn_of_functions(key: str, name: str, group: str) -> None:
+def warn_of_functions(key: str, name: str, group: str, change: str | None) -> None:
     """Warns where an owner runs its own forward, whose calls of ``F.batch_norm`` are torch's.
 
     Args:
         key: of a training graph of the owner.
         name: of the owner.
         group: of its sites.
+        change: what is another than it was, if it is that.
     """
     captured = _living.get(key)
     sites = [] if captured is None else captured.functional_sites()
@@ -270,13 +271,18 @@ def warn_of_functions(key: str, name: str, group: str) -> None:
     ]
     if lost:
         warnings.warn(
-            f"{name or ITSELF} runs its own forward, because its graph does not cover "
-            "a call like this one. Its calls to torch.nn.functional.batch_norm "
-            f"({', '.join(str(site.where) for site in lost)}) behave as in an unconverted model: "
-            "with local statistics in training. Use a BatchNorm module there, or call the model "
-            "with the arguments that its forward declares, and leave optional ones out.",
+            f"{name or ITSELF} runs its own forward, because "
+            f"{change or 'its graph does not cover a call like this one'}. Its calls to "
+            f"torch.nn.functional.batch_norm ({', '.join(str(site.where) for site in lost)}) "
+            "behave as in an unconverted model: with local statistics in training. Use a "
+            f"BatchNorm module there, or {_CONVERT if change else _CALL}.",
             stacklevel=6,
         )
+
+
+_CONVERT = "convert the model again after such a change"
+
+_CALL = "call the model with the arguments that its forward declares, and leave optional ones out"
 
 
 def _communicates(mode: Mode | None, group: str) -> bool:

@@ -224,7 +224,9 @@ class OwnerForward(Converted):
         if not is_site(module):
             state = self._bnrewrite_owner
             if training and state is not None and state.has_functions:
-                warn_of_functions(state.train.key, state.recipe.name, state.recipe.group)
+                changed = captured is not None and not is_compiling()
+                change = captured.left_because(module) if captured and changed else None
+                warn_of_functions(state.train.key, state.recipe.name, state.recipe.group, change)
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
             # What this rank computes in another order others might wait for.
