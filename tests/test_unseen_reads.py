@@ -202,3 +202,70 @@ def test_revert_leaves_nothing_of_a_graph_that_was_left() -> None:
     model(_x(), scale=2.0)
     assert "_bnrewrite_left" in vars(model)
     assert not [name for name in vars(bnrewrite.revert(model)) if name.startswith("_bnrewrite")]
+
+
+class Named(nn.Module):
+    """Layers and tensors, of which some have two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.source, self.target = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.now = self.source
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.layer = self.one
+        self.shift: Tensor
+        self.again: Tensor
+        self.register_buffer("shift", torch.zeros(3))
+        self.register_buffer("again", self.shift)
+        self.weight = nn.Parameter(torch.ones(3))
+        self.same = self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x) + self.now(x.sin())
+        return self.layer(y) * self.weight + self.same * self.shift - self.again
+
+
+def _untie_weight(net: Any) -> None:
+    net.same = nn.Parameter(torch.full((3,), 2.0))
+
+
+def _untie_buffer(net: Any) -> None:
+    net.double()
+    net.shift.fill_(3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net, "now", net.target),
+        lambda net: setattr(net, "layer", net.two),
+        lambda net: setattr(net, "one", nn.Identity()),
+        _untie_weight,
+        _untie_buffer,
+    ],
+    ids=["BatchNorm", "layer", "the other name", "parameter", "buffer"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_names_may_stop_to_mean_one(change: Callable[[Any], None], compiled: bool) -> None:
+    torch.manual_seed(0)
+    plain = Named()
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    assert "2 in captured graphs" in str(bnrewrite.report(model))
+    run: Any = torch.compile(model, backend="aot_eager") if compiled else model
+    torch.testing.assert_close(run(_x()), plain(_x()))
+    for net in (model, plain):
+        change(net)
+    dtype = plain.bn.weight.dtype
+    torch.testing.assert_close(run(_x(5).to(dtype)), plain(_x(5).to(dtype)))
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
+def test_deleting_an_attribute_is_refused() -> None:
+    def forget(net: Any, y: Tensor) -> Tensor:
+        del net.held
+        return y
+
+    model = bnrewrite.convert(Net(forget, 1))
+    assert "deletes an attribute" in str(bnrewrite.report(model))
+    assert model.held == 1

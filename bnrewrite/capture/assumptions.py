@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -52,6 +53,7 @@ class Assumptions:
         methods: methods of modules whose code told what they give, by path and name.
         unhooked: paths of modules whose results were taken for what the layer makes.
         instances: answers of ``isinstance`` about modules, by path and class.
+        tied: names below the owner of what is one module, parameter or buffer, in pairs.
         outside: what the code read besides modules.
     """
 
@@ -71,6 +73,7 @@ class Assumptions:
     methods: dict[Place, Any] = dataclasses.field(default_factory=dict)
     unhooked: set[str] = dataclasses.field(default_factory=set)
     instances: dict[tuple[str, Any], bool] = dataclasses.field(default_factory=dict)
+    tied: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     outside: Outside = dataclasses.field(default_factory=Outside)
 
     def note(self, path: str, module: nn.Module, name: str, value: Any, reads: Reads) -> None:
@@ -148,6 +151,7 @@ class Assumptions:
             ours, theirs = getattr(self, name), getattr(other, name)
             ours.update({joined(path, at): value for at, value in theirs.items()})
         self.unhooked.update(joined(path, at) for at in other.unhooked)
+        self.tied.update((joined(path, one), joined(path, two)) for one, two in other.tied)
         for at, names in other.present.items():
             self.present.setdefault(joined(path, at), set()).update(names)
         for name in ("values", "answers", "holders"):
@@ -163,6 +167,8 @@ class Assumptions:
         for places in (self.objects, self.inherited):
             places.update({place: looks.of(value) for place, value in places.items()})
         self.outside = reads.outside(looks)
+        # A trace knows each by one name, whatever the code calls it.
+        self.tied.update(_ties(owner))
         if reads.asks_types:
             for path, names in (*self.present.items(), *self.children.items()):
                 for name in names:
@@ -237,6 +243,9 @@ class Assumptions:
         for path, names in self.children.items():
             if tuple(below(owner, path)._modules) != names:
                 return path, CHILDREN
+        for one, two in self.tied:
+            if _member(owner, one) is not _member(owner, two):
+                return one, "identity"
         return None
 
     def hold_for_another(self, module: nn.Module) -> bool:
@@ -245,6 +254,25 @@ class Assumptions:
             return self.change(module) is None
         except AttributeError:
             return False
+
+
+def _ties(owner: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names below ``owner`` of what has another name there, with that other name."""
+    for members in (owner.named_modules, owner.named_parameters, owner.named_buffers):
+        first: dict[int, str] = {}
+        for name, member in members(remove_duplicate=False):
+            if first.setdefault(id(member), name) != name:
+                yield name, first[id(member)]
+
+
+def _member(owner: nn.Module, path: str) -> Any:
+    """The module, parameter or buffer of this name."""
+    home, _, name = path.rpartition(".")
+    module = below(owner, home)
+    for table in (module._modules, module._parameters, module._buffers):
+        if name in table:
+            return table[name]
+    return module if not name else None
 
 
 def _same_class(cls: type, before: type) -> bool:

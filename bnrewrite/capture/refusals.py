@@ -91,6 +91,7 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
         )
     ),
     (RemovableHandle, "remove", "removes a hook"),
+    (nn.Module, "__delattr__", "deletes an attribute"),
     (nn.Module, "zero_grad", "calls zero_grad()"),
     # After it has found who logs.
     (logging.Logger, "handle", "logs a message"),
