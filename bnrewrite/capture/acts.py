@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bnrewrite.capture.frames import is_for_traced_code, is_ours
-from bnrewrite.capture.refusals import refusing
+from bnrewrite.capture.refusals import DRAWS, refusing
 from bnrewrite.sites.tracing import tracer_here
 
 _OF_THE_SYSTEM = (
@@ -94,7 +94,7 @@ def _reasons() -> tuple[tuple[ModuleType, dict[str, str]], ...]:
         builtins: files,
         io: files,
         os: {name: f"calls os.{name}()" for name in (*_OF_THE_SYSTEM, "urandom")},
-        np.random: {"default_rng": "draws random numbers outside the graph"},
+        np.random: {"default_rng": DRAWS},
         gc: {"collect": "runs the garbage collector"},
         warnings: {"warn": "warns"},
         torch.cuda: {name: f"calls torch.cuda.{name}()" for name in _GPU},

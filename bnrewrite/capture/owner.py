@@ -224,8 +224,8 @@ class OwnerForward(Converted):
         if not is_site(module):
             state = self._bnrewrite_owner
             if training and state is not None and state.has_functions:
-                changed = captured is not None and not is_compiling()
-                change = captured.left_because(module) if captured and changed else None
+                asks = captured if not is_compiling() else None
+                change = None if asks is None else asks.left_because(module)
                 warn_of_functions(state.train.key, state.recipe.name, state.recipe.group, change)
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)

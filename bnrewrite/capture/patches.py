@@ -32,6 +32,7 @@ from bnrewrite.capture.frames import asks_for_torch
 from bnrewrite.capture.proxy import PROXIES, asks_for_class
 from bnrewrite.capture.questions import QUESTIONS
 from bnrewrite.capture.refusals import (
+    DRAWS,
     EFFECTS,
     enter_generator,
     node_type_of_tree,
@@ -300,7 +301,7 @@ def keeping_random_state(tracer: Any) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-            tracer.note_refusal("draws random numbers outside the graph")
+            tracer.note_refusal(DRAWS)
 
 
 class RefuseEffects(TorchDispatchMode):

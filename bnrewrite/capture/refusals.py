@@ -68,7 +68,7 @@ _node_type = _pytree._get_node_type
 
 _enter = contextlib._GeneratorContextManager.__enter__
 
-_DRAWS = "draws random numbers outside the graph"
+DRAWS = "draws random numbers outside the graph"
 
 _GRADIENTS = "enters no_grad or enable_grad"
 
@@ -104,9 +104,9 @@ EFFECTS: tuple[tuple[Any, str, str], ...] = (
     (torch.backends.ContextProp, "__set__", "changes a setting of torch"),
     (torch.cuda.StreamContext, "__enter__", "enters a CUDA stream"),
     # Generators of its own; those that were there before are looked at.
-    (random.Random, "__init__", _DRAWS),
-    (random.SystemRandom, "random", _DRAWS),
-    (random.SystemRandom, "getrandbits", _DRAWS),
+    (random.Random, "__init__", DRAWS),
+    (random.SystemRandom, "random", DRAWS),
+    (random.SystemRandom, "getrandbits", DRAWS),
     # It shows a progress bar, which starts a thread.
     (fx.Interpreter, "run", "runs a graph in torch.fx.Interpreter"),
 )  # fmt: skip

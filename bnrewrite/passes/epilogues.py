@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from bnrewrite.passes.torch_calls import Does, function_does
 from bnrewrite.sites.classes import below, original_class
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor)
+_ADDITIONS = (operator.add, operator.iadd, torch.add, _aten.add.Tensor, _aten.add_.Tensor)
 _ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-_IN_PLACE = (operator.iadd, aten.add_.Tensor, "add_", "__iadd__")
+_IN_PLACE = (operator.iadd, _aten.add_.Tensor, "add_", "__iadd__")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +95,18 @@ _FUNCTIONS: dict[Any, tuple[Make, tuple[str, ...]]] = {
     F.hardswish: (_hardswish, ("input", "inplace")),
     F.hardtanh: (_hardtanh, ("input", "min_val", "max_val", "inplace")),
     # What torch.export makes of these.
-    aten.relu.default: (_relu, ("self",)),
-    aten.relu_.default: (_relu, ("self",)),
-    aten.relu6.default: (_relu6, ("self",)),
-    aten.leaky_relu.default: (_leaky_relu, ("self", "negative_slope")),
-    aten.leaky_relu_.default: (_leaky_relu, ("self", "negative_slope")),
-    aten.silu.default: (_silu, ("self",)),
-    aten.silu_.default: (_silu, ("self",)),
-    aten.gelu.default: (_gelu, ("self", "approximate")),
-    aten.hardswish.default: (_hardswish, ("self",)),
-    aten.hardswish_.default: (_hardswish, ("self",)),
-    aten.hardtanh.default: (_hardtanh, ("self", "min_val", "max_val")),
-    aten.hardtanh_.default: (_hardtanh, ("self", "min_val", "max_val")),
+    _aten.relu.default: (_relu, ("self",)),
+    _aten.relu_.default: (_relu, ("self",)),
+    _aten.relu6.default: (_relu6, ("self",)),
+    _aten.leaky_relu.default: (_leaky_relu, ("self", "negative_slope")),
+    _aten.leaky_relu_.default: (_leaky_relu, ("self", "negative_slope")),
+    _aten.silu.default: (_silu, ("self",)),
+    _aten.silu_.default: (_silu, ("self",)),
+    _aten.gelu.default: (_gelu, ("self", "approximate")),
+    _aten.hardswish.default: (_hardswish, ("self",)),
+    _aten.hardswish_.default: (_hardswish, ("self",)),
+    _aten.hardtanh.default: (_hardtanh, ("self", "min_val", "max_val")),
+    _aten.hardtanh_.default: (_hardtanh, ("self", "min_val", "max_val")),
 }
 
 _METHODS: dict[str, Make] = {"relu": _relu, "relu_": _relu}
