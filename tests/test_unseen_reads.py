@@ -269,3 +269,141 @@ def test_deleting_an_attribute_is_refused() -> None:
     model = bnrewrite.convert(Net(forget, 1))
     assert "deletes an attribute" in str(bnrewrite.report(model))
     assert model.held == 1
+
+
+class Other(nn.Module):
+    """A module that no module holds as a child, like the teacher of a student."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 2.0
+        self.inner = nn.Dropout(0.25)
+
+    @property
+    def twice(self) -> float:
+        return 2 * self.factor
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return y * self.factor
+
+
+OTHER = Other()
+
+
+def _change_flag(other: Any) -> None:
+    other.eval()
+
+
+def _change_factor(other: Any) -> None:
+    other.factor = 7.0
+
+
+def _change_class_attribute(other: Any) -> None:
+    other.gain = 5.0
+
+
+def _change_inner(other: Any) -> None:
+    other.inner.p = 0.75
+
+
+def _take_inner(other: Any) -> None:
+    other.inner = None
+
+
+def _by_global(net: Any, y: Tensor) -> Tensor:
+    return y * OTHER.factor
+
+
+def _by_children(net: Any, y: Tensor) -> Tensor:
+    for one in net.held[0].children():
+        y = y * one.p
+    return y
+
+
+def _by_default(net: Any, y: Tensor) -> Tensor:
+    return y * getattr(net.held[0], "missing", 3.0)
+
+
+def _add_missing(other: Any) -> None:
+    other.missing = 4.0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("how", "change"),
+    [
+        (lambda net, y: y * net.held[0].factor, _change_factor),
+        (lambda net, y: y if net.held[0].training else -y, _change_flag),
+        (lambda net, y: y * net.held[0].gain, _change_class_attribute),
+        (lambda net, y: y * net.held[0].inner.p, _change_inner),
+        (lambda net, y: y if net.held[0].inner is None else -y, _take_inner),
+        (lambda net, y: y * net.held[0].twice, _change_factor),
+        (lambda net, y: net.held[0].scaled(y), _change_factor),
+        (lambda net, y: net.held[1](y), _change_factor),
+        (lambda net, y: y * next(iter(net.held[2])).factor, _change_factor),
+        (_by_global, _change_factor),
+        (_by_children, _change_inner),
+        (_by_default, _add_missing),
+    ],
+    ids=[
+        "attribute", "training", "attribute of the class", "child", "child that goes", "property",
+        "method", "bound method", "in a set", "global", "children", "attribute that was missing",
+    ],
+)  # fmt: skip
+def test_modules_that_are_no_children_are_read_anew(
+    how: Forward, change: Callable[[Any], None], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Other()
+    monkeypatch.setattr(sys.modules[__name__], "OTHER", other)
+    plain = Net(how, (other, other.scaled, {other}))
+    model = bnrewrite.convert(Net(how, plain.held))
+    assert _is_captured(model)
+    run = torch.compile(model, backend="eager") if compiled else model
+    torch.testing.assert_close(run(_x()), plain(_x()))
+    change(other)
+    torch.testing.assert_close(run(_x(5)), plain(_x(5)))
+
+
+def test_a_module_that_is_no_child_may_be_exchanged() -> None:
+    plain = Net(lambda net, y: y * net.held[0].factor, [Other()])
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    torch.testing.assert_close(model(_x()), plain(_x()))
+    for net in (plain, model):
+        net.held[0] = Other()
+        net.held[0].factor = -1.0
+    torch.testing.assert_close(model(_x(5)), plain(_x(5)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda net, y: net.held[0](y),
+        lambda net, y: y * net.held[0].__dict__["factor"],
+        lambda net, y: y * vars(net.held[0])["factor"],
+        lambda net, y: y * object.__getattribute__(net.held[0], "factor"),
+        lambda net, y: y * net.held[1].dataset.how(net),
+    ],
+    ids=["call", "dictionary", "vars", "past the module", "in an object of a library"],
+)
+def test_what_cannot_be_followed_in_a_module_that_is_no_child(how: Forward) -> None:
+    other = Other()
+    other.forward = other.scaled
+    unseen: Any = Net(lambda net: other.factor)  # pyright: ignore
+    plain = Net(how, [other, torch.utils.data.Subset(unseen, [0])])
+    model = bnrewrite.convert(Net(how, plain.held))
+    assert not _is_captured(model)
+    other.factor = 9.0
+    torch.testing.assert_close(model(_x()), plain(_x()))
+
+
+def test_blocks_share_a_graph_though_modules_that_are_no_children_differ() -> None:
+    def scaled(net: Any, y: Tensor) -> Tensor:
+        return y * net.held[0].factor
+
+    others = [Other(), Other()]
+    others[1].factor = 11.0
+    plain = nn.Sequential(*(Net(scaled, [other]) for other in others))
+    model = bnrewrite.convert(copy.deepcopy(plain))
+    torch.testing.assert_close(model(_x()), plain(_x()))

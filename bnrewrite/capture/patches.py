@@ -5,15 +5,12 @@ subclasses take notice. So :func:`patched` does it once for all traces of a conv
 whichever tracer runs; only the classes of the modules that are traced change for each trace.
 """
 
-import builtins
 import contextlib
 import math
 import os
 import random
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from threading import get_ident
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -28,8 +25,6 @@ from bnrewrite.capture.acts import refusing_acts, stand_in
 from bnrewrite.capture.asking import asks_for_named
 from bnrewrite.capture.bytecode import is_used_as_value
 from bnrewrite.capture.comparisons import giving_code_back
-from bnrewrite.capture.frames import asks_for_torch
-from bnrewrite.capture.proxy import PROXIES, asks_for_class
 from bnrewrite.capture.questions import QUESTIONS
 from bnrewrite.capture.refusals import (
     DRAWS,
@@ -43,7 +38,6 @@ from bnrewrite.torch_versions import autograd_apply
 
 _write = nn.Module.__setattr__
 _call = nn.Module.__call__
-_ask = builtins.isinstance
 
 
 RECORDING = fx_trace._create_wrapped_func(math.sqrt).__code__
@@ -160,15 +154,6 @@ def record_act(home: dict[str, Any], name: str) -> bool:
     return new is not None
 
 
-def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls ``function``, code of fx, which asks ``isinstance`` hundreds of times."""
-    asked, builtins.isinstance = builtins.isinstance, _ask
-    try:
-        return function(*args, **kwargs)
-    finally:
-        builtins.isinstance = asked
-
-
 def _attribute(module: nn.Module, name: str, value: Any) -> None:
     tracer = tracer_here()
     if tracer is not None and tracer.recording:
@@ -202,84 +187,6 @@ def _function_call(cls: type, *args: Any, **kwargs: Any) -> Any:
     if tracer is not None:
         tracer.refuse(f"calls the autograd.Function {cls.__name__}")
     return autograd_apply(cls)(*args, **kwargs)
-
-
-def _is_instance(value: Any, classes: Any) -> bool:
-    if type(value) in PROXIES and value.tracer.recording and not asks_for_torch(sys._getframe(1)):
-        return value.tracer.passes_for(value, classes)
-    answer = _ask(value, classes)
-    if _ask(value, nn.Module):
-        tracer = tracer_here()
-        if tracer is not None and tracer.recording and not asks_for_torch(sys._getframe(1)):
-            tracer.note_instance(value, classes, answer)
-    return answer
-
-
-@contextlib.contextmanager
-def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
-    """Makes ``modules``, with their paths, tell ``tracer`` which attributes are read.
-
-    Parameters and buffers become proxies, and ``isinstance`` asks the tracer about proxies.
-    """
-    paths = {id(module): path for module, path in modules.items()}
-    with contextlib.ExitStack() as stack:
-        # All are made before the first is set: a class must not find that of its base.
-        noted: dict[Any, Any] = {
-            cls: _noted(cls.__getattribute__, cls.__getattr__, paths, tracer)
-            for cls in dict.fromkeys(map(type, modules))
-        }
-        for cls, reads in noted.items():
-            own = vars(cls).get("__getattribute__")
-            if own is None:
-                stack.callback(delattr, cls, "__getattribute__")
-            else:
-                stack.callback(setattr, cls, "__getattribute__", own)
-            cls.__getattribute__ = reads
-        stack.callback(setattr, builtins, "isinstance", _ask)
-        builtins.isinstance = _is_instance
-        yield
-
-
-def _noted(
-    read: Any,
-    look_up: Callable[[Any, str], Any],
-    paths: dict[int, str],
-    tracer: Any,
-) -> Any:
-    """Reads an attribute; ``look_up`` does where ``read`` finds nothing."""
-    assumptions = tracer.assumptions
-    reads = tracer.reads
-
-    def getattribute(module: nn.Module, name: str) -> Any:
-        if not tracer.recording or tracer.thread != get_ident():
-            return read(module, name)
-        if name.startswith("__"):
-            if name == "__class__" and asks_for_class(sys._getframe(1)):
-                return tracer.class_of(module, sys._getframe(1))
-            if name == "__dict__" and not asks_for_torch(sys._getframe(1)):
-                tracer.refuse("reads the __dict__ of a module")
-            return read(module, name)
-        reads.see_getter(type(module), name)
-        path = paths.get(id(module))
-        try:
-            value = read(module, name)
-        except AttributeError:
-            try:
-                value = look_up(module, name)
-            except AttributeError:
-                if path is not None:
-                    assumptions.missing.add((path, name))
-                raise
-            if path is not None:
-                assumptions.note_member(path, module, name)
-            with tracer.paused():
-                # It searches the parameters of all modules.
-                return tracer.getattr(name, value, tracer.parameter_proxies)
-        if path is not None:
-            assumptions.note(path, module, name, value, reads)
-        return value
-
-    return getattribute
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ list. What functions name is found in their code, before they run; attributes of
 when they are read.
 """
 
-import builtins
 import collections
 import contextlib
 import dataclasses
@@ -18,13 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnrewrite.capture.acts import is_stand_in, stand_in
-from bnrewrite.capture.bytecode import decisions, global_names, imported_names, names_in_strings
+from bnrewrite.capture.bytecode import global_names, imported_names, names_in_strings
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
 from bnrewrite.capture.objects import Objects
-from bnrewrite.capture.outside import ASKED, TRACING, Outside, read_of, write_to
+from bnrewrite.capture.outside import ASKED, Outside, read_of, write_to
 from bnrewrite.capture.patches import RECORDING, record_act, record_questions
-from bnrewrite.capture.questions import IDENTITY, asks_unseen, is_question
+from bnrewrite.capture.questions import asks_unseen, is_question
 from bnrewrite.capture.restore import attributes_of, give_back, identical, refill
 from bnrewrite.capture.seen import (
     CONSTANTS,
@@ -39,10 +38,9 @@ from bnrewrite.capture.seen import (
     routines,
     same_keys,
 )
+from bnrewrite.capture.unfollowed import unfollowed, unfollowed_value
 from bnrewrite.capture.unreadable import unreadable
-
-_AMBIENT = frozenset(("time", "datetime", "uuid", "secrets", "_contextvars", "contextvars"))
-"""Modules whose answers differ from call to call."""
+from bnrewrite.sites.classes import original_class
 
 _LOOKS_UP = frozenset(("getattr", "hasattr", "vars", "__dict__", "attrgetter"))
 """What code names that finds attributes by strings."""
@@ -56,9 +54,6 @@ _SETTERS = ("__setattr__", "__delattr__")
 
 _LAZY = ("__annotate__", "__annotate_func__")
 """Functions that Python 3.14 has in classes for their annotations: no operators."""
-
-_BY_NAME = frozenset(("globals", "eval", "exec"))
-"""Builtins that find what code does not name."""
 
 _MOST = 1000
 """Elements of a container that are still compared at every call."""
@@ -109,7 +104,10 @@ class Reads:
         """Notes that the traced code may look into ``value`` from now on."""
         if isinstance(value, type):
             self._see_class(value)
-        if isinstance(value, (CONSTANTS, Tensor, nn.Module)) or id(value) in self._known:
+        if isinstance(value, (CONSTANTS, Tensor)) or id(value) in self._known:
+            return
+        if isinstance(value, nn.Module):
+            self._see_apart(value)
             return
         self._known[id(value)] = value
         if asks_unseen(value) or stand_in(value) is not None:
@@ -135,6 +133,24 @@ class Reads:
         elif not is_library(type(value).__module__) or holds_data(type(value)):
             self._kept[id(value)] = attributes_of(value)
             self._watch(type(value))
+
+    def _see_apart(self, module: nn.Module) -> None:
+        """Has a module that is not below the traced one tell which attributes are read."""
+        if module in self._tracer.paths:
+            return
+        self._known[id(module)] = module
+        self._kept[id(module)] = attributes_of(module)
+        self._traced.append(original_class(module))
+        for name in list(self._names) if self.asks_types else ():
+            self.see_in_class(original_class(module), name)
+        self._tracer.watch(type(module))
+
+    def note_apart(self, module: nn.Module, name: str, found: Any) -> None:
+        """Notes that the traced code has read an attribute of a module that is not below it."""
+        if id(module) not in self._known:
+            self._tracer.refuse(f"reads {name!r} of another {type(module).__name__}")
+        if not name.startswith("_bnrewrite"):
+            self._note(module, name, found)
 
     def _watch(self, cls: type) -> None:
         """Has objects of ``cls`` tell which attributes are read, and finds what methods name."""
@@ -190,16 +206,10 @@ class Reads:
         self._named[id(function), "__code__"] = own_code(function)
         names = code_names(function.__code__)
         record_questions(function, names, self._tracer)
-        decided = decisions(function.__code__)
-        if decided is not None and decided.matches:
-            self._tracer.refuse("uses a match statement")
-        watch_comparisons(function)
         found = global_names(function.__code__)
-        if not found.isdisjoint(_BY_NAME):
-            self._tracer.refuse("looks up names dynamically")
-        passes = "__getattribute__" in names and "object" in found and not _is_getter(function)
-        if passes or "getattr_static" in names:
-            self._tracer.refuse("reads attributes past the class of an object")
+        for reason in unfollowed(function, names, found):
+            self._tracer.refuse(reason)
+        watch_comparisons(function)
         if not names.isdisjoint(_SETTERS):
             self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
@@ -215,8 +225,6 @@ class Reads:
         for cls in self._made:
             for name in new:
                 self.see_in_class(cls, name)
-        for name in names & TRACING:
-            self._tracer.refuse(f"calls {name}()")
         for name in names & ASKED.keys():
             self._outside.answers[name] = ASKED[name]()
         for name in found & function.__globals__.keys():
@@ -256,11 +264,8 @@ class Reads:
         self._looked.add(looked)
         if isinstance(holder, dict) and record_act(holder, name):
             return
-        home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
-        if home in _AMBIENT or value is builtins:
-            self._tracer.refuse(f"uses the module {home}")
-        if value is operator and not names.isdisjoint(IDENTITY):
-            self._tracer.refuse("compares values with functions of operator")
+        for reason in unfollowed_value(value, names):
+            self._tracer.refuse(reason)
         if isinstance(value, ModuleType) and is_library(value.__name__):
             for one in names & _STREAMS if value is sys else ():
                 self.see(vars(sys)[one])
@@ -337,11 +342,6 @@ class Reads:
         """What was read that is the same for all modules."""
         values = {place: looks.of(value) for place, value in self._named.items()}
         return dataclasses.replace(self._outside, values=values)
-
-
-def _is_getter(function: FunctionType) -> bool:
-    """Whether a function is how objects of a class are asked for attributes."""
-    return function.__name__ in ("__getattribute__", "__getattr__")
 
 
 def _unrecorded(value: Any) -> Any:

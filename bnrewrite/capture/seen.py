@@ -16,7 +16,6 @@ import sys
 import sysconfig
 import threading
 import types
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,14 +56,17 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class _SeenParts(Seen):
-    """A container or an object: ``value`` is its class; parts are elements, and attributes."""
+    """A container or an object: ``value`` is its class; parts are elements, and attributes.
+
+    So is a module that is not below the owner.
+    """
 
     keys: tuple[Any, ...] = ()
     elements: tuple[Seen, ...] = ()
     attributes: tuple[tuple[str, Seen], ...] = ()
 
     def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        if type(value) is not self.value:
+        if _kind(value) is not self.value:
             return False
         keys, elements = parts(value)
         if len(elements) != len(self.elements) or not same_keys(keys, self.keys):
@@ -98,12 +100,10 @@ class _SeenArray(Seen):
 
 @dataclasses.dataclass(frozen=True)
 class _SeenModule(Seen):
-    """A module: ``value`` is its path below the owner, or the class of one that is not there."""
+    """A module below the owner: ``value`` is its path."""
 
     def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        if isinstance(self.value, str):
-            return owner is not None and below(owner, self.value) is value
-        return isinstance(value, nn.Module) and original_class(value) is self.value
+        return owner is not None and below(owner, self.value) is value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +111,15 @@ class _SeenMethod(Seen):
     """A method of a module or an object, which is not kept: ``value`` is its function.
 
     Attributes:
-        of: what the method belongs to; None for a module that is not below the owner.
-        other: that module.
+        of: what the method belongs to.
     """
 
-    of: Seen | None
-    other: "weakref.ref[Any] | None"
+    of: Seen
 
     def matches(self, value: Any, owner: nn.Module | None) -> bool:
         if type(value) is not types.MethodType or value.__func__ is not self.value:
             return False
-        if self.of is not None:
-            return self.of.matches(value.__self__, owner)
-        return self.other is not None and self.other() is value.__self__
+        return self.of.matches(value.__self__, owner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,33 +168,35 @@ class Looks:
         """What ``value`` looked like."""
         if isinstance(value, Tensor):
             return _SeenTensor(described(value))
-        if isinstance(value, nn.Module):
-            return _SeenModule(self._paths.get(id(value), original_class(value)))
+        if id(value) in self._paths:
+            return _SeenModule(self._paths[id(value)])
         if isinstance(value, types.MethodType):
             # Copies of a module have methods of their own.
-            of = value.__self__
-            if isinstance(of, nn.Module) and id(of) not in self._paths:
-                return _SeenMethod(value.__func__, None, weakref.ref(of))
-            return _SeenMethod(value.__func__, self.of(of), None)
+            return _SeenMethod(value.__func__, self.of(value.__self__))
         if is_method(value):
             return _SeenMethodInC(value.__name__, self.of(value.__self__))
         if isinstance(value, np.ndarray):
             return _SeenArray(_of_array(value))
         read = self._attributes.get(id(value), {})
-        if not (isinstance(value, CONTAINERS) or read):
+        if not (isinstance(value, (*CONTAINERS, nn.Module)) or read):
             return Seen(value)
         if id(value) in self._open:
-            return _SeenParts(type(value), *_empty(value))
+            return _SeenParts(_kind(value), *_empty(value))
         self._open.add(id(value))
         keys, elements = self._copies.get(id(value)) or parts(value)
         seen = _SeenParts(
-            type(value),
+            _kind(value),
             keys,
             tuple(map(self.of, elements)),
             tuple((name, self.of(one)) for name, one in read.items()),
         )
         self._open.remove(id(value))
         return seen
+
+
+def _kind(value: Any) -> type:
+    """The class of a value, which for a module is that from before conversion."""
+    return original_class(value) if isinstance(value, nn.Module) else type(value)
 
 
 def is_method(value: Any) -> bool:

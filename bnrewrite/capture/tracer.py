@@ -23,14 +23,13 @@ from bnrewrite.capture.elements import Element, element_of
 from bnrewrite.capture.forms import PLAIN, Form, Refused, arguments_of, call_with
 from bnrewrite.capture.frames import compares_class, user_frame, where, where_of
 from bnrewrite.capture.literals import CONTAINERS, PLAIN_TYPES, literal
+from bnrewrite.capture.noting import noting_reads, plainly
 from bnrewrite.capture.patches import (
     CONTEXT,
     RefuseEffects,
     context,
     keeping_random_state,
-    noting_reads,
     patched,
-    plainly,
     record_functions,
 )
 from bnrewrite.capture.proxy import Proxy
@@ -75,6 +74,7 @@ class OwnerTracer(fx.Tracer):
         self.thread = threading.get_ident()
         self.parameter_proxies: dict[str, fx.Proxy] = {}
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.watch: Callable[[type[nn.Module]], None]
 
     def note_refusal(self, reason: str) -> None:
         """Has the trace refused at its end, unless it is already."""
