@@ -7,6 +7,7 @@ from torch import nn
 
 from bnrewrite.capture.cache import Capture
 from bnrewrite.capture.candidates import mentions_batch_norm
+from bnrewrite.capture.functional import CALLS, TOLD
 from bnrewrite.capture.model import Unanswered
 from bnrewrite.modes import ModeTable
 from bnrewrite.naming import ITSELF
@@ -79,15 +80,34 @@ def note(name: str, module: nn.Module, captured: Capture, conversion: Conversion
         conversion.skipped.append(Skip(name or ITSELF, OWN_STATISTICS, where))
     if captured.refused is None:
         return
-    conversion.skipped.append(Skip(name or ITSELF, captured.refused))
+    floor = f"; {TOLD} communicate one by one, and are not counted" if _tells(module) else ""
+    conversion.skipped.append(Skip(name or ITSELF, f"{captured.refused}{floor}"))
     if not is_site(module) and mentions_batch_norm(module):
         warnings.warn(
-            f"{name or ITSELF} ({type(module).__name__}) {captured.refused}, and "
-            "its class mentions batch_norm. If its forward calls "
-            "torch.nn.functional.batch_norm on activations, that call uses local statistics. "
-            "To share them, use a BatchNorm module there, or make the forward traceable.",
+            f"{name or ITSELF} ({type(module).__name__}) {captured.refused}, and its class "
+            f"mentions batch_norm. {_telling(module)}To share them, use a BatchNorm module there, "
+            "or make the forward traceable.",
             stacklevel=4,
         )
+
+
+def _tells(module: nn.Module) -> bool:
+    """Whether calls of ``F.batch_norm`` by a forward without a graph may be told as sites."""
+    calls = vars(module).get(CALLS)
+    return calls is not None and calls.other is not None
+
+
+def _telling(module: nn.Module) -> str:
+    """What becomes of calls of ``F.batch_norm`` in a forward without a graph."""
+    if not _tells(module):
+        return (
+            "If its forward calls torch.nn.functional.batch_norm on activations, that call uses "
+            "local statistics. "
+        )
+    return (
+        f"There, {TOLD} communicate one by one, unless in a checkpoint or an autograd.Function; "
+        "any other call on activations uses local statistics. "
+    )
 
 
 def note_unanswered(question: Unanswered, conversion: Conversion) -> None:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnrewrite.capture.attach import detach_owner
 from bnrewrite.capture.cache import Cache, Recipe
 from bnrewrite.capture.candidates import more_candidates, owner_candidates
+from bnrewrite.capture.functional import untraced_calls
 from bnrewrite.capture.model import answer_questions, capture_and_attach, capture_from_below
 from bnrewrite.capture.owner import is_owner, owner_state
 from bnrewrite.capture.patches import patched
@@ -127,7 +128,8 @@ def convert(
         # Other passes have names of other modules, too.
         report = conversion.reports.get(replace_batch_norm.__name__, PassReport())
         calls = (*report.rewritten, *report.skipped)
-        sites = dict.fromkeys([*(name for name, _ in found), *(one.name for one in calls)])
+        names = (*(name for name, _ in found), *(one.name for one in calls))
+        sites = dict.fromkeys((*names, *untraced_calls(modules.values())))
         wanted.modes.check_patterns(list(sites))
         left = [skip for skip in conversion.skipped if skip.reason not in (UNMATCHED, EACH_SAMPLE)]
         if strict and left:

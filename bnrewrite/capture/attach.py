@@ -17,6 +17,7 @@ from torch import fx, nn
 from bnrewrite.capture.alike import forwards_alike
 from bnrewrite.capture.cache import Cache, Recipe
 from bnrewrite.capture.capture import capture
+from bnrewrite.capture.functional import CALLS, TOLD, functional_calls
 from bnrewrite.capture.owner import (
     STATE,
     OwnerForward,
@@ -40,20 +41,24 @@ from bnrewrite.sites.schedule import SCHEDULE, Schedule
 _KNOWN = "_bnrewrite_known"
 """Attribute in which a graph module that was recompiled holds the graphs it had."""
 
-_OF_ITS_OWN = (STATE, SCHEDULE, GRAPH, _KNOWN)
+_OF_ITS_OWN = (STATE, CALLS, SCHEDULE, GRAPH, _KNOWN)
 """Attributes that copies get by becoming owners; they keep others of ours."""
 
 
-def attach_owner(module: nn.Module, state: OwnerState | None, schedule: Schedule) -> None:
+def attach_owner(
+    module: nn.Module, state: OwnerState | None, schedule: Schedule, recipe: Recipe
+) -> None:
     """Turns a module into an owner, in place; None leaves it on the floor with interception."""
     module.__dict__[STATE] = state
+    sites = [] if state is None else state.train.functional_sites()
+    module.__dict__[CALLS] = functional_calls(module, recipe, sites)
     if is_site(module):
-        recipe = floor_recipe(module)
+        bases = floor_recipe(module)
     elif isinstance(module, fx.GraphModule):
-        recipe = (_GraphModule, None)
+        bases = (_GraphModule, None)
     else:
-        recipe = (None,)
-    change_class(module, (OwnerForward, *recipe))
+        bases = (None,)
+    change_class(module, (OwnerForward, *bases))
     schedule.enter(module)
 
 
@@ -62,6 +67,7 @@ def detach_owner(module: nn.Module) -> None:
     module.__dict__.pop(LEFT, None)
     if is_site(module):
         del module.__dict__[STATE]
+        del module.__dict__[CALLS]
         change_class(module, floor_recipe(module))
         return
     restore_class(module)
@@ -147,7 +153,7 @@ def _captured(module: nn.Module, recipe: Recipe) -> OwnerState | None:
         warnings.warn(
             f"{recipe.name or ITSELF}: the graph as it is now cannot be captured again: it "
             f"{found.refused}. It runs as it is: its BatchNorm layers communicate one by one, and "
-            "its calls of torch.nn.functional.batch_norm use local statistics.",
+            f"so do {TOLD}; others use local statistics.",
             stacklevel=5,
         )
     return owner_state_of(recipe, found)
@@ -164,11 +170,12 @@ def _kept(module: Any) -> dict[str, Any]:
 def _recipe_of(module: Any, state: OwnerState | None = None) -> Recipe:
     """How an owner was captured; ``state`` is that of its graph, if it does not hold it."""
     known = (one.state for one in vars(module).get(_KNOWN, {}).values())
-    return next(one.recipe for one in (state, owner_state(module), *known) if one is not None)
+    found = (state, owner_state(module), vars(module)[CALLS], *known)
+    return next(one.recipe for one in found if one is not None)
 
 
 def _make_owner(module: Any, recipe: Recipe, schedule: Schedule) -> Any:
-    attach_owner(module, _captured(module, recipe), schedule)
+    attach_owner(module, _captured(module, recipe), schedule, recipe)
     return module
 
 

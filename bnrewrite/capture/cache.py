@@ -157,7 +157,7 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
             sites.append((path, state.mode, state.group, running))
         elif differ and (child is module or mentions_batch_norm(child)):
             # Its calls are part of the graph where it is traced through.
-            functional.append((path, _functional_modes(joined(recipe.name, path), recipe.modes)))
+            functional.append((path, functional_modes(joined(recipe.name, path), recipe.modes)))
         name = joined(recipe.name, path) if watched else ""
         if watched and (
             name in recipe.untraced or any(fnmatchcase(name, pattern) for pattern in recipe.keep)
@@ -166,7 +166,7 @@ def _structure(module: nn.Module, recipe: Recipe) -> Any:
     return tuple(inside), tuple(sites), tuple(functional), tuple(marked), recipe.forms
 
 
-def _functional_modes(owner: str, modes: ModeTable) -> tuple[Mode | None, ...]:
+def functional_modes(owner: str, modes: ModeTable) -> tuple[Mode | None, ...]:
     """Modes of the functional sites that the module of this name may have."""
     names = (functional_name(owner, index) for index in range(_FUNCTIONAL))
     return tuple(map(modes.find, names))

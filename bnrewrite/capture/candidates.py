@@ -179,6 +179,12 @@ def computes_itself(module: nn.Module) -> bool:
     )
 
 
+def mentions_checkpoint(module: nn.Module) -> bool:
+    """Whether the code of the module's class names a checkpoint."""
+    codes = [one.__code__ for value in _members(original_class(module)) for one in routines(value)]
+    return any("checkpoint" in name for code in codes for name in code_names(code))
+
+
 _MENTIONS: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 _DEPTH = 3
 """How many calls from the module's own code helpers may be away."""

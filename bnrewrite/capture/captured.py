@@ -251,14 +251,15 @@ def _outside_holds_while_compiling(key: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def warn_of_functions(key: str, name: str, group: str, change: str | None) -> None:
-    """Warns where an owner runs its own forward, whose calls of ``F.batch_norm`` are torch's.
+def warn_of_functions(key: str, name: str, group: str, change: str | None, *, untold: bool) -> None:
+    """Warns where an owner runs its own forward and nothing tells calls of ``F.batch_norm`` there.
 
     Args:
         key: of a training graph of the owner.
         name: of the owner.
         group: of its sites.
         change: what is another than it was, if it is that.
+        untold: whether that holds for calls that their tensors tell, too.
     """
     captured = _living.get(key)
     sites = [] if captured is None else captured.functional_sites()
@@ -266,7 +267,8 @@ def warn_of_functions(key: str, name: str, group: str, change: str | None) -> No
         site
         for site in sites
         # Children whose forwards are part of the graph have graphs of their own.
-        if site.name.rpartition(".")[0] == site.owner
+        if site.is_of_owner
+        and (untold or site.tensor is None)
         and (isinstance(site.mode, Frozen) or _communicates(site.mode, group))
     ]
     if lost:

@@ -7,7 +7,12 @@ from torch import nn
 from bnrewrite.capture.asking import asking_candidates, unanswered
 from bnrewrite.capture.attach import attach_owner
 from bnrewrite.capture.cache import Cache, Capture, Recipe
-from bnrewrite.capture.candidates import children_first, computes_itself, sharing_candidates
+from bnrewrite.capture.candidates import (
+    children_first,
+    computes_itself,
+    mentions_batch_norm,
+    sharing_candidates,
+)
 from bnrewrite.capture.capture import capture
 from bnrewrite.capture.forms import Form
 from bnrewrite.capture.owner import owner_state_of
@@ -89,11 +94,17 @@ def capture_and_attach(
     state = owner_state_of(recipe, captured)
     if captured.only_asks:
         return dataclasses.replace(captured, recipe=recipe)
-    if state is not None or (is_site(module) and has_own_forward(module)):
-        attach_owner(module, state, schedule)
+    runs_as_it_is = has_own_forward(module) if is_site(module) else _may_call(module, captured)
+    if state is not None or runs_as_it_is:
+        attach_owner(module, state, schedule, recipe)
     if is_site(module) and has_own_forward(module) and _has_no_site(module, captured):
         note_own_statistics(module)
     return captured
+
+
+def _may_call(module: nn.Module, captured: Capture) -> bool:
+    """Whether a module that cannot be captured may call ``F.batch_norm``."""
+    return captured.refused is not None and mentions_batch_norm(module)
 
 
 def _has_no_site(module: nn.Module, captured: Capture) -> bool:
@@ -149,7 +160,7 @@ def answer_questions(
             continue
         if one.recipe is not None:
             if any(path and is_converted(below(module, path)) for path in one.asked):
-                attach_owner(module, owner_state_of(one.recipe, one), schedule)
+                attach_owner(module, owner_state_of(one.recipe, one), schedule, one.recipe)
             continue
         reason = one.refused or one.unanswered
         question = None if reason is None else unanswered(module, one.asked)

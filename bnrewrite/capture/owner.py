@@ -1,7 +1,9 @@
 """Owners: modules whose forward runs a captured graph while that does the same as the original."""
 
 import dataclasses
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured, warn_of_functions
 from bnrewrite.capture.errors import named_error
 from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
+from bnrewrite.capture.functional import FunctionalCalls
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
@@ -30,7 +33,7 @@ from bnrewrite.sites.classes import (
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.flags import LEFT
 from bnrewrite.sites.floor import call_in_trace, is_site, site_state
-from bnrewrite.sites.intercept import Intercept
+from bnrewrite.sites.intercept import Call, Intercept
 from bnrewrite.sites.schedule import (
     EVALUATES,
     EVERY_GROUP,
@@ -116,6 +119,7 @@ class OwnerForward(Converted):
     """``forward`` of an owner."""
 
     _bnrewrite_owner: OwnerState | None
+    _bnrewrite_calls: FunctionalCalls | None
     _bnrewrite_schedule: Schedule
 
     @property
@@ -130,9 +134,9 @@ class OwnerForward(Converted):
         """What the ranks of a group must have in common about this owner, and site if it is one."""
         module: Any = self
         own = super()._bnrewrite_lines() if is_site(module) else []  # pyright: ignore
-        state = self._bnrewrite_owner
+        state, calls = self._bnrewrite_owner, self._bnrewrite_calls
         if state is None:
-            return own
+            return own + ([] if calls is None else list(calls.lines(module.training)))
         left = module.__dict__.get(LEFT, False)
         return own + state.lines(module.training, is_site=is_site(module), left=left)
 
@@ -222,25 +226,33 @@ class OwnerForward(Converted):
         if not is_compiling():
             self._bnrewrite_warn_of_classes()
         if not is_site(module):
-            state = self._bnrewrite_owner
+            state, calls = self._bnrewrite_owner, self._bnrewrite_calls
             if training and state is not None and state.has_functions:
                 asks = captured if not is_compiling() else None
                 change = None if asks is None else asks.left_because(module)
-                warn_of_functions(state.train.key, state.recipe.name, state.recipe.group, change)
+                recipe = state.recipe
+                # Checkpoints are compiled without the mode that intercepts calls.
+                untold = is_compiling() and calls is not None and calls.checkpoints
+                warn_of_functions(state.train.key, recipe.name, recipe.group, change, untold=untold)
+            if training and calls is not None:
+                find = functools.partial(calls.find, module)
+                original = _intercepting(original, Intercept(find, training=True, of_site=False))
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
             # What this rank computes in another order others might wait for.
             with waiting_convolutions(module, captured.graph):
                 return original(*args, **kwargs)
+        site = site_state(module)
+        call = Call(site.name, site.mode, site.group, site.number)
+        intercept = Intercept(lambda mean, weight: call, training=training, of_site=True)
+        original = _intercepting(original, intercept)
         was_training = module.training
         if was_training is training:
-            with Intercept(module):
-                return original(*args, **kwargs)
+            return original(*args, **kwargs)
         # Without the schedule's knowledge: the ranks need not agree about what is soon undone.
         object.__setattr__(module, "training", training)
         try:
-            with Intercept(module):
-                return original(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             object.__setattr__(module, "training", was_training)
 
@@ -268,6 +280,14 @@ class OwnerForward(Converted):
             module: Any = self
             recipe = self._bnrewrite_owner.recipe
             module.__dict__[STATE] = owner_state_of(recipe, capture(module, recipe, Cache()))
+
+
+def _intercepting(forward: Callable[..., Any], intercept: Intercept) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with intercept:
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def _are_symbols(args: Any, kwargs: Any) -> bool:

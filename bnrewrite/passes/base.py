@@ -39,6 +39,8 @@ class Rewrite:
         path: attribute path of the module below the owner; None for a functional call.
         mode: the mode of the site; None if it is another module than a site.
         where: file and line of the call, where known.
+        index: of a functional call among those of its module's forward.
+        tensor: path below the owner of a tensor that tells a functional call from others.
     """
 
     name: str
@@ -46,6 +48,13 @@ class Rewrite:
     path: str | None
     mode: Mode | None
     where: str | None
+    index: int = 0
+    tensor: str | None = None
+
+    @property
+    def is_of_owner(self) -> bool:
+        """Whether a functional call is in the owner's own forward, and not in one inlined."""
+        return self.name.rpartition(".")[0] == self.owner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +114,7 @@ class PassReport:
         """
         return PassReport(
             [
-                Rewrite(
-                    name_of(one.name, one.path, one.owner), owner, one.path, one.mode, one.where
-                )
+                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
                 for one in self.rewritten
             ],
             [

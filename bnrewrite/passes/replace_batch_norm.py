@@ -84,7 +84,9 @@ def replace_batch_norm(target: OwnerGraph, report: PassReport) -> None:
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         target.graph.erase_node(node)
-        site = Rewrite(match.name, target.name, match.path, match.mode, where(new))
+        site = Rewrite(
+            match.name, target.name, match.path, match.mode, where(new), match.index, match.tensor
+        )
         new.meta["site"] = site
         report.rewritten.append(site)
 
@@ -94,11 +96,18 @@ class _Site:
 
     ``group`` is that of the site, which a ``torch.nn.SyncBatchNorm`` may have brought along;
     ``scope`` leads to the module whose forward makes the call, and ``index`` counts the functional
-    calls there.
+    calls there; ``tensor`` leads to running statistics, or else to a weight, that tell such a call.
     """
 
     def __init__(
-        self, name: str, path: str | None, mode: Mode, group: str, scope: str = "", index: int = 0
+        self,
+        name: str,
+        path: str | None,
+        mode: Mode,
+        group: str,
+        scope: str = "",
+        index: int = 0,
+        tensor: str | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -106,6 +115,7 @@ class _Site:
         self.group = group
         self.scope = scope
         self.index = index
+        self.tensor = tensor
 
 
 def _candidates(target: OwnerGraph, activations: Collection[fx.Node]) -> list[fx.Node]:
@@ -173,7 +183,11 @@ def _match_functional(
         return target.skip(name, EACH_SAMPLE, node, None)
     if isinstance(mode, Frozen) and vectors[0] is None:
         return target.skip(name, "it has no running statistics to freeze", node, None)
-    return _Site(name, None, mode, target.group, scope, index)
+    mean, _, weight, _ = vectors
+    told = weight if mean is None else mean
+    held = isinstance(told, fx.Node) and told.op == "get_attr"
+    tensor = str(told.target) if held else None
+    return _Site(name, None, mode, target.group, scope, index, tensor)
 
 
 def functional_name(owner: str, index: int) -> str:

@@ -1,15 +1,22 @@
 """Calls of torch's BatchNorm functions: their arguments, and the op in their place."""
 
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils.checkpoint
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.errors import UnsupportedBatchNorm
-from bnrewrite.groups import active_group
+from bnrewrite.groups import NO_GROUP, active_group
+from bnrewrite.guards import is_compiling
+from bnrewrite.modes import Frozen, Mode
+from bnrewrite.naming import ITSELF
 from bnrewrite.sites.evaluate import evaluate
-from bnrewrite.sites.floor import site_state
 
 _ORDER = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
@@ -37,25 +44,95 @@ def functional_arguments(
     return tuple(values[name] for name in _ORDER)
 
 
-class Intercept(TorchFunctionMode):
-    """Sends ``F.batch_norm`` to the op while the own forward of a BatchNorm subclass runs."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The site that a call of one of :data:`FUNCTIONS` is: plain values, so it copies and pickles.
 
-    def __init__(self, module: nn.Module) -> None:
+    Attributes:
+        name: qualified name in the converted model.
+        mode: the mode of the site.
+        group: name of its process group, or "" if its mode does not communicate.
+        number: of the site; random schedules of different sites differ by it.
+    """
+
+    name: str
+    mode: Mode
+    group: str
+    number: int
+
+
+class Intercept(TorchFunctionMode):
+    """Sends ``F.batch_norm`` to the op while a forward runs that no graph stands for.
+
+    What a checkpoint runs again, or an ``autograd.Function`` differentiates by itself, stays
+    torch's, with a warning: their backward would not find the mode that was active in forward.
+
+    Args:
+        find: the site that a call with these running statistics and this weight is; None if it is
+            torch's.
+        training: whether the module of the forward trains.
+        of_site: whether that is a BatchNorm module, all of whose calls are its own.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[Tensor | None, Tensor | None], Call | None],
+        *,
+        training: bool,
+        of_site: bool,
+    ) -> None:
         super().__init__()
-        self._state = site_state(module)
-        self._training = module.training
+        self._find = find
+        self._training = training
+        self._grad = None if of_site else torch.is_grad_enabled()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in FUNCTIONS:
             return func(*args, **kwargs)
-        state = self._state
         input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
             func, args, kwargs
         )
-        group = active_group(state.group, self._training and training)
+        call = self._find(mean, weight)
+        if call is None:
+            return func(*args, **kwargs)
+        if self._is_apart():
+            if training and (call.group != NO_GROUP or isinstance(call.mode, Frozen)):
+                _warn_apart(call.name)
+            return func(*args, **kwargs)
+        training = training and not isinstance(call.mode, Frozen)
+        group = active_group(call.group, self._training and training)
         arguments = (input, weight, bias, mean, var, None, training, True, momentum, eps)
         try:
-            return evaluate(state.mode, state.number, group, arguments)
+            return evaluate(call.mode, call.number, group, arguments)
         except UnsupportedBatchNorm as error:
-            raise state.named(error) from error
+            raise UnsupportedBatchNorm(f"{call.name or ITSELF}: {error}") from error
+
+    def _is_apart(self) -> bool:
+        """Whether backward would run the code of this call again, or not at all."""
+        if is_compiling():
+            # Checkpoints are compiled without the mode; a Function runs without gradients.
+            return self._grad is not None and torch.is_grad_enabled() is not self._grad
+        frame: Any = sys._getframe(2)
+        while frame is not None and frame.f_code.co_name != OWN_FORWARD:
+            if frame.f_code.co_filename in _APART:
+                return True
+            frame = frame.f_back
+        return False
+
+
+OWN_FORWARD = "_bnrewrite_own_forward"
+"""Name of the function that runs a forward under an :class:`Intercept`."""
+
+_APART = (torch.utils.checkpoint.__file__, torch.autograd.function.__file__)
+
+
+@torch.compiler.assume_constant_result
+def _warn_apart(name: str) -> None:
+    warnings.warn(
+        f"{name or ITSELF}: this call of torch.nn.functional.batch_norm is inside a checkpoint or "
+        "an autograd.Function of a forward that has no graph. It behaves as in an unconverted "
+        "model, with local statistics in training. Checkpoint the whole module, or use a BatchNorm "
+        "module there.",
+        stacklevel=3,
+    )
