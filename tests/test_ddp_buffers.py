@@ -5,6 +5,8 @@ import copy
 import itertools
 import pickle
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -291,3 +293,47 @@ def _breaks_off(rank: int, world_size: int) -> int:
 def test_a_revert_that_is_broken_off_leaves_the_broadcast_alone(ranks: RankPool) -> None:
     for num_lines in ranks.run(_breaks_off, 2):
         assert num_lines > 10
+
+
+def _in_threads(rank: int, world_size: int) -> list[list[Tensor]]:
+    groups: Any = [dist.new_group() for _ in range(2)]
+    nets = [bnrewrite.convert(_net(), process_group=group) for group in groups]
+    # In the midst of both forwards the class of DDP knows the instance of one of the threads.
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(*_: Any) -> None:
+        meeting.wait()
+
+    for net in nets:
+        net.conv.register_forward_hook(meet)
+    failed: list[BaseException] = []
+
+    def train(net: Any, group: Any, delay_s: float) -> None:
+        try:
+            ddp = DistributedDataParallel(net, process_group=group)
+            for step in range(4):
+                x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step + rank))
+                time.sleep(delay_s)
+                ddp(x).square().sum().backward()
+        except BaseException as error:
+            failed.append(error)
+            meeting.abort()
+
+    # The threads of another rank come in another order.
+    delays = (0.02, 0.0) if rank else (0.0, 0.02)
+    threads = [
+        threading.Thread(target=train, args=args, daemon=True)
+        for args in zip(nets, groups, delays, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return [[*net.buffers()] for net in nets]
+
+
+def test_models_may_train_in_threads_of_their_own(ranks: RankPool) -> None:
+    one, other = ranks.run(_in_threads, 2)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -139,6 +139,12 @@ class _Shadow:
             ) from error
 
 
+def running_ddp() -> DistributedDataParallel | None:
+    """The DDP instance whose forward runs in this thread; the class knows one for all threads."""
+    frame = _forward_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
 def _forward_frame() -> FrameType | None:
     """The frame of DDP's forward, if it is running."""
     frame: FrameType | None = sys._getframe()

@@ -25,7 +25,7 @@ from bnrewrite.guards import errors_pass_through_dynamo, is_compiling, is_fake, 
 from bnrewrite.settings import check_enabled
 from bnrewrite.sites.compiled import guard_graph
 from bnrewrite.sites.ddp_buffers import DDPBuffers
-from bnrewrite.sites.ddp_join import shadow_when_done
+from bnrewrite.sites.ddp_join import running_ddp, shadow_when_done
 from bnrewrite.sites.flags import Flags, flags_of
 from bnrewrite.sites.local_statistics import LocalStatistics
 
@@ -194,6 +194,10 @@ class Schedule:
         if self._seen() is not default_group():
             return True
         ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or ddp is self._told():
+            return False
+        # It may be that of another thread.
+        ddp = running_ddp()
         return ddp is not None and ddp is not self._told()
 
     def look(self, *, by_hand: bool = False) -> None:
@@ -228,7 +232,7 @@ class Schedule:
                 self._tell_ddp(members, again=asks)
         # Weak: a group that is destroyed shall let go of its connections.
         self._seen = _alone if world is None else weakref.ref(world)
-        ddp = DistributedDataParallel._active_ddp_module
+        ddp = running_ddp()
         self._told = _alone if ddp is None else weakref.ref(ddp)
 
     def _tell_ddp(self, members: list[Any], *, again: bool) -> None:
@@ -237,7 +241,7 @@ class Schedule:
         All ranks do so in the same forward, since a forward of DDP is one of all its ranks.
         ``again``: even if it was the last to hear of it.
         """
-        ddp = DistributedDataParallel._active_ddp_module
+        ddp = running_ddp()
         if ddp is not None and (again or not self.ddp_buffers.are_left_out_of(ddp)):
             self.ddp_buffers.leave_out(ddp, members, self._before_ddp)
             shadow_when_done(ddp)
