@@ -220,6 +220,31 @@ def _compile_rank(rank: int, world_size: int, how: str) -> tuple[list[Tensor], s
     return seen, {reason.split("\n")[0] for reason in counters["graph_break"]}
 
 
+def _whole_steps(rank: int, world_size: int, compiles: bool) -> list[Tensor]:
+    model: Any = DistributedDataParallel(bnrewrite.convert(_model()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    run = torch.compile(step, backend="aot_eager", dynamic=True) if compiles else step
+    with warnings.catch_warnings():
+        # Dynamo looks for the gradient of a result.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+        for seed in range(3):
+            run(_x(2 + rank, seed))
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+def test_whole_steps_compile_without_a_warning(ranks: RankPool) -> None:
+    """Backward included, which Dynamo leaves to autograd: it shall compile nothing of ours."""
+    expected = ranks.run(_whole_steps, 2, False)
+    for result, true in zip(ranks.run(_whole_steps, 2, True), expected, strict=True):
+        _assert_close(result, true)
+
+
 def _breaks_of_ddp(rank: int, world_size: int) -> set[str]:
     """Reasons of graph breaks in the Python code of DDP itself, around a model without any."""
     model = DistributedDataParallel(nn.Linear(3, 3))

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from bnrewrite.agreement import join_open_round
 from bnrewrite.errors import BnRewriteError
 from bnrewrite.groups import NO_GROUP, find_group, name_in
-from bnrewrite.guards import graph_in_the_making
+from bnrewrite.guards import graph_in_the_making, runs_in_python
 from bnrewrite.naming import sites_of
 from bnrewrite.ops.library import argument
 from bnrewrite.watch import peer_error
@@ -122,6 +122,7 @@ def _guard_backward(results: Any, rounds: list[_Round]) -> None:
         return
 
 
+@runs_in_python
 def _backward(function: Callable[..., Any], rounds: list[_Round], *args: Any) -> Any:
     return _run(function, args, rounds)
 
