@@ -105,8 +105,8 @@ def _telling(module: nn.Module) -> str:
             "local statistics. "
         )
     return (
-        f"There, {TOLD} communicate one by one, unless in a checkpoint or an autograd.Function; "
-        "any other call on activations uses local statistics. "
+        f"There, {TOLD} communicate one by one, unless in a checkpoint, an autograd.Function or "
+        "no_grad; any other call on activations uses local statistics. "
     )
 
 

@@ -254,6 +254,9 @@ class Apart(Norm):
     def norm(self, x: Tensor) -> Tensor:
         if self.how == "function":
             return _Function.apply(x, self.mean, self.var)  # pyright: ignore
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return super().norm(x)
         return checkpoint(super().norm, x, use_reentrant=self.how == "reentrant")  # pyright: ignore
 
 
@@ -283,14 +286,14 @@ def _apart(rank: int, world_size: int, how: str) -> list[str]:
         warnings.simplefilter("always")
         for net in (plain, ours):
             leaf = x.clone().requires_grad_()
-            y = net(leaf)
+            y = net(leaf) + leaf
             y.sin().sum().backward()
             results.append((y, leaf.grad, [*net.buffers()]))
     torch.testing.assert_close(*results)
     return [str(one.message) for one in warned if "inside a checkpoint" in str(one.message)]
 
 
-@pytest.mark.parametrize("how", ["function", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("how", ["function", "no_grad", "reentrant", "not reentrant"])
 def test_what_backward_runs_again_stays_local_and_is_named(how: str, ranks: RankPool) -> None:
     for messages in ranks.run(_apart, 2, how):
         assert messages

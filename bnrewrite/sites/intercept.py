@@ -4,11 +4,13 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -65,7 +67,8 @@ class Intercept(TorchFunctionMode):
     """Sends ``F.batch_norm`` to the op while a forward runs that no graph stands for.
 
     What a checkpoint runs again, or an ``autograd.Function`` differentiates by itself, stays
-    torch's, with a warning: their backward would not find the mode that was active in forward.
+    torch's, with a warning: their backward would not find the mode that was active in forward. So
+    does a call for which a forward turns gradients off, as such a function does.
 
     Args:
         find: the site that a call with these running statistics and this weight is; None if it is
@@ -110,12 +113,15 @@ class Intercept(TorchFunctionMode):
 
     def _is_apart(self) -> bool:
         """Whether backward would run the code of this call again, or not at all."""
+        # A Function runs without gradients.
+        if self._grad is not None and torch.is_grad_enabled() is not self._grad:
+            return True
         if is_compiling():
-            # Checkpoints are compiled without the mode; a Function runs without gradients.
-            return self._grad is not None and torch.is_grad_enabled() is not self._grad
+            # Checkpoints are compiled without the mode.
+            return False
         frame: Any = sys._getframe(2)
         while frame is not None and frame.f_code.co_name != OWN_FORWARD:
-            if frame.f_code.co_filename in _APART:
+            if frame.f_code.co_filename == _CHECKPOINT or _is_of_function(frame):
                 return True
             frame = frame.f_back
         return False
@@ -124,15 +130,21 @@ class Intercept(TorchFunctionMode):
 OWN_FORWARD = "_bnrewrite_own_forward"
 """Name of the function that runs a forward under an :class:`Intercept`."""
 
-_APART = (torch.utils.checkpoint.__file__, torch.autograd.function.__file__)
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def _is_of_function(frame: FrameType) -> bool:
+    """Whether a frame is that of the forward of an ``autograd.Function``, by its first argument."""
+    names = frame.f_code.co_varnames
+    return bool(names) and isinstance(frame.f_locals.get(names[0]), FunctionCtx)
 
 
 @torch.compiler.assume_constant_result
 def _warn_apart(name: str) -> None:
     warnings.warn(
-        f"{name or ITSELF}: this call of torch.nn.functional.batch_norm is inside a checkpoint or "
-        "an autograd.Function of a forward that has no graph. It behaves as in an unconverted "
-        "model, with local statistics in training. Checkpoint the whole module, or use a BatchNorm "
-        "module there.",
+        f"{name or ITSELF}: this call of torch.nn.functional.batch_norm is inside a checkpoint, an "
+        "autograd.Function or no_grad of a forward that has no graph. It behaves as in an "
+        "unconverted model, with local statistics in training. Checkpoint the whole module, or use "
+        "a BatchNorm module there.",
         stacklevel=3,
     )
