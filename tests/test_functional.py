@@ -412,3 +412,23 @@ def test_copies_and_pickles_keep_it(copied: Callable[[Any], Any]) -> None:
     plain = bnrewrite.revert(model)
     assert not [name for name in vars(plain[0]) if name.startswith("_bnrewrite")]
     assert type(plain[0]) is Norm
+
+
+class Counting(Norm):
+    """One that torch.fx can trace and we do not, since it changes an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(traceable=True)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        rows = F.batch_norm(torch.eye(NUM)[None], None, None, training=True)[0]
+        return self.norm(x) @ rows
+
+
+def test_torch_fx_does_not_lose_it() -> None:
+    model = _convert(nn.Sequential(Counting()))
+    with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^0\.batch_norm: torch\.fx would"):
+        torch.fx.symbolic_trace(model)
+    torch.fx.symbolic_trace(bnrewrite.revert(model))

@@ -14,7 +14,7 @@ from torch import nn
 
 from bnrewrite.capture.bytecode import is_used_as_value, type_questions
 from bnrewrite.capture.candidates import Holders, code_names, has_forward, helpers
-from bnrewrite.capture.seen import is_library, parts, routines
+from bnrewrite.capture.values import is_library, parts, routines
 from bnrewrite.sites.classes import below, is_converted, original_class
 
 _DEPTH = 3

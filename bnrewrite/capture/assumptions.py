@@ -11,7 +11,8 @@ from torch import fx, nn
 from bnrewrite.capture.alike import forwards_alike
 from bnrewrite.capture.outside import Outside
 from bnrewrite.capture.reads import Reads
-from bnrewrite.capture.seen import CONSTANTS, CONTAINERS, SeenBelow, described, is_method, same
+from bnrewrite.capture.seen import Comparison, SeenBelow
+from bnrewrite.capture.values import CONSTANTS, CONTAINERS, described, is_method, same
 from bnrewrite.passes.base import joined
 from bnrewrite.sites.classes import Converted, below, is_hidden, original_class
 from bnrewrite.sites.floor import has_forward_hooks, has_hooks
@@ -163,10 +164,11 @@ class Assumptions:
 
     def finish(self, owner: nn.Module, paths: dict[nn.Module, str], reads: Reads) -> None:
         """Notes, at the end of the trace, what that which it read looks like."""
-        looks = reads.looks({id(module): path for module, path in paths.items()})
+        numbers = {id(module): path for module, path in paths.items()}
+        looks = reads.looks(numbers)
         for places in (self.objects, self.inherited):
             places.update({place: looks.of(value) for place, value in places.items()})
-        self.outside = reads.outside(looks)
+        self.outside = reads.outside(reads.looks(numbers))
         # A trace knows each by one name, whatever the code calls it.
         self.tied.update(_ties(owner))
         if reads.asks_types:
@@ -211,9 +213,10 @@ class Assumptions:
             values = below(owner, path).__dict__
             if name != ignored and (name not in values or not same(values[name], before)):
                 return path, name
+        now = Comparison(owner)
         for (path, name), seen in self.objects.items():
             values = below(owner, path).__dict__
-            if name not in values or not seen.matches(values[name], owner):
+            if name not in values or not seen.matches(values[name], now):
                 return path, name
         for path, name in self.absent:
             if getattr(below(owner, path), name) is not None:
@@ -231,7 +234,7 @@ class Assumptions:
         for (path, name), seen in self.inherited.items():
             module = below(owner, path)
             if is_hidden(module, name) or not seen.matches(
-                getattr(original_class(module), name, None), owner
+                getattr(original_class(module), name, None), now
             ):
                 return path, name
         for (path, classes), answer in self.instances.items():

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from bnrewrite.capture.seen import routines
+from bnrewrite.capture.values import routines
 from bnrewrite.sites.classes import original_class
 from bnrewrite.sites.floor import has_own_forward, is_site, site_state
 from bnrewrite.sites.intercept import FUNCTIONS

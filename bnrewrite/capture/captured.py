@@ -15,7 +15,7 @@ from bnrewrite.capture.assumptions import CLASS, HOOKS, Assumptions, Place
 from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
-from bnrewrite.capture.seen import same
+from bnrewrite.capture.values import same
 from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
 from bnrewrite.modes import Frozen, Mode

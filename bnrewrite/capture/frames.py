@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 
 from bnrewrite.capture.bytecode import type_questions
-from bnrewrite.capture.seen import is_library
+from bnrewrite.capture.values import is_library
 
 
 def is_ours(filename: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bnrewrite.capture.cache import Recipe, functional_modes
 from bnrewrite.capture.candidates import has_forward, mentions_batch_norm, mentions_checkpoint
 from bnrewrite.differences import Line
+from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
 from bnrewrite.modes import Mode
 from bnrewrite.passes.base import Rewrite, joined
@@ -112,6 +113,27 @@ def functional_calls(
         other,
         tuple(_holders(module)),
         mentions_checkpoint(module),
+    )
+
+
+def lost_call(
+    calls: FunctionalCalls | None, owner: nn.Module, mean: Tensor | None, weight: Tensor | None
+) -> None:
+    """Raises, in place of finding a call, where ``torch.fx`` records it.
+
+    Raises:
+        UnsupportedBatchNorm: the call is a site.
+    """
+    call = None if calls is None else calls.find(owner, mean, weight)
+    if call is not None:
+        raise lost_to_fx(call.name)
+
+
+def lost_to_fx(name: str) -> UnsupportedBatchNorm:
+    """The error for a call that ``torch.fx`` would trace as it is in an unconverted model."""
+    return UnsupportedBatchNorm(
+        f"{name}: torch.fx would trace this distributed call to F.batch_norm as torch's own. Trace "
+        "bnrewrite.revert(model), or trace before convert().",
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnrewrite.capture.frames import asks_for_torch
 from bnrewrite.capture.proxy import PROXIES, asks_for_class
-from bnrewrite.capture.seen import MISSING
+from bnrewrite.capture.values import MISSING
 from bnrewrite.sites.tracing import tracer_here
 
 _ask = builtins.isinstance
@@ -22,7 +22,7 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
     """Makes ``modules``, with their paths, tell ``tracer`` which attributes are read.
 
     Parameters and buffers become proxies, and ``isinstance`` asks the tracer about proxies. What
-    ``tracer.watch`` is called with are classes of modules that shall tell, too.
+    ``apart.watch`` is called with are classes of modules that shall tell, too.
     """
     paths = {id(module): path for module, path in modules.items()}
     noted: dict[Any, Any] = {}
@@ -33,11 +33,14 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
 
         def put(cls: Any) -> None:
             own = vars(cls).get("__getattribute__")
+            try:
+                cls.__getattribute__ = noted[cls]
+            except (TypeError, AttributeError):
+                tracer.refuse(f"reads a module whose class cannot change, a {cls.__name__}")
             if own is None:
                 stack.callback(delattr, cls, "__getattribute__")
             else:
                 stack.callback(setattr, cls, "__getattribute__", own)
-            cls.__getattribute__ = noted[cls]
 
         def watch(cls: type[nn.Module]) -> None:
             if cls not in noted:
@@ -48,7 +51,7 @@ def noting_reads(modules: dict[nn.Module, str], tracer: Any) -> Iterator[None]:
         for each in (make, put):
             for cls in dict.fromkeys(map(type, modules)):
                 each(cls)
-        tracer.watch = watch
+        tracer.reads.apart.watch = watch
         stack.callback(setattr, builtins, "isinstance", _ask)
         builtins.isinstance = _is_instance
         yield
@@ -84,10 +87,10 @@ def _noted(
                 if path is not None:
                     assumptions.missing.add((path, name))
                 else:
-                    reads.note_apart(module, name, MISSING)
+                    reads.apart.note(module, name, MISSING)
                 raise
             if path is None:
-                reads.note_apart(module, name, value)
+                reads.apart.note(module, name, value)
                 return value
             assumptions.note_member(path, module, name)
             with tracer.paused():
@@ -96,7 +99,7 @@ def _noted(
         if path is not None:
             assumptions.note(path, module, name, value, reads)
         else:
-            reads.note_apart(module, name, value)
+            reads.apart.note(module, name, value)
         return value
 
     return getattribute

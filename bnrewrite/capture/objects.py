@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
-from bnrewrite.capture.seen import MISSING, is_configuration, is_library
 from bnrewrite.capture.unreadable import is_fixed
+from bnrewrite.capture.values import MISSING, is_configuration, is_library
 
 _SPEAKS_OF_CLASSES = frozenset((
     "__getattribute__", "__getattr__", "__init__", "__new__", "__del__", "__init_subclass__",

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from bnrewrite.capture.comparisons import own_code
-from bnrewrite.capture.seen import MISSING, Seen
+from bnrewrite.capture.seen import Comparison, Seen
+from bnrewrite.capture.values import MISSING
 
 
 def _autocast() -> tuple[Any, ...]:
@@ -92,12 +93,14 @@ class Outside:
 
     def values_hold(self) -> bool:
         """Whether what was found is still there, whatever torch would answer now."""
+        now = None
         for (number, name), seen in self.values.items():
             value = read_of(self.holders[number], name)
             # The common case, without a call.
             if value is seen.value and type(seen) is Seen:
                 continue
-            if not seen.matches(value, None):
+            now = now or Comparison(None)
+            if not seen.matches(value, now):
                 return False
         return True
 

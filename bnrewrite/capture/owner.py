@@ -15,7 +15,7 @@ from bnrewrite.capture.capture import capture
 from bnrewrite.capture.captured import Captured, warn_of_functions
 from bnrewrite.capture.errors import named_error
 from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
-from bnrewrite.capture.functional import FunctionalCalls
+from bnrewrite.capture.functional import FunctionalCalls, lost_call, lost_to_fx
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
@@ -174,19 +174,20 @@ class OwnerForward(Converted):
 
     def _bnrewrite_symbolically(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The original forward, for ``torch.fx``: sites stay calls of their modules."""
+        module: Any = self
         state = self._bnrewrite_owner
         functional = [] if state is None else state.functional_names(state.train)
         if functional:
-            raise UnsupportedBatchNorm(
-                f"{functional[0]}: torch.fx would trace this distributed call to F.batch_norm as "
-                "torch's own. Trace bnrewrite.revert(model), or trace before convert().",
-            )
-        if isinstance(args, fx.Proxy):
-            # The root of the trace: all arguments are one symbol, and all that must be given are.
-            forward = original_class(self).forward  # pyright: ignore
-            names = arguments_of(forward, PLAIN)
-            return call_with(forward, self, names, [args[i] for i in range(len(names))])
-        return super().forward(*args, **kwargs)  # pyright: ignore
+            raise lost_to_fx(functional[0])
+        calls = self._bnrewrite_calls
+        find = functools.partial(lost_call, calls, module)
+        with Intercept(find, training=False, of_site=False):
+            if isinstance(args, fx.Proxy):
+                # The root of the trace: all arguments are one symbol, and what must be given is.
+                forward = original_class(module).forward
+                names = arguments_of(forward, PLAIN)
+                return call_with(forward, self, names, [args[i] for i in range(len(names))])
+            return super().forward(*args, **kwargs)  # pyright: ignore
 
     def _bnrewrite_choose(
         self, training: bool, args: tuple, kwargs: dict[str, Any]

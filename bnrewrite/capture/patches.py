@@ -38,6 +38,7 @@ from bnrewrite.torch_versions import autograd_apply
 
 _write = nn.Module.__setattr__
 _call = nn.Module.__call__
+_init = nn.Module.__init__
 
 
 RECORDING = fx_trace._create_wrapped_func(math.sqrt).__code__
@@ -87,6 +88,7 @@ def _patched_once() -> Iterator[None]:
         for holder, name, new in (
             (nn.Module, "__setattr__", _attribute),
             (nn.Module, "__call__", _module_call),
+            (nn.Module, "__init__", _module_init),
             (torch.autograd.Function, "apply", classmethod(_function_call)),
             (contextlib._GeneratorContextManager, "__enter__", enter_generator),
             (_pytree, "_get_node_type", node_type_of_tree),
@@ -172,6 +174,13 @@ def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _call(module, *args, **kwargs)
 
     return tracer.call_module(module, forward, args, kwargs)
+
+
+def _module_init(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    tracer = tracer_here()
+    if tracer is not None and tracer.recording:
+        tracer.reads.apart.made(module)
+    _init(module, *args, **kwargs)
 
 
 def _call_of(cls: type[nn.Module]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnrewrite.capture.acts import is_stand_in, stand_in
+from bnrewrite.capture.apart import ModulesApart
 from bnrewrite.capture.bytecode import global_names, imported_names, names_in_strings
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
@@ -25,11 +26,13 @@ from bnrewrite.capture.outside import ASKED, Outside, read_of, write_to
 from bnrewrite.capture.patches import RECORDING, record_act, record_questions
 from bnrewrite.capture.questions import asks_unseen, is_question
 from bnrewrite.capture.restore import attributes_of, give_back, identical, refill
-from bnrewrite.capture.seen import (
+from bnrewrite.capture.seen import Looks
+from bnrewrite.capture.unfollowed import unfollowed, unfollowed_value
+from bnrewrite.capture.unreadable import unreadable
+from bnrewrite.capture.values import (
     CONSTANTS,
     CONTAINERS,
     MISSING,
-    Looks,
     holds_data,
     is_configuration,
     is_library,
@@ -38,9 +41,6 @@ from bnrewrite.capture.seen import (
     routines,
     same_keys,
 )
-from bnrewrite.capture.unfollowed import unfollowed, unfollowed_value
-from bnrewrite.capture.unreadable import unreadable
-from bnrewrite.sites.classes import original_class
 
 _LOOKS_UP = frozenset(("getattr", "hasattr", "vars", "__dict__", "attrgetter"))
 """What code names that finds attributes by strings."""
@@ -67,6 +67,7 @@ class Reads:
 
     Attributes:
         asks_types: whether the code may look at types of modules without asking ``isinstance``.
+        apart: modules that the traced one does not contain.
     """
 
     def __init__(self, tracer: Any) -> None:
@@ -86,6 +87,7 @@ class Reads:
         self._modules: dict[int, ModuleType] = {}
         self._imports: list[tuple[FunctionType, frozenset[str]]] = []
         self._objects = Objects(tracer, self._known, self.see_getter, self._note)
+        self.apart = ModulesApart(tracer, self._known, self.see_in_class, self._note)
         self.asks_types = False
 
     @contextlib.contextmanager
@@ -107,7 +109,7 @@ class Reads:
         if isinstance(value, (CONSTANTS, Tensor)) or id(value) in self._known:
             return
         if isinstance(value, nn.Module):
-            self._see_apart(value)
+            self.apart.see(value, list(self._names) if self.asks_types else [])
             return
         self._known[id(value)] = value
         if asks_unseen(value) or stand_in(value) is not None:
@@ -121,7 +123,7 @@ class Reads:
             if len(elements) + len(keys) > 2 * _MOST:
                 self._tracer.refuse(f"reads a {type(value).__name__} with {len(elements)} entries")
             self._copies[id(value)] = keys, elements
-            for one in elements:
+            for one in (*keys, *elements):
                 self.see(one)
         if isinstance(value, ModuleType) and not is_library(value.__name__):
             self._see_module(value, frozenset(self._names))
@@ -133,24 +135,6 @@ class Reads:
         elif not is_library(type(value).__module__) or holds_data(type(value)):
             self._kept[id(value)] = attributes_of(value)
             self._watch(type(value))
-
-    def _see_apart(self, module: nn.Module) -> None:
-        """Has a module that is not below the traced one tell which attributes are read."""
-        if module in self._tracer.paths:
-            return
-        self._known[id(module)] = module
-        self._kept[id(module)] = attributes_of(module)
-        self._traced.append(original_class(module))
-        for name in list(self._names) if self.asks_types else ():
-            self.see_in_class(original_class(module), name)
-        self._tracer.watch(type(module))
-
-    def note_apart(self, module: nn.Module, name: str, found: Any) -> None:
-        """Notes that the traced code has read an attribute of a module that is not below it."""
-        if id(module) not in self._known:
-            self._tracer.refuse(f"reads {name!r} of another {type(module).__name__}")
-        if not name.startswith("_bnrewrite"):
-            self._note(module, name, found)
 
     def _watch(self, cls: type) -> None:
         """Has objects of ``cls`` tell which attributes are read, and finds what methods name."""
@@ -214,7 +198,7 @@ class Reads:
             self._tracer.keep_attributes()
         self.asks_types |= not names.isdisjoint(_TYPES)
         if self.asks_types or "super" in names:
-            for cls in (*self._traced, *self._objects.classes):
+            for cls in (*self._traced, *self._objects.classes, *self.apart.classes):
                 for name in names:
                     self.see_in_class(cls, name)
         read = names
@@ -339,8 +323,10 @@ class Reads:
         return Looks(paths, self._attributes, self._copies)
 
     def outside(self, looks: Looks) -> Outside:
-        """What was read that is the same for all modules."""
+        """What was read that is the same for all modules, with looks that saw nothing else."""
         values = {place: looks.of(value) for place, value in self._named.items()}
+        if looks.inside:
+            self._tracer.note_refusal("reads a variable that holds it, or what it contains")
         return dataclasses.replace(self._outside, values=values)
 
 

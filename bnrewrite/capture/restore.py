@@ -47,7 +47,7 @@ def refill(value: Any, keys: tuple[Any, ...], elements: tuple[Any, ...]) -> None
     if isinstance(value, dict):
         value.update(zip(keys, elements, strict=True))
     elif isinstance(value, set):
-        value.update(*keys)
+        value.update(*keys, elements)
     else:
         value.extend(elements)
 

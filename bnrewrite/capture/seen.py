@@ -5,42 +5,56 @@ modules hold. Of an object only the attributes count that were read, of a list, 
 it.
 """
 
-import collections
 import dataclasses
-import enum
-import functools
-import inspect
-import math
-import os
-import sys
-import sysconfig
-import threading
+import itertools
 import types
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from bnrewrite.capture.alike import alike
+from bnrewrite.capture.values import (
+    CONTAINERS,
+    METHODS_IN_C,
+    MISSING,
+    described,
+    is_method,
+    is_plain,
+    of_array,
+    parts,
+    same,
+)
 from bnrewrite.guards import is_compiling
 from bnrewrite.sites.classes import below, original_class
 
-CONSTANTS = (
-    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device,
-    torch.layout, torch.memory_format, enum.Enum, np.generic, range, slice,
-)  # fmt: skip
+_numbers = itertools.count(1)
 
-SEQUENCES = (list, tuple, collections.deque)
-SETS = (set, frozenset)
-MAPPINGS = (dict, types.MappingProxyType)
-CONTAINERS = (*SEQUENCES, *SETS, *MAPPINGS, types.SimpleNamespace, functools.partial)
 
-_METHODS_IN_C = (types.BuiltinMethodType, types.MethodWrapperType)
+class Comparison:
+    """One comparison of what a trace has seen with what is there now.
 
-MISSING = enum.Enum("MISSING", "MISSING").MISSING
-"""Stands for an attribute that was asked for and is not there."""
+    Args:
+        owner: the module at which paths begin; None if none is below it.
+        met: what was found, by the number of what was seen.
+    """
+
+    def __init__(self, owner: nn.Module | None, met: dict[int, Any] | None = None) -> None:
+        self.owner = owner
+        self.met: dict[int, Any] = {} if met is None else met
+        self._known: set[int] = set()
+
+    def is_apart(self, module: nn.Module) -> bool:
+        """Whether ``module`` is not below the owner, and none that was met before."""
+        inside = () if self.owner is None else self.owner.modules()
+        if is_compiling():
+            # A compiler knows identities only by comparing.
+            return not any(module is other for other in (*inside, *self.met.values()))
+        if not self._known:
+            self._known.update(map(id, inside))
+        if id(module) in self._known:
+            return False
+        self._known.add(id(module))
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +63,8 @@ class Seen:
 
     value: Any
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        """Whether ``value`` looks the same; paths of modules begin at ``owner``."""
+    def matches(self, value: Any, now: Comparison) -> bool:
+        """Whether ``value`` looks the same."""
         return same(value, self.value)
 
 
@@ -58,33 +72,82 @@ class Seen:
 class _SeenParts(Seen):
     """A container or an object: ``value`` is its class; parts are elements, and attributes.
 
-    So is a module that is not below the owner.
+    Attributes:
+        keys: what tells elements apart, as it is or as it was seen.
+        elements: in order.
+        attributes: those that were read.
+        inside: places of elements that are modules below the owner. Where these differ among the
+            blocks of a network, nothing else needs to be compared.
+        number: by which what is inside it may refer to it.
     """
 
     keys: tuple[Any, ...] = ()
     elements: tuple[Seen, ...] = ()
     attributes: tuple[tuple[str, Seen], ...] = ()
+    inside: tuple[int, ...] = ()
+    number: int = dataclasses.field(default=0, compare=False)
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        if _kind(value) is not self.value:
+    def matches(self, value: Any, now: Comparison) -> bool:
+        if type(value) is not self.value:
             return False
+        now.met[self.number] = value
+        return self.parts_match(value, now)
+
+    def parts_match(self, value: Any, now: Comparison) -> bool:
+        """Whether ``value``, which is of the class, has the same parts."""
         keys, elements = parts(value)
-        if len(elements) != len(self.elements) or not same_keys(keys, self.keys):
+        if len(elements) != len(self.elements):
             return False
+        for place in self.inside:
+            if not self.elements[place].matches(elements[place], now):
+                return False
+        if len(keys) != len(self.keys):
+            return False
+        for key, before in zip(keys, self.keys, strict=True):
+            if not (before.matches(key, now) if isinstance(before, Seen) else same(key, before)):
+                return False
         for seen, element in zip(self.elements, elements, strict=True):
-            if not seen.matches(element, owner):
+            if not seen.matches(element, now):
                 return False
         for name, seen in self.attributes:
-            if not seen.matches(getattr(value, name, MISSING), owner):
+            if not seen.matches(getattr(value, name, MISSING), now):
                 return False
         return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenApart(_SeenParts):
+    """A module that is not below the owner: ``value`` is its class from before conversion.
+
+    Code may compare modules and find things by them, so two are the same if they were.
+    """
+
+    def matches(self, value: Any, now: Comparison) -> bool:
+        if self.number in now.met:
+            return now.met[self.number] is value
+        if not isinstance(value, nn.Module) or original_class(value) is not self.value:
+            return False
+        if not now.is_apart(value):
+            return False
+        now.met[self.number] = value
+        return self.parts_match(value, now)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeenAgain(Seen):
+    """What holds this very value, at some place further out."""
+
+    number: int = dataclasses.field(compare=False)
+
+    def matches(self, value: Any, now: Comparison) -> bool:
+        return now.met.get(self.number) is value
 
 
 @dataclasses.dataclass(frozen=True)
 class _SeenTensor(Seen):
     """A tensor, whose values a trace cannot read: ``value`` is what it can."""
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+    def matches(self, value: Any, now: Comparison) -> bool:
         return isinstance(value, Tensor) and described(value) == self.value
 
 
@@ -92,18 +155,18 @@ class _SeenTensor(Seen):
 class _SeenArray(Seen):
     """An array of numpy: ``value`` is its dtype, shape and bytes."""
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+    def matches(self, value: Any, now: Comparison) -> bool:
         # For a compiler it is a tensor, whose values it does not know.
         compiling = is_compiling()
-        return not compiling and isinstance(value, np.ndarray) and _of_array(value) == self.value
+        return not compiling and isinstance(value, np.ndarray) and of_array(value) == self.value
 
 
 @dataclasses.dataclass(frozen=True)
 class _SeenModule(Seen):
     """A module below the owner: ``value`` is its path."""
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        return owner is not None and below(owner, self.value) is value
+    def matches(self, value: Any, now: Comparison) -> bool:
+        return now.owner is not None and below(now.owner, self.value) is value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +179,10 @@ class _SeenMethod(Seen):
 
     of: Seen
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+    def matches(self, value: Any, now: Comparison) -> bool:
         if type(value) is not types.MethodType or value.__func__ is not self.value:
             return False
-        return self.of.matches(value.__self__, owner)
+        return self.of.matches(value.__self__, now)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +191,11 @@ class _SeenMethodInC(Seen):
 
     of: Seen
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
+    def matches(self, value: Any, now: Comparison) -> bool:
         return (
-            isinstance(value, _METHODS_IN_C)
+            isinstance(value, METHODS_IN_C)
             and value.__name__ == self.value
-            and self.of.matches(value.__self__, owner)
+            and self.of.matches(value.__self__, now)
         )
 
 
@@ -142,9 +205,10 @@ class SeenBelow(Seen):
 
     seen: Seen
 
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        """Whether ``value`` looks the same; paths of modules begin below ``owner``."""
-        return self.seen.matches(value, None if owner is None else below(owner, self.value))
+    def matches(self, value: Any, now: Comparison) -> bool:
+        """Whether ``value`` looks the same, with paths below that module."""
+        owner = None if now.owner is None else below(now.owner, self.value)
+        return self.seen.matches(value, Comparison(owner, now.met))
 
 
 class Looks:
@@ -154,6 +218,9 @@ class Looks:
         paths: of the modules below the owner, by identity.
         attributes: what was read of objects, by identity and name.
         copies: of containers, by identity, from before the trace.
+
+    Attributes:
+        inside: whether any value was, or held, a module below the owner.
     """
 
     def __init__(
@@ -162,175 +229,43 @@ class Looks:
         self._paths = paths
         self._attributes = attributes
         self._copies = copies
-        self._open: set[int] = set()
+        self._open: dict[int, int] = {}
+        self._modules: dict[int, Seen] = {}
+        self.inside = False
 
     def of(self, value: Any) -> Seen:
         """What ``value`` looked like."""
         if isinstance(value, Tensor):
             return _SeenTensor(described(value))
         if id(value) in self._paths:
+            self.inside = True
             return _SeenModule(self._paths[id(value)])
+        if id(value) in self._modules:
+            return self._modules[id(value)]
         if isinstance(value, types.MethodType):
             # Copies of a module have methods of their own.
             return _SeenMethod(value.__func__, self.of(value.__self__))
         if is_method(value):
             return _SeenMethodInC(value.__name__, self.of(value.__self__))
         if isinstance(value, np.ndarray):
-            return _SeenArray(_of_array(value))
+            return _SeenArray(of_array(value))
         read = self._attributes.get(id(value), {})
         if not (isinstance(value, (*CONTAINERS, nn.Module)) or read):
             return Seen(value)
         if id(value) in self._open:
-            return _SeenParts(_kind(value), *_empty(value))
-        self._open.add(id(value))
+            return _SeenAgain(type(value), self._open[id(value)])
+        number = self._open[id(value)] = next(_numbers)
         keys, elements = self._copies.get(id(value)) or parts(value)
-        seen = _SeenParts(
-            _kind(value),
-            keys,
+        inside = (place for place, one in enumerate(elements) if id(one) in self._paths)
+        seen = (_SeenApart if isinstance(value, nn.Module) else _SeenParts)(
+            original_class(value) if isinstance(value, nn.Module) else type(value),
+            tuple(key if is_plain(key) else self.of(key) for key in keys),
             tuple(map(self.of, elements)),
             tuple((name, self.of(one)) for name, one in read.items()),
+            tuple(inside),
+            number,
         )
-        self._open.remove(id(value))
+        del self._open[id(value)]
+        if isinstance(value, nn.Module):
+            self._modules[id(value)] = seen
         return seen
-
-
-def _kind(value: Any) -> type:
-    """The class of a value, which for a module is that from before conversion."""
-    return original_class(value) if isinstance(value, nn.Module) else type(value)
-
-
-def is_method(value: Any) -> bool:
-    """Whether ``value`` is a method of an object or a container, whose contents it may read."""
-    return isinstance(value, types.MethodType) or (
-        isinstance(value, _METHODS_IN_C) and isinstance(value.__self__, CONTAINERS)
-    )
-
-
-def parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What tells the elements of a container apart, if anything does, and the elements.
-
-    Of anything else, nothing.
-    """
-    if isinstance(value, MAPPINGS):
-        return tuple(value), tuple(value.values())
-    if isinstance(value, SEQUENCES):
-        return (), tuple(value)
-    if isinstance(value, SETS):
-        return (frozenset(value),), ()
-    if isinstance(value, types.SimpleNamespace):
-        return tuple(vars(value)), tuple(vars(value).values())
-    if isinstance(value, functools.partial):
-        return (), (value.func, value.args, value.keywords)
-    return (), ()
-
-
-def _empty(value: Any) -> tuple[Any, ...]:
-    """Of a container inside itself nothing more is compared."""
-    keys, elements = parts(value)
-    return keys, (_ANYTHING,) * len(elements)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Anything(Seen):
-    def matches(self, value: Any, owner: nn.Module | None) -> bool:
-        return True
-
-
-_ANYTHING = _Anything(None)
-
-
-def same_keys(keys: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Whether two containers have the same keys in the same order."""
-    return len(keys) == len(before) and all(map(same, keys, before))
-
-
-def same(value: Any, before: Any) -> bool:
-    """Whether ``value`` is, or equals and has the same type as, what was there before.
-
-    What refuses to be compared, as tables do that compare element by element, is another one.
-    """
-    if value is before:
-        return True
-    if type(value) is not type(before):
-        return False
-    try:
-        equal = bool(value == before)
-    except Exception:
-        return False
-    if equal and type(value) is float and value == 0.0:
-        # Zeros have signs, which divisions tell.
-        return math.copysign(1, value) == math.copysign(1, before)
-    # Those of {1} and {True} are equal, too.
-    return equal and (type(value) not in _OF_EQUALS or alike(value, before))
-
-
-_OF_EQUALS = (set, frozenset, slice, range)
-
-
-def described(tensor: Tensor) -> tuple[Any, ...]:
-    """What a trace can read of a tensor."""
-    return tensor.dtype, tuple(tensor.shape), tensor.device, tensor.requires_grad
-
-
-def _of_array(array: np.ndarray) -> tuple[Any, ...]:
-    return array.dtype, array.shape, array.tobytes()
-
-
-def is_library(module: Any) -> bool:
-    """Whether code of the module of this name is not looked into."""
-    name = str(module)
-    top = name.partition(".")[0]
-    if top in LIBRARIES or _of_configurations(name):
-        return True
-    return top in sys.stdlib_module_names and name != "__main__" and _is_of_python(name)
-
-
-def _is_of_python(name: str) -> bool:
-    """Whether a module with a name of Python's library is Python's, and no one of the user's."""
-    module = sys.modules.get(name)
-    if module is None:
-        return False
-    file = getattr(module, "__file__", None)
-    return file is None or (file.startswith(_PYTHON) and not file.startswith(_INSTALLED))
-
-
-LIBRARIES = {"torch", "numpy", "bnrewrite"}
-
-_CONFIGURATIONS = ("omegaconf", "pydantic", "pydantic_core", "transformers.configuration_utils")
-"""Packages whose objects hold configurations."""
-
-
-def _of_configurations(module: Any) -> bool:
-    """Whether the module of this name belongs to such a package."""
-    return f"{module}.".startswith(tuple(f"{name}." for name in _CONFIGURATIONS))
-
-
-def is_configuration(cls: type) -> bool:
-    """Whether objects of ``cls`` are configurations: see :mod:`bnrewrite.capture.objects`."""
-    return any(_of_configurations(base.__module__) for base in cls.__mro__)
-
-
-_PYTHON, _INSTALLED = (
-    tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)
-    for names in (("stdlib", "platstdlib"), ("purelib", "platlib"))
-)
-
-_DATA = frozenset(("argparse", "collections", "configparser", "multiprocessing", "optparse"))
-
-
-def holds_data(cls: type) -> bool:
-    """Whether a class of Python's library holds data like classes of a user do."""
-    return cls.__module__.partition(".")[0] in _DATA or cls is threading.Event
-
-
-def routines(value: Any) -> Iterable[Any]:
-    """Functions that code may call by calling ``value``, or by reading it from a class."""
-    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-        return (value.__func__,)
-    if isinstance(value, property):
-        return tuple(one for one in (value.fget,) if one is not None)
-    if isinstance(value, (functools.partial, functools.partialmethod, functools.cached_property)):
-        return (value.func,)
-    if isinstance(value, functools._lru_cache_wrapper):
-        return (value.__wrapped__,)
-    return (value,) if inspect.isfunction(value) else ()

@@ -74,16 +74,15 @@ class OwnerTracer(fx.Tracer):
         self.thread = threading.get_ident()
         self.parameter_proxies: dict[str, fx.Proxy] = {}
         self.kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.watch: Callable[[type[nn.Module]], None]
 
     def note_refusal(self, reason: str) -> None:
         """Has the trace refused at its end, unless it is already."""
         self.refusal = self.refusal or Refused(reason)
 
-    def keep_attributes(self) -> None:
-        """Has the modules keep the attributes that they have now."""
-        if not self.kept:
-            self.kept = [(vars(one), vars(one).copy()) for one in self.paths]
+    def keep_attributes(self, *more: nn.Module) -> None:
+        """Has the modules keep the attributes that they have now, or ``more`` modules."""
+        for one in more or (() if self.kept else (*self.paths, *self.reads.apart.known())):
+            self.kept.append((vars(one), vars(one).copy()))
 
     def refuse(self, reason: str) -> None:
         """Ends the trace with ``reason`` and the line of the traced code it is about."""
@@ -145,6 +144,7 @@ class OwnerTracer(fx.Tracer):
         self.submodule_paths = paths
         self.tensor_attrs = {}
         self.graph = fx.Graph(tracer_cls=type(self))
+        self.reads.apart.start()
         self._see_forward(root)
         function, arguments = self.create_args_for_root(forward, is_module=True)
         with fx_tracing():

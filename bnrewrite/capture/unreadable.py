@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnrewrite.capture.seen import LIBRARIES, is_library
+from bnrewrite.capture.values import LIBRARIES, is_library
 
 
 def unreadable(value: Any) -> str:
     """Why a trace may not read ``value``; "" if it may."""
     kind = type(value).__name__
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return "reads an array of objects"
     if isinstance(value, _RANDOM):
         return "draws random numbers outside the graph"
     if isinstance(value, collections.abc.Iterator):
@@ -32,6 +34,8 @@ _RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 _SHARED = (
     contextvars.ContextVar, threading.local, ctypes._SimpleCData, ctypes.Array, weakref.ref,
+    weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
+    collections.abc.KeysView, collections.abc.ValuesView, collections.abc.ItemsView,
     bytearray, memoryview, array.array, Executor, torch.Stream, torch.Event, torch.cuda.Stream,
     torch.cuda.Event,
 )  # fmt: skip

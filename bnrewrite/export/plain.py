@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bnrewrite.capture.restore import slots_of
-from bnrewrite.capture.seen import is_library
+from bnrewrite.capture.values import is_library
 from bnrewrite.sites.classes import original_class, restored_class
 
 _MARK = "_bnrewrite_"

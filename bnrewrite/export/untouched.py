@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnrewrite.capture.restore import slots_of
-from bnrewrite.capture.seen import CONSTANTS, MISSING, holds_data, is_library
+from bnrewrite.capture.values import CONSTANTS, MISSING, holds_data, is_library
 from bnrewrite.export.plain import WEAK, is_of_user, referent
 
 
