@@ -113,6 +113,13 @@ def graph_in_the_making() -> Any:
         return None
 
 
+@torch.compiler.assume_constant_result
+def is_in_higher_order_op() -> bool:
+    """Whether Dynamo traces what becomes a graph inside its graph, as for a checkpoint."""
+    output = graph_in_the_making()
+    return output is not None and output.current_tracer.parent is not None
+
+
 @contextlib.contextmanager
 def errors_pass_through_dynamo() -> Iterator[None]:
     """Raises our errors so that Dynamo hands them on as they are, instead of calling them internal.

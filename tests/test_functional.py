@@ -6,6 +6,7 @@ The reference is the unconverted module in one process, in float64, with the bat
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -432,3 +433,95 @@ def test_torch_fx_does_not_lose_it() -> None:
     with pytest.raises(bnrewrite.UnsupportedBatchNorm, match=r"^0\.batch_norm: torch\.fx would"):
         torch.fx.symbolic_trace(model)
     torch.fx.symbolic_trace(bnrewrite.revert(model))
+
+
+class Fast(Norm):
+    """A weight that a call may bring along, and one that a flag chooses."""
+
+    def __init__(self) -> None:
+        super().__init__(traceable=True)
+        self.uses = "weight"
+        self.others = nn.ParameterDict({"one": torch.ones(NUM), "two": torch.ones(NUM)})
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        y = F.batch_norm(x, None, None, weight, training=True)
+        if self.uses != "weight":
+            y = F.batch_norm(y, None, None, self.others[self.uses], training=True)
+        return y
+
+
+def _lost(rank: int, world_size: int, how: str, compiled: bool) -> list[str]:
+    torch._dynamo.reset()
+    net: Any = _convert(Fast())
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    x = torch.randn(4, NUM)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run(x)
+        assert not [one for one in warned if "batch_norm" in str(one.message)]
+        if how == "argument":
+            run(x, torch.ones(NUM))
+        else:
+            net.uses = "two"
+            run(x)
+    return [str(one.message) for one in warned if "batch_norm" in str(one.message)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["argument", "attribute"])
+def test_calls_that_nothing_tells_are_named(how: str, compiled: bool, ranks: RankPool) -> None:
+    for said in ranks.run(_lost, 2, how, compiled):
+        (message,) = said
+        assert "with local statistics in training" in message
+        if not compiled:
+            assert "test_functional.py:" in message
+            assert ("because uses was 'weight' and is 'two'" in message) == (how == "attribute")
+
+
+def test_what_may_hold_statistics_may_go() -> None:
+    net: Any = InAContainer()
+    net.extra = nn.ModuleList()
+    net.bn = nn.BatchNorm1d(NUM)
+    model = _convert(net)
+    expected = model(_batches(4)[0].float())
+    del model.extra
+    model.bn = None
+    torch.testing.assert_close(model(_batches(4)[0].float()), expected)
+
+
+def _in_a_checkpoint(rank: int, world_size: int) -> list[str]:
+    torch._dynamo.reset()
+    net: Any = _convert(Norm())
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=False)  # pyright: ignore
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run(torch.randn(4, NUM))
+    return [str(one.message) for one in warned if "batch_norm" in str(one.message)]
+
+
+def test_a_compiled_checkpoint_around_it_is_named(ranks: RankPool) -> None:
+    """Dynamo allows no mode inside one."""
+    for said in ranks.run(_in_a_checkpoint, 2):
+        (message,) = said
+        assert "with local statistics in training" in message
+
+
+def test_deleted_variables_go_at_once() -> None:
+    class Deleting(Norm):
+        def norm(self, x: Tensor) -> Tensor:
+            large = x * 2
+            reference = weakref.ref(large)
+            y = super().norm(x)
+            del large
+            assert reference() is None
+            return y
+
+        def forward(me, x: Tensor) -> Tensor:  # noqa: N805
+            return super().forward(x)
+
+    _convert(Deleting())(torch.randn(4, NUM))

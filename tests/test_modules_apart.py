@@ -266,9 +266,10 @@ class Layers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for linear, norm in zip(self.linears[:-1], self.norms, strict=True):
             x = norm(linear(x)).relu()
-        for layer in self.features[:2]:
+        features: Any = self.features
+        for layer in features[:2]:
             x = layer(x)
-        return (self.linears[-1:] + nn.ModuleList([self.features[2]]))[1](x)
+        return (self.linears[-1:] + nn.ModuleList([features[2]]))[1](x)
 
 
 def test_modules_made_on_the_way_are_no_others() -> None:

@@ -51,7 +51,8 @@ def attach_owner(
     """Turns a module into an owner, in place; None leaves it on the floor with interception."""
     module.__dict__[STATE] = state
     sites = [] if state is None else state.train.functional_sites()
-    module.__dict__[CALLS] = functional_calls(module, recipe, sites)
+    left = state is not None and state.train.leaves_functions
+    module.__dict__[CALLS] = functional_calls(module, recipe, sites, left)
     if is_site(module):
         bases = floor_recipe(module)
     elif isinstance(module, fx.GraphModule):

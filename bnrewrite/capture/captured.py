@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,10 +15,8 @@ from bnrewrite.capture.code import function_of
 from bnrewrite.capture.elements import Element, are_tensors
 from bnrewrite.capture.outside import COMPILING
 from bnrewrite.capture.values import same
-from bnrewrite.groups import NO_GROUP, active_group
 from bnrewrite.guards import guard_answer, is_compiling
-from bnrewrite.modes import Frozen, Mode
-from bnrewrite.naming import ITSELF
+from bnrewrite.modes import Mode
 from bnrewrite.ops.library import is_traced_by_jit
 from bnrewrite.ops.shared_batch_norm import START_BATCH_NORM
 from bnrewrite.passes.base import Rewrite, joined
@@ -30,6 +27,7 @@ from bnrewrite.sites.floor import (
     is_site,
     site_state,
 )
+from bnrewrite.sites.intercept import FUNCTIONS
 
 
 @dataclasses.dataclass
@@ -136,6 +134,11 @@ class Captured:
             for site in sites
         }
         return [site for site in found.values() if site.path is None]
+
+    @property
+    def leaves_functions(self) -> bool:
+        """Whether there are calls of ``F.batch_norm`` that are no sites."""
+        return any(node.target in FUNCTIONS for form in self.forms for node in form.graph.nodes)
 
     def site_calls(self) -> Iterator[tuple[Any, list[Rewrite]]]:
         """Nodes of our ops with the sites that they evaluate."""
@@ -248,47 +251,6 @@ def _outside_holds_while_compiling(key: str) -> bool:
     if captured is None or captured.assumptions.outside.answers.keys() & COMPILING:
         return False
     return guard_answer(f"outside {key}", captured.assumptions.outside.holds)
-
-
-@torch.compiler.assume_constant_result
-def warn_of_functions(key: str, name: str, group: str, change: str | None, *, untold: bool) -> None:
-    """Warns where an owner runs its own forward and nothing tells calls of ``F.batch_norm`` there.
-
-    Args:
-        key: of a training graph of the owner.
-        name: of the owner.
-        group: of its sites.
-        change: what is another than it was, if it is that.
-        untold: whether that holds for calls that their tensors tell, too.
-    """
-    captured = _living.get(key)
-    sites = [] if captured is None else captured.functional_sites()
-    lost = [
-        site
-        for site in sites
-        # Children whose forwards are part of the graph have graphs of their own.
-        if site.is_of_owner
-        and (untold or site.tensor is None)
-        and (isinstance(site.mode, Frozen) or _communicates(site.mode, group))
-    ]
-    if lost:
-        warnings.warn(
-            f"{name or ITSELF} runs its own forward, because "
-            f"{change or 'its graph does not cover a call like this one'}. Its calls to "
-            f"torch.nn.functional.batch_norm ({', '.join(str(site.where) for site in lost)}) "
-            "behave as in an unconverted model: with local statistics in training. Use a "
-            f"BatchNorm module there, or {_CONVERT if change else _CALL}.",
-            stacklevel=6,
-        )
-
-
-_CONVERT = "convert the model again after such a change"
-
-_CALL = "call the model with the arguments that its forward declares, and leave optional ones out"
-
-
-def _communicates(mode: Mode | None, group: str) -> bool:
-    return mode is not None and mode.communicates and active_group(group, True) != NO_GROUP
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -7,22 +7,29 @@ tensors that a traced call was given.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnrewrite.capture.cache import Recipe, functional_modes
 from bnrewrite.capture.candidates import has_forward, mentions_batch_norm, mentions_checkpoint
+from bnrewrite.capture.frames import user_frame
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
-from bnrewrite.groups import NO_GROUP
-from bnrewrite.modes import Mode
+from bnrewrite.groups import NO_GROUP, active_group
+from bnrewrite.guards import is_in_higher_order_op
+from bnrewrite.modes import Frozen, Mode
+from bnrewrite.naming import ITSELF
 from bnrewrite.passes.base import Rewrite, joined
 from bnrewrite.passes.replace_batch_norm import functional_name
-from bnrewrite.sites.classes import below
 from bnrewrite.sites.evaluate import site_number
 from bnrewrite.sites.floor import is_site
-from bnrewrite.sites.intercept import Call
+from bnrewrite.sites.intercept import Call, Intercept
 from bnrewrite.sites.schedule import EVALUATES
 
 CALLS = "_bnrewrite_calls"
@@ -43,6 +50,9 @@ class FunctionalCalls:
             calls of the module different modes, since nobody knows which one it is.
         holders: paths of what may hold such running statistics: the module, what it contains
             without a forward, and BatchNorm modules.
+        freezes: whether the mode of any of its calls is ``frozen``.
+        shared_in: name of the group in which any of them communicates, or "".
+        standardizes: whether its graph has calls that are no sites.
         checkpoints: whether the forward may have some of them in a checkpoint.
     """
 
@@ -50,6 +60,9 @@ class FunctionalCalls:
     known: tuple[tuple[str, Call], ...]
     other: Call | None
     holders: tuple[str, ...]
+    freezes: bool
+    shared_in: str
+    standardizes: bool
     checkpoints: bool
 
     def find(self, owner: nn.Module, mean: Tensor | None, weight: Tensor | None) -> Call | None:
@@ -59,13 +72,15 @@ class FunctionalCalls:
             return None
         for path, call in self.known:
             home, _, name = path.rpartition(".")
-            if getattr(below(owner, home), name, None) is tensor:
+            if getattr(_below(owner, home), name, None) is tensor:
                 return call
         if mean is None or self.other is None:
             # It may standardize a weight.
             return None
         for path in self.holders:
-            holder = below(owner, path)
+            holder = _below(owner, path)
+            if holder is None:
+                continue
             for held in (*holder._buffers.values(), *holder._parameters.values()):
                 if held is mean:
                     return self.other
@@ -79,8 +94,72 @@ class FunctionalCalls:
             yield (self.recipe.group if communicates else NO_GROUP, (self.other.name, said))
 
 
+class Search:
+    """Finds the calls of one run of an owner's own forward.
+
+    Args:
+        calls: what tells them.
+        owner: whose forward runs.
+        lost: is called for each one that may be a site and that nothing tells.
+
+    Attributes:
+        found: names of the calls that were found.
+    """
+
+    def __init__(
+        self, calls: FunctionalCalls, owner: nn.Module, lost: Callable[[], None] | None
+    ) -> None:
+        self.found: list[str] = []
+        self._calls = calls
+        self._owner = owner
+        self._lost = lost
+
+    def __call__(
+        self, input: Tensor, mean: Tensor | None, weight: Tensor | None, training: bool
+    ) -> Call | None:
+        """The call with these tensors; None if it is torch's."""
+        call = self._calls.find(self._owner, mean, weight)
+        if call is not None:
+            self.found.append(call.name)
+        elif (
+            training
+            and self._lost is not None
+            # Weights, and samples that are normalized by themselves, are one row.
+            and not (self._calls.standardizes and input.size(0) == 1)
+        ):
+            self._lost()
+        return call
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether a call of the graph was not made, or made where nothing is intercepted."""
+        return any(call.name not in self.found for _, call in self._calls.known)
+
+
+def search_while_compiling(
+    forward: Callable[..., Any],
+    search: Search,
+    calls: FunctionalCalls,
+    lost: Callable[[], None],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Runs a forward whose calls are intercepted as far as a compiler allows it.
+
+    It allows no mode inside a checkpoint or ``torch.cond``, and drops those from around one.
+    """
+    if is_in_higher_order_op():
+        lost()
+        return forward(*args, **kwargs)
+    with Intercept(search, training=True, of_site=False):
+        result = forward(*args, **kwargs)
+    if calls.checkpoints and search.has_missed:
+        lost()
+    return result
+
+
 def functional_calls(
-    module: nn.Module, recipe: Recipe, sites: list[Rewrite]
+    module: nn.Module, recipe: Recipe, sites: list[Rewrite], left: bool
 ) -> FunctionalCalls | None:
     """What the own forward of ``module`` does with ``F.batch_norm``; None if it never calls it.
 
@@ -88,6 +167,7 @@ def functional_calls(
         module: an owner, or one that could not be captured.
         recipe: how it was captured.
         sites: functional sites in its graph.
+        left: whether that has calls that are no sites.
     """
     if is_site(module) or not mentions_batch_norm(module):
         return None
@@ -104,20 +184,71 @@ def functional_calls(
         # Children whose forwards are part of the graph have calls of their own.
         if site.tensor is not None and site.mode is not None and site.is_of_owner
     }
-    modes = set(functional_modes(recipe.name, recipe.modes))
+    modes = tuple(dict.fromkeys(functional_modes(recipe.name, recipe.modes)))
     (mode,) = modes if len(modes) == 1 else (None,)
-    other = None if mode is None else call(0, mode)
     return FunctionalCalls(
         recipe,
         tuple(known.items()),
-        other,
+        None if mode is None else call(0, mode),
         tuple(_holders(module)),
+        any(isinstance(one, Frozen) for one in modes),
+        recipe.group if any(one is not None and one.communicates for one in modes) else NO_GROUP,
+        left,
         mentions_checkpoint(module),
     )
 
 
+@torch.compiler.assume_constant_result
+def warn_of_function(name: str, group: str, freezes: bool, change: str) -> None:
+    """Warns of a call of ``F.batch_norm`` that is torch's, since an owner runs its own forward.
+
+    Args:
+        name: of the owner.
+        group: of its sites, or "" if they do not communicate.
+        freezes: whether torch's differs without any group.
+        change: what is another than it was, or "".
+    """
+    if not freezes and active_group(group, True) == NO_GROUP:
+        return
+    frame = user_frame()
+    place = "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+    warnings.warn(
+        f"{name or ITSELF} runs its own forward, because "
+        f"{change or 'its graph does not cover a call like this one'}. A call there to "
+        f"torch.nn.functional.batch_norm{place} behaves as in an unconverted model, with local "
+        "statistics in training, since no tensor that the module holds tells it from others. Use a "
+        f"BatchNorm module there, or {_CONVERT if change else _CALL}.",
+        stacklevel=_level_of(frame),
+    )
+
+
+_CONVERT = "convert the model again after such a change"
+
+_CALL = "call the model with the arguments that its forward declares, and leave optional ones out"
+
+
+def _level_of(frame: FrameType | None) -> int:
+    """``stacklevel`` of a warning of the caller that is about ``frame``."""
+    level, here = 1, sys._getframe(1)
+    while frame is not None and here is not frame and here.f_back is not None:
+        level, here = level + 1, here.f_back
+    return level
+
+
+def _below(owner: Any, path: str) -> Any:
+    """The module at ``path``; None if it is gone since conversion."""
+    for name in path.split(".") if path else ():
+        owner = None if owner is None else owner._modules.get(name)
+    return owner
+
+
 def lost_call(
-    calls: FunctionalCalls | None, owner: nn.Module, mean: Tensor | None, weight: Tensor | None
+    calls: FunctionalCalls | None,
+    owner: nn.Module,
+    _: Tensor,
+    mean: Tensor | None,
+    weight: Tensor | None,
+    __: bool,
 ) -> None:
     """Raises, in place of finding a call, where ``torch.fx`` records it.
 

@@ -12,10 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.capture import capture
-from bnrewrite.capture.captured import Captured, warn_of_functions
+from bnrewrite.capture.captured import Captured
 from bnrewrite.capture.errors import named_error
 from bnrewrite.capture.forms import PLAIN, arguments_of, call_with
-from bnrewrite.capture.functional import FunctionalCalls, lost_call, lost_to_fx
+from bnrewrite.capture.functional import (
+    FunctionalCalls,
+    Search,
+    lost_call,
+    lost_to_fx,
+    search_while_compiling,
+    warn_of_function,
+)
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP
@@ -228,16 +235,13 @@ class OwnerForward(Converted):
             self._bnrewrite_warn_of_classes()
         if not is_site(module):
             state, calls = self._bnrewrite_owner, self._bnrewrite_calls
-            if training and state is not None and state.has_functions:
-                asks = captured if not is_compiling() else None
-                change = None if asks is None else asks.left_because(module)
-                recipe = state.recipe
-                # Checkpoints are compiled without the mode that intercepts calls.
-                untold = is_compiling() and calls is not None and calls.checkpoints
-                warn_of_functions(state.train.key, recipe.name, recipe.group, change, untold=untold)
             if training and calls is not None:
-                find = functools.partial(calls.find, module)
-                original = _intercepting(original, Intercept(find, training=True, of_site=False))
+                # What has no graph at all, conversion has said.
+                lost = functools.partial(self._bnrewrite_warn_of_function, captured)
+                search = Search(calls, module, None if state is None else lost)
+                if is_compiling():
+                    return search_while_compiling(original, search, calls, lost, args, kwargs)
+                original = _intercepting(original, Intercept(search, training=True, of_site=False))
             if captured is None or not training or is_compiling():
                 return original(*args, **kwargs)
             # What this rank computes in another order others might wait for.
@@ -245,7 +249,7 @@ class OwnerForward(Converted):
                 return original(*args, **kwargs)
         site = site_state(module)
         call = Call(site.name, site.mode, site.group, site.number)
-        intercept = Intercept(lambda mean, weight: call, training=training, of_site=True)
+        intercept = Intercept(lambda *_: call, training=training, of_site=True)
         original = _intercepting(original, intercept)
         was_training = module.training
         if was_training is training:
@@ -256,6 +260,12 @@ class OwnerForward(Converted):
             return original(*args, **kwargs)
         finally:
             object.__setattr__(module, "training", was_training)
+
+    def _bnrewrite_warn_of_function(self, captured: Captured | None) -> None:
+        module: Any = self
+        calls: Any = self._bnrewrite_calls
+        change = captured.left_because(module) if captured and not is_compiling() else None
+        warn_of_function(calls.recipe.name, calls.shared_in, calls.freezes, change or "")
 
     def _bnrewrite_warn_of_classes(self) -> None:
         """Warns where the own forward asks for a class, for which graphs have the old answer."""

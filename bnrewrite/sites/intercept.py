@@ -71,15 +71,15 @@ class Intercept(TorchFunctionMode):
     does a call for which a forward turns gradients off, as such a function does.
 
     Args:
-        find: the site that a call with these running statistics and this weight is; None if it is
-            torch's.
+        find: the site that a call is with this input, running mean and weight, and whether it asks
+            for statistics of the batch; None if it is torch's.
         training: whether the module of the forward trains.
         of_site: whether that is a BatchNorm module, all of whose calls are its own.
     """
 
     def __init__(
         self,
-        find: Callable[[Tensor | None, Tensor | None], Call | None],
+        find: Callable[[Tensor, Tensor | None, Tensor | None, bool], Call | None],
         *,
         training: bool,
         of_site: bool,
@@ -96,7 +96,7 @@ class Intercept(TorchFunctionMode):
         input, mean, var, weight, bias, training, momentum, eps = functional_arguments(
             func, args, kwargs
         )
-        call = self._find(mean, weight)
+        call = self._find(input, mean, weight, training)
         if call is None:
             return func(*args, **kwargs)
         if self._is_apart():
@@ -130,13 +130,19 @@ class Intercept(TorchFunctionMode):
 OWN_FORWARD = "_bnrewrite_own_forward"
 """Name of the function that runs a forward under an :class:`Intercept`."""
 
+_PACKAGE = __name__.partition(".")[0]
+
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 def _is_of_function(frame: FrameType) -> bool:
     """Whether a frame is that of the forward of an ``autograd.Function``, by its first argument."""
-    names = frame.f_code.co_varnames
-    return bool(names) and isinstance(frame.f_locals.get(names[0]), FunctionCtx)
+    code, back = frame.f_code, frame.f_back
+    called_by = "" if back is None else str(back.f_globals.get("__name__"))
+    # Reading the locals of a frame may keep them alive: not where it is that of a module.
+    if code.co_name != "forward" or called_by.startswith(("torch.nn.", f"{_PACKAGE}.")):
+        return False
+    return isinstance(frame.f_locals.get("".join(code.co_varnames[:1])), FunctionCtx)
 
 
 @torch.compiler.assume_constant_result
