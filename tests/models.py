@@ -1,5 +1,8 @@
 """Small models that tests train, convert and compile."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +27,19 @@ class Block(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + identity)
+
+
+class Reading(nn.Module):
+    """A BatchNorm, and whatever ``how`` makes of its result and ``held``."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor], held: Any = None) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.how = how
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, self.bn(x))
 
 
 class ResidualNet(nn.Module):

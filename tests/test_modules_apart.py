@@ -17,21 +17,9 @@ from torch import Tensor, nn
 
 import bnrewrite
 from bnrewrite.capture.owner import is_owner, owner_state
+from tests.models import Reading
 
 Forward = Callable[[Any, Tensor], Tensor]
-
-
-class Net(nn.Module):
-    """A BatchNorm, and whatever ``how`` makes of its result and ``held``."""
-
-    def __init__(self, how: Forward, held: Any = None) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(3)
-        self.how = how
-        self.held = held
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.how(self, self.bn(x))
 
 
 def _x(num: int = 4) -> Tensor:
@@ -128,8 +116,8 @@ def test_modules_that_are_no_children_are_read_anew(
 ) -> None:
     other = Other()
     monkeypatch.setattr(sys.modules[__name__], "OTHER", other)
-    plain = Net(how, (other, other.scaled, {other}))
-    model = bnrewrite.convert(Net(how, plain.held))
+    plain = Reading(how, (other, other.scaled, {other}))
+    model = bnrewrite.convert(Reading(how, plain.held))
     assert _is_captured(model)
     run = torch.compile(model, backend="eager") if compiled else model
     torch.testing.assert_close(run(_x()), plain(_x()))
@@ -138,7 +126,7 @@ def test_modules_that_are_no_children_are_read_anew(
 
 
 def test_a_module_that_is_no_child_may_be_exchanged() -> None:
-    plain = Net(lambda net, y: y * net.held[0].factor, [Other()])
+    plain = Reading(lambda net, y: y * net.held[0].factor, [Other()])
     model = bnrewrite.convert(copy.deepcopy(plain))
     torch.testing.assert_close(model(_x()), plain(_x()))
     for net in (plain, model):
@@ -161,9 +149,9 @@ def test_a_module_that_is_no_child_may_be_exchanged() -> None:
 def test_what_cannot_be_followed_in_a_module_that_is_no_child(how: Forward) -> None:
     other = Other()
     other.forward = other.scaled
-    unseen: Any = Net(lambda net: other.factor)  # pyright: ignore
-    plain = Net(how, [other, torch.utils.data.Subset(unseen, [0])])
-    model = bnrewrite.convert(Net(how, plain.held))
+    unseen: Any = Reading(lambda net: other.factor)  # pyright: ignore
+    plain = Reading(how, [other, torch.utils.data.Subset(unseen, [0])])
+    model = bnrewrite.convert(Reading(how, plain.held))
     assert not _is_captured(model)
     other.factor = 9.0
     torch.testing.assert_close(model(_x()), plain(_x()))
@@ -175,7 +163,7 @@ def test_blocks_share_a_graph_though_modules_that_are_no_children_differ() -> No
 
     others = [Other(), Other()]
     others[1].factor = 11.0
-    plain = nn.Sequential(*(Net(scaled, [other]) for other in others))
+    plain = nn.Sequential(*(Reading(scaled, [other]) for other in others))
     model = bnrewrite.convert(copy.deepcopy(plain))
     torch.testing.assert_close(model(_x()), plain(_x()))
 
@@ -209,7 +197,7 @@ def test_modules_are_found_in_whatever_holds_them(
     hold: Callable[[Any], Any], get: Callable[[Any], Any]
 ) -> None:
     other = Other()
-    net: Any = bnrewrite.convert(Net(lambda net, y: y * get(net.held).factor, hold(other)))
+    net: Any = bnrewrite.convert(Reading(lambda net, y: y * get(net.held).factor, hold(other)))
     before = net(_x())
     other.factor *= 4
     torch.testing.assert_close(net(_x()), 4 * before)
@@ -247,7 +235,7 @@ def test_what_operators_of_modules_read(
 ) -> None:
     one = Operating()
     get: Any = (lambda net: net.held) if inside else (lambda net: net.held[0])
-    net: Any = Net(lambda net, y: how(get(net), y), one if inside else [one])
+    net: Any = Reading(lambda net, y: how(get(net), y), one if inside else [one])
     model = bnrewrite.convert(net)
     before = model(_x())
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 4.0)
@@ -305,7 +293,7 @@ def test_blocks_are_told_apart_by_what_they_are(
 ) -> None:
     schedule: Any = Other()
     pairs = [(Other(), Other()), (one := Other(), one), (Other(), Other())]
-    plain: Any = nn.Sequential(*(Net(how, [schedule, pair]) for pair in pairs))
+    plain: Any = nn.Sequential(*(Reading(how, [schedule, pair]) for pair in pairs))
     schedule.rates = {block: 2.0 + index for index, block in enumerate(plain)}
     object.__setattr__(schedule, "active", plain[0])
     monkeypatch.setattr(sys.modules[__name__], "RATES", schedule.rates)
@@ -326,7 +314,7 @@ def test_a_block_may_read_the_mode_of_what_holds_it(training: bool) -> None:
     def scaled(net: Any, y: Tensor) -> Tensor:
         return y * (2.0 if net.held[0].training else 3.0)
 
-    plain: Any = nn.Sequential(Net(scaled), nn.ReLU(), Net(scaled)).train(training)
+    plain: Any = nn.Sequential(Reading(scaled), nn.ReLU(), Reading(scaled)).train(training)
     for block in (plain[0], plain[2]):
         block.held = [plain]
     model: Any = bnrewrite.convert(copy.deepcopy(plain))
@@ -344,7 +332,7 @@ def test_a_block_may_read_the_mode_of_what_holds_it(training: bool) -> None:
 def test_a_way_back_is_compared() -> None:
     other: Any = Other()
     object.__setattr__(other, "best", other)
-    model: Any = bnrewrite.convert(Net(lambda net, y: y * net.held[0].best.factor, [other]))
+    model: Any = bnrewrite.convert(Reading(lambda net, y: y * net.held[0].best.factor, [other]))
     before = model(_x())
     object.__setattr__(other, "best", Other())
     other.best.factor = 4 * other.factor
@@ -356,8 +344,8 @@ def test_parameters_without_a_shape_are_read() -> None:
         return y if all(one.requires_grad for one in net.held[0].parameters()) else -y
 
     lazy = nn.LazyLinear(3)
-    plain = Net(trains, [lazy])
-    model = bnrewrite.convert(Net(trains, [lazy]))
+    plain = Reading(trains, [lazy])
+    model = bnrewrite.convert(Reading(trains, [lazy]))
     torch.testing.assert_close(model(_x()), plain(_x()))
 
 
@@ -375,7 +363,7 @@ def test_other_threads_may_change_it_meanwhile() -> None:
     thread = threading.Thread(target=run)
     thread.start()
     for _ in range(10):
-        model = bnrewrite.convert(Net(lambda net, y: y * net.held[0].factor, [other]))
+        model = bnrewrite.convert(Reading(lambda net, y: y * net.held[0].factor, [other]))
         assert _is_captured(model)
     stop.set()
     thread.join()
