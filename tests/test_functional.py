@@ -525,3 +525,16 @@ def test_deleted_variables_go_at_once() -> None:
             return super().forward(x)
 
     _convert(Deleting())(torch.randn(4, NUM))
+
+
+class Above(Norm):
+    """A forward in the style of Python 2, which a subclass would run for ever."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super(self.__class__, self).forward(x)  # pyright: ignore
+
+
+def test_what_a_subclass_would_break_stays_as_it_is() -> None:
+    with pytest.warns(UserWarning, match="that call uses local statistics"):
+        model = bnrewrite.convert(nn.Sequential(Above(), nn.BatchNorm1d(NUM)))
+    assert model(torch.randn(4, NUM)).shape == (4, NUM)

@@ -173,16 +173,27 @@ def mentions_batch_norm(module: nn.Module) -> bool:
 
 def computes_itself(module: nn.Module) -> bool:
     """Whether no code of a BatchNorm's own class names torch's forward or ``F.batch_norm``."""
-    codes = [one.__code__ for value in _members(original_class(module)) for one in routines(value)]
-    return not mentions_batch_norm(module) and not any(
-        "forward" in code_names(one) for one in codes
-    )
+    names = _names_of(module)
+    return not mentions_batch_norm(module) and not any("forward" in one for one in names)
 
 
 def mentions_checkpoint(module: nn.Module) -> bool:
     """Whether the code of the module's class names a checkpoint."""
-    codes = [one.__code__ for value in _members(original_class(module)) for one in routines(value)]
-    return any("checkpoint" in name for code in codes for name in code_names(code))
+    return any("checkpoint" in name for names in _names_of(module) for name in names)
+
+
+def looks_above_itself(module: nn.Module) -> bool:
+    """Whether code looks for what is above the class of an object: ``super(self.__class__, self)``.
+
+    It finds itself, for ever, in a subclass, which conversion would make.
+    """
+    return any({"super", "__class__"} <= names for names in _names_of(module))
+
+
+def _names_of(module: nn.Module) -> Iterator[frozenset[str]]:
+    for value in _members(original_class(module)):
+        for function in routines(value):
+            yield code_names(function.__code__)
 
 
 _MENTIONS: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()

@@ -10,6 +10,7 @@ from bnrewrite.capture.cache import Cache, Capture, Recipe
 from bnrewrite.capture.candidates import (
     children_first,
     computes_itself,
+    looks_above_itself,
     mentions_batch_norm,
     sharing_candidates,
 )
@@ -104,7 +105,11 @@ def capture_and_attach(
 
 def _may_call(module: nn.Module, captured: Capture) -> bool:
     """Whether a module that cannot be captured may call ``F.batch_norm``."""
-    return captured.refused is not None and mentions_batch_norm(module)
+    return (
+        captured.refused is not None
+        and mentions_batch_norm(module)
+        and not looks_above_itself(module)
+    )
 
 
 def _has_no_site(module: nn.Module, captured: Capture) -> bool:
