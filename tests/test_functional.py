@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
@@ -538,3 +539,47 @@ def test_what_a_subclass_would_break_stays_as_it_is() -> None:
     with pytest.warns(UserWarning, match="that call uses local statistics"):
         model = bnrewrite.convert(nn.Sequential(Above(), nn.BatchNorm1d(NUM)))
     assert model(torch.randn(4, NUM)).shape == (4, NUM)
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.count += 1
+        return weight * 2
+
+
+def test_a_parametrized_weight_is_computed_for_its_call_only() -> None:
+    def count(net: Any) -> int:
+        for step in range(3):
+            net.momentum = step / 4
+            net(_batches(4)[0].float())
+        return net.parametrizations.weight[0].count
+
+    nets = [ByWeight(), ByWeight()]
+    for net in nets:
+        parametrize.register_parametrization(net, "weight", Counted())
+    assert count(_convert(nets[0])) == count(nets[1])
+
+
+def _checkpointed(rank: int, world_size: int, reentrant: bool) -> None:
+    x = _batches(8)[0, 4 * rank : 4 * rank + 4]
+    results = []
+    for how in (False, True):
+        net = _convert(Nested().double())
+        leaf = x.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y: Any = checkpoint(net, leaf, use_reentrant=reentrant) if how else net(leaf)
+            y.sin().sum().backward()
+        results.append((y, leaf.grad, [one.grad for one in net.parameters()], [*net.buffers()]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_may_be_around_it(reentrant: bool, ranks: RankPool) -> None:
+    ranks.run(_checkpointed, 2, reentrant)

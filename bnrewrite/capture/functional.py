@@ -22,7 +22,7 @@ from bnrewrite.capture.frames import user_frame
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
 from bnrewrite.groups import NO_GROUP, active_group
-from bnrewrite.guards import is_in_higher_order_op
+from bnrewrite.guards import is_compiling, is_in_higher_order_op
 from bnrewrite.modes import Frozen, Mode
 from bnrewrite.naming import ITSELF
 from bnrewrite.passes.base import Rewrite, joined
@@ -72,18 +72,18 @@ class FunctionalCalls:
             return None
         for path, call in self.known:
             home, _, name = path.rpartition(".")
-            if getattr(_below(owner, home), name, None) is tensor:
-                return call
+            # Reading a parametrized weight would compute it.
+            for table in _tables(owner, home):
+                if table.get(name) is tensor:
+                    return call
         if mean is None or self.other is None:
             # It may standardize a weight.
             return None
         for path in self.holders:
-            holder = _below(owner, path)
-            if holder is None:
-                continue
-            for held in (*holder._buffers.values(), *holder._parameters.values()):
-                if held is mean:
-                    return self.other
+            for table in _tables(owner, path):
+                for held in table.values():
+                    if held is mean:
+                        return self.other
         return None
 
     def lines(self, training: bool) -> Iterator[tuple[str, Line]]:
@@ -100,14 +100,14 @@ class Search:
     Args:
         calls: what tells them.
         owner: whose forward runs.
-        lost: is called for each one that may be a site and that nothing tells.
+        lost: is given a reason for each one that may be a site and that nothing tells.
 
     Attributes:
         found: names of the calls that were found.
     """
 
     def __init__(
-        self, calls: FunctionalCalls, owner: nn.Module, lost: Callable[[], None] | None
+        self, calls: FunctionalCalls, owner: nn.Module, lost: Callable[[str], None] | None
     ) -> None:
         self.found: list[str] = []
         self._calls = calls
@@ -127,7 +127,7 @@ class Search:
             # Weights, and samples that are normalized by themselves, are one row.
             and not (self._calls.standardizes and input.size(0) == 1)
         ):
-            self._lost()
+            self._lost("no tensor that the module holds tells it from others")
         return call
 
     @property
@@ -140,7 +140,7 @@ def search_while_compiling(
     forward: Callable[..., Any],
     search: Search,
     calls: FunctionalCalls,
-    lost: Callable[[], None],
+    lost: Callable[[str], None],
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
@@ -149,12 +149,12 @@ def search_while_compiling(
     It allows no mode inside a checkpoint or ``torch.cond``, and drops those from around one.
     """
     if is_in_higher_order_op():
-        lost()
+        lost("what Dynamo compiles inside a checkpoint or cond allows no mode that intercepts it")
         return forward(*args, **kwargs)
     with Intercept(search, training=True, of_site=False):
         result = forward(*args, **kwargs)
     if calls.checkpoints and search.has_missed:
-        lost()
+        lost("it seems to be inside a checkpoint, where Dynamo compiles it as it is")
     return result
 
 
@@ -198,33 +198,48 @@ def functional_calls(
     )
 
 
-@torch.compiler.assume_constant_result
-def warn_of_function(name: str, group: str, freezes: bool, change: str) -> None:
-    """Warns of a call of ``F.batch_norm`` that is torch's, since an owner runs its own forward.
+def warn_of_lost(
+    calls: FunctionalCalls, owner: nn.Module, captured: Any, has_graph: bool, reason: str
+) -> None:
+    """Warns of a call that is torch's, since ``owner`` runs its own forward.
 
     Args:
-        name: of the owner.
-        group: of its sites, or "" if they do not communicate.
-        freezes: whether torch's differs without any group.
-        change: what is another than it was, or "".
+        calls: of the owner.
+        owner: whose forward runs.
+        captured: the graph for calls of this form, if there is one.
+        has_graph: whether there is any.
+        reason: why the call is not intercepted.
     """
+    change = captured.left_because(owner) if captured and not is_compiling() else None
+    why = change or (_NOT_COVERED if has_graph else _NO_GRAPH)
+    _warn_of_lost(calls.recipe.name, calls.shared_in, calls.freezes, why, reason)
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_lost(name: str, group: str, freezes: bool, why: str, reason: str) -> None:
     if not freezes and active_group(group, True) == NO_GROUP:
         return
     frame = user_frame()
     place = "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
     warnings.warn(
-        f"{name or ITSELF} runs its own forward, because "
-        f"{change or 'its graph does not cover a call like this one'}. A call there to "
+        f"{name or ITSELF} runs its own forward, because {why}. A call there to "
         f"torch.nn.functional.batch_norm{place} behaves as in an unconverted model, with local "
-        "statistics in training, since no tensor that the module holds tells it from others. Use a "
-        f"BatchNorm module there, or {_CONVERT if change else _CALL}.",
+        f"statistics in training, since {reason}. Use a BatchNorm module there, or "
+        f"{_WAYS_OUT.get(why, 'convert the model again after such a change')}.",
         stacklevel=_level_of(frame),
     )
 
 
-_CONVERT = "convert the model again after such a change"
+_NO_GRAPH = "it could not be captured"
 
-_CALL = "call the model with the arguments that its forward declares, and leave optional ones out"
+_NOT_COVERED = "its graph does not cover a call like this one"
+
+_WAYS_OUT = {
+    _NO_GRAPH: "make the forward traceable",
+    _NOT_COVERED: (
+        "call the model with the arguments that its forward declares, and leave optional ones out"
+    ),
+}
 
 
 def _level_of(frame: FrameType | None) -> int:
@@ -235,11 +250,11 @@ def _level_of(frame: FrameType | None) -> int:
     return level
 
 
-def _below(owner: Any, path: str) -> Any:
-    """The module at ``path``; None if it is gone since conversion."""
+def _tables(owner: Any, path: str) -> tuple[dict[str, Any], ...]:
+    """Buffers and parameters of the module at ``path``, unless it is gone since conversion."""
     for name in path.split(".") if path else ():
         owner = None if owner is None else owner._modules.get(name)
-    return owner
+    return () if owner is None else (owner._buffers, owner._parameters)
 
 
 def lost_call(

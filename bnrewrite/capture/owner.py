@@ -21,7 +21,7 @@ from bnrewrite.capture.functional import (
     lost_call,
     lost_to_fx,
     search_while_compiling,
-    warn_of_function,
+    warn_of_lost,
 )
 from bnrewrite.differences import Line
 from bnrewrite.errors import UnsupportedBatchNorm
@@ -72,7 +72,6 @@ class OwnerState:
         self.eval = eval
         self.shares = any(form.shares for form in train.forms)
         read = [form.assumptions for one in (train, eval) for form in one.forms]
-        self.has_functions = bool(train.functional_sites())
         self.asked = {path: place for one in read for path, place in one.asked.items()}
 
     @property
@@ -237,7 +236,7 @@ class OwnerForward(Converted):
             state, calls = self._bnrewrite_owner, self._bnrewrite_calls
             if training and calls is not None:
                 # What has no graph at all, conversion has said.
-                lost = functools.partial(self._bnrewrite_warn_of_function, captured)
+                lost = functools.partial(warn_of_lost, calls, module, captured, state is not None)
                 search = Search(calls, module, None if state is None else lost)
                 if is_compiling():
                     return search_while_compiling(original, search, calls, lost, args, kwargs)
@@ -260,12 +259,6 @@ class OwnerForward(Converted):
             return original(*args, **kwargs)
         finally:
             object.__setattr__(module, "training", was_training)
-
-    def _bnrewrite_warn_of_function(self, captured: Captured | None) -> None:
-        module: Any = self
-        calls: Any = self._bnrewrite_calls
-        change = captured.left_because(module) if captured and not is_compiling() else None
-        warn_of_function(calls.recipe.name, calls.shared_in, calls.freezes, change or "")
 
     def _bnrewrite_warn_of_classes(self) -> None:
         """Warns where the own forward asks for a class, for which graphs have the old answer."""
