@@ -114,7 +114,15 @@ class PassReport:
         """
         return PassReport(
             [
-                dataclasses.replace(one, name=name_of(one.name, one.path, one.owner), owner=owner)
+                Rewrite(
+                    name_of(one.name, one.path, one.owner),
+                    owner,
+                    one.path,
+                    one.mode,
+                    one.where,
+                    one.index,
+                    one.tensor,
+                )
                 for one in self.rewritten
             ],
             [
