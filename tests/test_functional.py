@@ -246,7 +246,7 @@ def test_every_mode_is_as_in_a_graph(mode: str, ranks: RankPool) -> None:
         torch.testing.assert_close(own, graph, rtol=1e-12, atol=1e-12)
 
 
-class Apart(Norm):
+class RunAgain(Norm):
     """Calls inside what backward runs again, or by itself."""
 
     def __init__(self, how: str) -> None:
@@ -279,15 +279,15 @@ class _Function(torch.autograd.Function):
         return (*torch.autograd.grad(y, x, grad), None, None)
 
 
-class LayerApart(nn.BatchNorm1d):
+class LayerRunAgain(nn.BatchNorm1d):
     """A BatchNorm with such a function."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _Function.apply(input, self.running_mean, self.running_var)  # pyright: ignore
 
 
-def _apart(rank: int, world_size: int, how: str) -> list[str]:
-    plain = LayerApart(NUM).double() if how == "layer" else Apart(how).double()
+def _run_again(rank: int, world_size: int, how: str) -> list[str]:
+    plain = LayerRunAgain(NUM).double() if how == "layer" else RunAgain(how).double()
     ours = _convert(copy.deepcopy(plain))
     x = _batches(8)[0, 4 * rank : 4 * rank + 4]
     results = []
@@ -304,7 +304,7 @@ def _apart(rank: int, world_size: int, how: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["function", "layer", "no_grad", "reentrant", "not reentrant"])
 def test_what_backward_runs_again_stays_local_and_is_named(how: str, ranks: RankPool) -> None:
-    for messages in ranks.run(_apart, 2, how):
+    for messages in ranks.run(_run_again, 2, how):
         assert messages
         assert all(": this call of torch.nn" in one for one in messages)
 

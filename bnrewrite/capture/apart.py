@@ -5,23 +5,20 @@ read of them is compared at every call, as that of other objects is. Some are ma
 code itself: a slice of a ``ModuleList`` is a new one.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-from bnrewrite.capture.values import is_library
 from bnrewrite.sites.classes import original_class
 
-_NO_OPERATORS = frozenset((
+NO_OPERATORS = (
     "__init__", "__new__", "__init_subclass__", "__class_getitem__", "__set_name__", "__del__",
     "__getattribute__", "__getattr__", "__setattr__", "__delattr__", "__dir__", "__sizeof__",
     "__repr__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__", "__copy__",
-    "__deepcopy__", "__annotate__", "__annotate_func__",
-))  # fmt: skip
+    "__deepcopy__",
+)  # fmt: skip
 """Special methods of modules that no operator of a forward calls."""
 
 
@@ -32,6 +29,7 @@ class ModulesApart:
         tracer: that records; it is asked to refuse what a graph could not stand for.
         known: values that traced code may look into, by identity; it is added to.
         see_in_class: is told of a class and a name that the traced code may read there.
+        see_operators: is told of a class whose special methods the traced code may call.
         note: is told of a module, a name and what was found, or MISSING.
 
     Attributes:
@@ -45,6 +43,7 @@ class ModulesApart:
         tracer: Any,
         known: dict[int, Any],
         see_in_class: Callable[[type, str], None],
+        see_operators: Callable[[type], None],
         note: Callable[[Any, str, Any], None],
     ) -> None:
         self.classes: dict[type, None] = {}
@@ -53,6 +52,7 @@ class ModulesApart:
         self._tracer = tracer
         self._known = known
         self._see_in_class = see_in_class
+        self._see_operators = see_operators
         self._note = note
         # By identity, since modules of users may have none to be found by.
         self._inside: set[int] = set()
@@ -100,27 +100,3 @@ class ModulesApart:
     def made(self, module: nn.Module) -> None:
         """Notes that the traced code makes a module, of what it has read before."""
         self._made[id(module)] = module
-
-    def _see_operators(self, cls: type) -> None:
-        for name in _operators_of(cls):
-            self._see_in_class(cls, name)
-
-
-@functools.lru_cache(1024)
-def _names_of(cls: "weakref.ref[type]") -> tuple[str, ...]:
-    found = cls()
-    return tuple(
-        dict.fromkeys(
-            name
-            for base in (found.__mro__ if found is not None else ())
-            if not is_library(base.__module__)
-            for name, value in vars(base).items()
-            if name.startswith("__") and name.endswith("__")
-            if name not in _NO_OPERATORS and isinstance(value, FunctionType)
-        )
-    )
-
-
-def _operators_of(cls: type) -> tuple[str, ...]:
-    """Special methods that a module's class, or one below it, has of a user."""
-    return _names_of(weakref.ref(cls))

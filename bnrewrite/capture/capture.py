@@ -151,9 +151,12 @@ def _trace(
     finally:
         for one, cls in zip(traced, classes, strict=True):
             assign_class(one, cls)
-        holders = [one for one in tracer.reads.apart.flags.values() if one not in flags]
     # What holds the module trains when it does.
-    holders = [one for one in holders if any(module is inside for inside in one.modules())]
+    holders = [
+        one
+        for one in tracer.reads.apart.flags.values()
+        if one not in flags and any(module is inside for inside in one.modules())
+    ]
     if holders:
         flags.update({one: one.training for one in holders})
         return _trace(module, recipe, flags, training=training, form=form, through=through)

@@ -8,6 +8,7 @@ when they are read.
 import collections
 import contextlib
 import dataclasses
+import functools
 import operator
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnrewrite.capture.acts import is_stand_in, stand_in
-from bnrewrite.capture.apart import ModulesApart
+from bnrewrite.capture.apart import NO_OPERATORS, ModulesApart
 from bnrewrite.capture.bytecode import global_names, imported_names, names_in_strings
 from bnrewrite.capture.candidates import code_names
 from bnrewrite.capture.comparisons import own_code, watch_comparisons
@@ -87,7 +88,8 @@ class Reads:
         self._modules: dict[int, ModuleType] = {}
         self._imports: list[tuple[FunctionType, frozenset[str]]] = []
         self._objects = Objects(tracer, self._known, self.see_getter, self._note)
-        self.apart = ModulesApart(tracer, self._known, self.see_in_class, self._note)
+        see_operators = functools.partial(self._see_operators, but=NO_OPERATORS)
+        self.apart = ModulesApart(tracer, self._known, self.see_in_class, see_operators, self._note)
         self.asks_types = False
 
     @contextlib.contextmanager
@@ -325,7 +327,7 @@ class Reads:
     def outside(self, looks: Looks) -> Outside:
         """What was read that is the same for all modules, with looks that saw nothing else."""
         values = {place: looks.of(value) for place, value in self._named.items()}
-        if looks.inside:
+        if looks.met_inside:
             self._tracer.note_refusal("reads a variable that holds it, or what it contains")
         return dataclasses.replace(self._outside, values=values)
 

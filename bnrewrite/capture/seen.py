@@ -220,7 +220,7 @@ class Looks:
         copies: of containers, by identity, from before the trace.
 
     Attributes:
-        inside: whether any value was, or held, a module below the owner.
+        met_inside: whether any value was, or held, a module below the owner.
     """
 
     def __init__(
@@ -231,14 +231,14 @@ class Looks:
         self._copies = copies
         self._open: dict[int, int] = {}
         self._modules: dict[int, Seen] = {}
-        self.inside = False
+        self.met_inside = False
 
     def of(self, value: Any) -> Seen:
         """What ``value`` looked like."""
         if isinstance(value, Tensor):
             return _SeenTensor(described(value))
         if id(value) in self._paths:
-            self.inside = True
+            self.met_inside = True
             return _SeenModule(self._paths[id(value)])
         if id(value) in self._modules:
             return self._modules[id(value)]

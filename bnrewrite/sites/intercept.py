@@ -99,9 +99,9 @@ class Intercept(TorchFunctionMode):
         call = self._find(input, mean, weight, training)
         if call is None:
             return func(*args, **kwargs)
-        if self._is_apart():
+        if self._is_left_to_torch():
             if training and (call.group != NO_GROUP or isinstance(call.mode, Frozen)):
-                _warn_apart(call.name)
+                _warn_of_left(call.name)
             return func(*args, **kwargs)
         training = training and not isinstance(call.mode, Frozen)
         group = active_group(call.group, self._training and training)
@@ -111,7 +111,7 @@ class Intercept(TorchFunctionMode):
         except UnsupportedBatchNorm as error:
             raise UnsupportedBatchNorm(f"{call.name or ITSELF}: {error}") from error
 
-    def _is_apart(self) -> bool:
+    def _is_left_to_torch(self) -> bool:
         """Whether backward would run the code of this call again, or not at all."""
         # A Function runs without gradients.
         if self._grad is not None and torch.is_grad_enabled() is not self._grad:
@@ -120,14 +120,14 @@ class Intercept(TorchFunctionMode):
             # Checkpoints are compiled without the mode.
             return False
         frame: Any = sys._getframe(2)
-        while frame is not None and frame.f_code.co_name != OWN_FORWARD:
+        while frame is not None and frame.f_code.co_name != _OWN_FORWARD:
             if frame.f_code.co_filename == _CHECKPOINT or _is_of_function(frame):
                 return True
             frame = frame.f_back
         return False
 
 
-OWN_FORWARD = "_bnrewrite_own_forward"
+_OWN_FORWARD = "_bnrewrite_own_forward"
 """Name of the function that runs a forward under an :class:`Intercept`."""
 
 _PACKAGE = __name__.partition(".")[0]
@@ -146,11 +146,11 @@ def _is_of_function(frame: FrameType) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _warn_apart(name: str) -> None:
+def _warn_of_left(name: str) -> None:
     warnings.warn(
         f"{name or ITSELF}: this call of torch.nn.functional.batch_norm is inside a checkpoint, an "
-        "autograd.Function or no_grad of a forward that has no graph. It behaves as in an "
-        "unconverted model, with local statistics in training. Checkpoint the whole module, or use "
-        "a BatchNorm module there.",
+        "autograd.Function or no_grad of a forward that runs as it is, without a graph. It behaves "
+        "as in an unconverted model, with local statistics in training. Checkpoint the whole "
+        "module, or use a BatchNorm module there.",
         stacklevel=3,
     )
